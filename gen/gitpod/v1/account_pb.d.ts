@@ -14,56 +14,78 @@ import type { PaginationRequest, PaginationResponse } from "./pagination_pb.js";
 export declare const file_gitpod_v1_account: GenFile;
 
 /**
+ * A person's login.
+ *
  * @generated from message gitpod.v1.Account
  */
 export declare type Account = Message<"gitpod.v1.Account"> & {
   /**
+   * Id of the account.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Name of the person.
+   *
    * @generated from field: string name = 2;
    */
   name: string;
 
   /**
+   * Picture; may be empty.
+   *
    * @generated from field: string avatar_url = 3;
    */
   avatarUrl: string;
 
   /**
+   * Email address, lower-case.
+   *
    * @generated from field: string email = 4;
    */
   email: string;
 
   /**
+   * When it was created.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 5;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * When it last changed.
+   *
    * @generated from field: google.protobuf.Timestamp updated_at = 6;
    */
   updatedAt?: Timestamp | undefined;
 
   /**
+   * One entry per organization the person is a user of.
+   *
    * @generated from field: repeated gitpod.v1.AccountMembership memberships = 7;
    */
   memberships: AccountMembership[];
 
   /**
+   * Always empty. Deprecated: use ListJoinableOrganizations.
+   *
    * @generated from field: repeated gitpod.v1.JoinableOrganization joinables = 8 [deprecated = true];
    * @deprecated
    */
   joinables: JoinableOrganization[];
 
   /**
+   * Whether the address is at a public email provider, so its domain names no organization.
+   *
    * @generated from field: bool public_email_provider = 9;
    */
   publicEmailProvider: boolean;
 
   /**
+   * Organization that owns the account (made by its SSO or SCIM); absent = the installation does.
+   *
    * @generated from field: optional string organization_id = 10;
    */
   organizationId?: string | undefined;
@@ -76,35 +98,49 @@ export declare type Account = Message<"gitpod.v1.Account"> & {
 export declare const AccountSchema: GenMessage<Account>;
 
 /**
+ * An account's place in one organization.
+ *
  * @generated from message gitpod.v1.AccountMembership
  */
 export declare type AccountMembership = Message<"gitpod.v1.AccountMembership"> & {
   /**
+   * Id of its user there.
+   *
    * @generated from field: string user_id = 1;
    */
   userId: string;
 
   /**
+   * Role of that user.
+   *
    * @generated from field: gitpod.v1.OrganizationRole user_role = 2;
    */
   userRole: OrganizationRole;
 
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 3;
    */
   organizationId: string;
 
   /**
+   * Its name.
+   *
    * @generated from field: string organization_name = 4;
    */
   organizationName: string;
 
   /**
+   * Number of its active members.
+   *
    * @generated from field: int32 organization_member_count = 5;
    */
   organizationMemberCount: number;
 
   /**
+   * Its tier, always ENTERPRISE.
+   *
    * @generated from field: gitpod.v1.OrganizationTier organization_tier = 6;
    */
   organizationTier: OrganizationTier;
@@ -117,15 +153,21 @@ export declare type AccountMembership = Message<"gitpod.v1.AccountMembership"> &
 export declare const AccountMembershipSchema: GenMessage<AccountMembership>;
 
 /**
+ * Input of DeleteAccount.
+ *
  * @generated from message gitpod.v1.DeleteAccountRequest
  */
 export declare type DeleteAccountRequest = Message<"gitpod.v1.DeleteAccountRequest"> & {
   /**
+   * The caller's own account.
+   *
    * @generated from field: string account_id = 1;
    */
   accountId: string;
 
   /**
+   * Why, for the audit log; at most 256 characters.
+   *
    * @generated from field: optional string reason = 2;
    */
   reason?: string | undefined;
@@ -138,6 +180,8 @@ export declare type DeleteAccountRequest = Message<"gitpod.v1.DeleteAccountReque
 export declare const DeleteAccountRequestSchema: GenMessage<DeleteAccountRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.DeleteAccountResponse
  */
 export declare type DeleteAccountResponse = Message<"gitpod.v1.DeleteAccountResponse"> & {
@@ -150,6 +194,8 @@ export declare type DeleteAccountResponse = Message<"gitpod.v1.DeleteAccountResp
 export declare const DeleteAccountResponseSchema: GenMessage<DeleteAccountResponse>;
 
 /**
+ * Empty: the caller says it all.
+ *
  * @generated from message gitpod.v1.GetAccountRequest
  */
 export declare type GetAccountRequest = Message<"gitpod.v1.GetAccountRequest"> & {
@@ -162,10 +208,14 @@ export declare type GetAccountRequest = Message<"gitpod.v1.GetAccountRequest"> &
 export declare const GetAccountRequestSchema: GenMessage<GetAccountRequest>;
 
 /**
+ * Result of GetAccount.
+ *
  * @generated from message gitpod.v1.GetAccountResponse
  */
 export declare type GetAccountResponse = Message<"gitpod.v1.GetAccountResponse"> & {
   /**
+   * The caller's account.
+   *
    * @generated from field: gitpod.v1.Account account = 1;
    */
   account?: Account | undefined;
@@ -178,15 +228,21 @@ export declare type GetAccountResponse = Message<"gitpod.v1.GetAccountResponse">
 export declare const GetAccountResponseSchema: GenMessage<GetAccountResponse>;
 
 /**
+ * Input of GetSSOLoginURL.
+ *
  * @generated from message gitpod.v1.GetSSOLoginURLRequest
  */
 export declare type GetSSOLoginURLRequest = Message<"gitpod.v1.GetSSOLoginURLRequest"> & {
   /**
+   * Email address of the person; only its domain matters.
+   *
    * @generated from field: string email = 1;
    */
   email: string;
 
   /**
+   * Where to go after login; a foreign origin is dropped.
+   *
    * @generated from field: optional string return_to = 2;
    */
   returnTo?: string | undefined;
@@ -199,10 +255,14 @@ export declare type GetSSOLoginURLRequest = Message<"gitpod.v1.GetSSOLoginURLReq
 export declare const GetSSOLoginURLRequestSchema: GenMessage<GetSSOLoginURLRequest>;
 
 /**
+ * Result of GetSSOLoginURL.
+ *
  * @generated from message gitpod.v1.GetSSOLoginURLResponse
  */
 export declare type GetSSOLoginURLResponse = Message<"gitpod.v1.GetSSOLoginURLResponse"> & {
   /**
+   * URL that starts the login in a browser.
+   *
    * @generated from field: string login_url = 1;
    */
   loginUrl: string;
@@ -215,20 +275,28 @@ export declare type GetSSOLoginURLResponse = Message<"gitpod.v1.GetSSOLoginURLRe
 export declare const GetSSOLoginURLResponseSchema: GenMessage<GetSSOLoginURLResponse>;
 
 /**
+ * An organization an account may join by its email domain.
+ *
  * @generated from message gitpod.v1.JoinableOrganization
  */
 export declare type JoinableOrganization = Message<"gitpod.v1.JoinableOrganization"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * Its name.
+   *
    * @generated from field: string organization_name = 2;
    */
   organizationName: string;
 
   /**
+   * Number of its active members.
+   *
    * @generated from field: int32 organization_member_count = 3;
    */
   organizationMemberCount: number;
@@ -241,10 +309,14 @@ export declare type JoinableOrganization = Message<"gitpod.v1.JoinableOrganizati
 export declare const JoinableOrganizationSchema: GenMessage<JoinableOrganization>;
 
 /**
+ * Input of ListJoinableOrganizations.
+ *
  * @generated from message gitpod.v1.ListJoinableOrganizationsRequest
  */
 export declare type ListJoinableOrganizationsRequest = Message<"gitpod.v1.ListJoinableOrganizationsRequest"> & {
   /**
+   * Page size (0 = 25, at most 100) and the token of the page.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
@@ -257,15 +329,21 @@ export declare type ListJoinableOrganizationsRequest = Message<"gitpod.v1.ListJo
 export declare const ListJoinableOrganizationsRequestSchema: GenMessage<ListJoinableOrganizationsRequest>;
 
 /**
+ * Result of ListJoinableOrganizations.
+ *
  * @generated from message gitpod.v1.ListJoinableOrganizationsResponse
  */
 export declare type ListJoinableOrganizationsResponse = Message<"gitpod.v1.ListJoinableOrganizationsResponse"> & {
   /**
+   * The organizations of this page.
+   *
    * @generated from field: repeated gitpod.v1.JoinableOrganization joinable_organizations = 1;
    */
   joinableOrganizations: JoinableOrganization[];
 
   /**
+   * Token of the next page; empty on the last one.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 2;
    */
   pagination?: PaginationResponse | undefined;
@@ -278,15 +356,21 @@ export declare type ListJoinableOrganizationsResponse = Message<"gitpod.v1.ListJ
 export declare const ListJoinableOrganizationsResponseSchema: GenMessage<ListJoinableOrganizationsResponse>;
 
 /**
+ * Input of ListLoginProviders.
+ *
  * @generated from message gitpod.v1.ListLoginProvidersRequest
  */
 export declare type ListLoginProvidersRequest = Message<"gitpod.v1.ListLoginProvidersRequest"> & {
   /**
+   * Page size (0 = 25, at most 100) and the token of the page.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * What decides whether SSO is offered.
+   *
    * @generated from field: gitpod.v1.ListLoginProvidersRequest.Filter filter = 2;
    */
   filter?: ListLoginProvidersRequest_Filter | undefined;
@@ -299,15 +383,21 @@ export declare type ListLoginProvidersRequest = Message<"gitpod.v1.ListLoginProv
 export declare const ListLoginProvidersRequestSchema: GenMessage<ListLoginProvidersRequest>;
 
 /**
+ * What decides whether the `custom` provider is offered.
+ *
  * @generated from message gitpod.v1.ListLoginProvidersRequest.Filter
  */
 export declare type ListLoginProvidersRequest_Filter = Message<"gitpod.v1.ListLoginProvidersRequest.Filter"> & {
   /**
+   * Live invite of the organization to sign in to.
+   *
    * @generated from field: optional string invite_id = 1;
    */
   inviteId?: string | undefined;
 
   /**
+   * Email address; only its domain matters.
+   *
    * @generated from field: optional string email = 2;
    */
   email?: string | undefined;
@@ -320,20 +410,28 @@ export declare type ListLoginProvidersRequest_Filter = Message<"gitpod.v1.ListLo
 export declare const ListLoginProvidersRequest_FilterSchema: GenMessage<ListLoginProvidersRequest_Filter>;
 
 /**
+ * Result of ListLoginProviders.
+ *
  * @generated from message gitpod.v1.ListLoginProvidersResponse
  */
 export declare type ListLoginProvidersResponse = Message<"gitpod.v1.ListLoginProvidersResponse"> & {
   /**
+   * Token of the next page; empty on the last one.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * The providers of this page.
+   *
    * @generated from field: repeated gitpod.v1.LoginProvider login_providers = 2;
    */
   loginProviders: LoginProvider[];
 
   /**
+   * Whether the invite's organization or the email's domain has SSO.
+   *
    * @generated from field: bool allow_custom = 3;
    */
   allowCustom: boolean;
@@ -346,20 +444,28 @@ export declare type ListLoginProvidersResponse = Message<"gitpod.v1.ListLoginPro
 export declare const ListLoginProvidersResponseSchema: GenMessage<ListLoginProvidersResponse>;
 
 /**
+ * Input of ListSSOLogins.
+ *
  * @generated from message gitpod.v1.ListSSOLoginsRequest
  */
 export declare type ListSSOLoginsRequest = Message<"gitpod.v1.ListSSOLoginsRequest"> & {
   /**
+   * Email address of the person; only its domain matters.
+   *
    * @generated from field: string email = 1;
    */
   email: string;
 
   /**
+   * Where to go after login; a foreign origin is dropped.
+   *
    * @generated from field: optional string return_to = 2;
    */
   returnTo?: string | undefined;
 
   /**
+   * Page size (0 = 25, at most 100) and the token of the page.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 3;
    */
   pagination?: PaginationRequest | undefined;
@@ -372,15 +478,21 @@ export declare type ListSSOLoginsRequest = Message<"gitpod.v1.ListSSOLoginsReque
 export declare const ListSSOLoginsRequestSchema: GenMessage<ListSSOLoginsRequest>;
 
 /**
+ * Result of ListSSOLogins.
+ *
  * @generated from message gitpod.v1.ListSSOLoginsResponse
  */
 export declare type ListSSOLoginsResponse = Message<"gitpod.v1.ListSSOLoginsResponse"> & {
   /**
+   * The logins of this page.
+   *
    * @generated from field: repeated gitpod.v1.ListSSOLoginsResponse.Login logins = 1;
    */
   logins: ListSSOLoginsResponse_Login[];
 
   /**
+   * Token of the next page; empty on the last one.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 2;
    */
   pagination?: PaginationResponse | undefined;
@@ -393,15 +505,21 @@ export declare type ListSSOLoginsResponse = Message<"gitpod.v1.ListSSOLoginsResp
 export declare const ListSSOLoginsResponseSchema: GenMessage<ListSSOLoginsResponse>;
 
 /**
+ * One way to sign in.
+ *
  * @generated from message gitpod.v1.ListSSOLoginsResponse.Login
  */
 export declare type ListSSOLoginsResponse_Login = Message<"gitpod.v1.ListSSOLoginsResponse.Login"> & {
   /**
+   * Name to show; the issuer's host when none was given.
+   *
    * @generated from field: string display_name = 1;
    */
   displayName: string;
 
   /**
+   * URL that starts the login in a browser.
+   *
    * @generated from field: string login_url = 2;
    */
   loginUrl: string;
@@ -414,15 +532,21 @@ export declare type ListSSOLoginsResponse_Login = Message<"gitpod.v1.ListSSOLogi
 export declare const ListSSOLoginsResponse_LoginSchema: GenMessage<ListSSOLoginsResponse_Login>;
 
 /**
+ * A provider people can sign in with.
+ *
  * @generated from message gitpod.v1.LoginProvider
  */
 export declare type LoginProvider = Message<"gitpod.v1.LoginProvider"> & {
   /**
+   * URL that starts the login in a browser.
+   *
    * @generated from field: string login_url = 1;
    */
   loginUrl: string;
 
   /**
+   * Id of the builtin provider, or `custom` for the organization's SSO.
+   *
    * @generated from field: string provider = 2;
    */
   provider: string;
@@ -435,10 +559,14 @@ export declare type LoginProvider = Message<"gitpod.v1.LoginProvider"> & {
 export declare const LoginProviderSchema: GenMessage<LoginProvider>;
 
 /**
+ * Accounts (a person's login, possibly in several organizations) and the ways to sign in.
+ *
  * @generated from service gitpod.v1.AccountService
  */
 export declare const AccountService: GenService<{
   /**
+   * Returns the caller's own account with its memberships. Account or user credential.
+   *
    * @generated from rpc gitpod.v1.AccountService.GetAccount
    */
   getAccount: {
@@ -447,6 +575,9 @@ export declare const AccountService: GenService<{
     output: typeof GetAccountResponseSchema;
   },
   /**
+   * Deletes the caller's own account, its logins and personal data. NOT_FOUND for another account, FAILED_PRECONDITION
+   * while it is an active member anywhere. Not repeatable: the credential ends with the account.
+   *
    * @generated from rpc gitpod.v1.AccountService.DeleteAccount
    */
   deleteAccount: {
@@ -455,6 +586,9 @@ export declare const AccountService: GenService<{
     output: typeof DeleteAccountResponseSchema;
   },
   /**
+   * Returns where people with this email sign in; of several configurations the oldest. No credential needed,
+   * rate-limited per address. NOT_FOUND when no active configuration has the verified domain.
+   *
    * @generated from rpc gitpod.v1.AccountService.GetSSOLoginURL
    */
   getSSOLoginURL: {
@@ -463,6 +597,9 @@ export declare const AccountService: GenService<{
     output: typeof GetSSOLoginURLResponseSchema;
   },
   /**
+   * Lists the logins for the email's domain by display name. No credential needed, rate-limited per address. Empty
+   * when there are none; the answer does not tell whether the person exists.
+   *
    * @generated from rpc gitpod.v1.AccountService.ListSSOLogins
    */
   listSSOLogins: {
@@ -471,6 +608,9 @@ export declare const AccountService: GenService<{
     output: typeof ListSSOLoginsResponseSchema;
   },
   /**
+   * Lists the builtin providers and whether SSO is offered. No credential needed, rate-limited per address. NOT_FOUND
+   * for an unknown invite.
+   *
    * @generated from rpc gitpod.v1.AccountService.ListLoginProviders
    */
   listLoginProviders: {
@@ -479,6 +619,8 @@ export declare const AccountService: GenService<{
     output: typeof ListLoginProvidersResponseSchema;
   },
   /**
+   * Lists the organizations the caller could join by email domain and is not active in. Account or user credential.
+   *
    * @generated from rpc gitpod.v1.AccountService.ListJoinableOrganizations
    */
   listJoinableOrganizations: {

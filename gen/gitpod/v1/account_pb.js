@@ -141,6 +141,8 @@ export const LoginProviderSchema = /*@__PURE__*/
   messageDesc(file_gitpod_v1_account, 15);
 
 /**
+ * Accounts (a person's login, possibly in several organizations) and the ways to sign in.
+ *
  * @generated from service gitpod.v1.AccountService
  */
 export const AccountService = /*@__PURE__*/

@@ -11,25 +11,35 @@ import type { Message } from "@bufbuild/protobuf";
 export declare const file_gitpod_v1_actionable_error: GenFile;
 
 /**
+ * Error detail for a problem that a person can do something about.
+ *
  * @generated from message gitpod.v1.ActionableErrorDetails
  */
 export declare type ActionableErrorDetails = Message<"gitpod.v1.ActionableErrorDetails"> & {
   /**
+   * Stable code such as `AUTH_TOKEN_EXPIRED`; for a policy refusal the policy's field name.
+   *
    * @generated from field: string error_code = 1;
    */
   errorCode: string;
 
   /**
+   * One sentence to show.
+   *
    * @generated from field: string user_message = 2;
    */
   userMessage: string;
 
   /**
+   * Ids of what is concerned, nothing else.
+   *
    * @generated from field: map<string, string> metadata = 3;
    */
   metadata: { [key: string]: string };
 
   /**
+   * What can be done about it.
+   *
    * @generated from field: repeated gitpod.v1.ErrorAction actions = 4;
    */
   actions: ErrorAction[];
@@ -42,30 +52,42 @@ export declare type ActionableErrorDetails = Message<"gitpod.v1.ActionableErrorD
 export declare const ActionableErrorDetailsSchema: GenMessage<ActionableErrorDetails>;
 
 /**
+ * Something that can be done about an error.
+ *
  * @generated from message gitpod.v1.ErrorAction
  */
 export declare type ErrorAction = Message<"gitpod.v1.ErrorAction"> & {
   /**
+   * Names the action for programs.
+   *
    * @generated from field: string action_id = 1;
    */
   actionId: string;
 
   /**
+   * Text to show.
+   *
    * @generated from field: string label = 2;
    */
   label: string;
 
   /**
+   * Where the action leads.
+   *
    * @generated from oneof gitpod.v1.ErrorAction.target
    */
   target: {
     /**
+     * Path in a dashboard. Never set: there is none.
+     *
      * @generated from field: string dashboard_path = 3;
      */
     value: string;
     case: "dashboardPath";
   } | {
     /**
+     * Page that helps, set when the operator gives a base for help links.
+     *
      * @generated from field: string external_url = 4;
      */
     value: string;

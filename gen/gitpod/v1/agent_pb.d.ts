@@ -11,55 +11,77 @@ import type { Message } from "@bufbuild/protobuf";
 export declare const file_gitpod_v1_agent: GenFile;
 
 /**
+ * A pull or merge request on a source-control host.
+ *
  * @generated from message gitpod.v1.PullRequest
  */
 export declare type PullRequest = Message<"gitpod.v1.PullRequest"> & {
   /**
+   * Its number or id on the host.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Its title.
+   *
    * @generated from field: string title = 2;
    */
   title: string;
 
   /**
+   * Branch with the changes.
+   *
    * @generated from field: string from_branch = 3;
    */
   fromBranch: string;
 
   /**
+   * Branch they are meant for.
+   *
    * @generated from field: string to_branch = 4;
    */
   toBranch: string;
 
   /**
+   * Its web page.
+   *
    * @generated from field: string url = 5;
    */
   url: string;
 
   /**
+   * Who opened it.
+   *
    * @generated from field: string author = 6;
    */
   author: string;
 
   /**
+   * Repository it was opened against.
+   *
    * @generated from field: gitpod.v1.PullRequest.Repository repository = 7;
    */
   repository?: PullRequest_Repository | undefined;
 
   /**
+   * Whether it is a draft.
+   *
    * @generated from field: bool draft = 8;
    */
   draft: boolean;
 
   /**
+   * Whether it is open, closed or merged.
+   *
    * @generated from field: gitpod.v1.PullRequest.State state = 9;
    */
   state: PullRequest_State;
 
   /**
+   * Commit at the tip of its changes.
+   *
    * @generated from field: string head_sha = 10;
    */
   headSha: string;
@@ -72,25 +94,35 @@ export declare type PullRequest = Message<"gitpod.v1.PullRequest"> & {
 export declare const PullRequestSchema: GenMessage<PullRequest>;
 
 /**
+ * A repository on a source-control host.
+ *
  * @generated from message gitpod.v1.PullRequest.Repository
  */
 export declare type PullRequest_Repository = Message<"gitpod.v1.PullRequest.Repository"> & {
   /**
+   * Address to clone it from.
+   *
    * @generated from field: string clone_url = 1;
    */
   cloneUrl: string;
 
   /**
+   * Host name.
+   *
    * @generated from field: string host = 2;
    */
   host: string;
 
   /**
+   * Owner: a person, organization or group path.
+   *
    * @generated from field: string owner = 3;
    */
   owner: string;
 
   /**
+   * Its name.
+   *
    * @generated from field: string name = 4;
    */
   name: string;
@@ -103,25 +135,35 @@ export declare type PullRequest_Repository = Message<"gitpod.v1.PullRequest.Repo
 export declare const PullRequest_RepositorySchema: GenMessage<PullRequest_Repository>;
 
 /**
+ * State of a pull request.
+ *
  * @generated from enum gitpod.v1.PullRequest.State
  */
 export enum PullRequest_State {
   /**
+   * Not known.
+   *
    * @generated from enum value: STATE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Open.
+   *
    * @generated from enum value: STATE_OPEN = 1;
    */
   OPEN = 1,
 
   /**
+   * Closed without merging.
+   *
    * @generated from enum value: STATE_CLOSED = 2;
    */
   CLOSED = 2,
 
   /**
+   * Merged.
+   *
    * @generated from enum value: STATE_MERGED = 3;
    */
   MERGED = 3,
@@ -133,55 +175,77 @@ export enum PullRequest_State {
 export declare const PullRequest_StateSchema: GenEnum<PullRequest_State>;
 
 /**
+ * Models for the Codex agent.
+ *
  * @generated from enum gitpod.v1.CodexOpenAIModel
  */
 export enum CodexOpenAIModel {
   /**
+   * No model named.
+   *
    * @generated from enum value: CODEX_OPEN_AI_MODEL_UNSPECIFIED = 0;
    */
   CODEX_OPEN_AI_MODEL_UNSPECIFIED = 0,
 
   /**
+   * GPT-5.5.
+   *
    * @generated from enum value: CODEX_OPEN_AI_MODEL_GPT_5_5 = 1;
    */
   CODEX_OPEN_AI_MODEL_GPT_5_5 = 1,
 
   /**
+   * GPT-5.4.
+   *
    * @generated from enum value: CODEX_OPEN_AI_MODEL_GPT_5_4 = 2;
    */
   CODEX_OPEN_AI_MODEL_GPT_5_4 = 2,
 
   /**
+   * GPT-5.4 mini.
+   *
    * @generated from enum value: CODEX_OPEN_AI_MODEL_GPT_5_4_MINI = 3;
    */
   CODEX_OPEN_AI_MODEL_GPT_5_4_MINI = 3,
 
   /**
+   * GPT-5.3 Codex.
+   *
    * @generated from enum value: CODEX_OPEN_AI_MODEL_GPT_5_3_CODEX = 4;
    */
   CODEX_OPEN_AI_MODEL_GPT_5_3_CODEX = 4,
 
   /**
+   * GPT-5.3 Codex Spark.
+   *
    * @generated from enum value: CODEX_OPEN_AI_MODEL_GPT_5_3_CODEX_SPARK = 5;
    */
   CODEX_OPEN_AI_MODEL_GPT_5_3_CODEX_SPARK = 5,
 
   /**
+   * GPT-5.2.
+   *
    * @generated from enum value: CODEX_OPEN_AI_MODEL_GPT_5_2 = 6;
    */
   CODEX_OPEN_AI_MODEL_GPT_5_2 = 6,
 
   /**
+   * GPT-5.6 Sol.
+   *
    * @generated from enum value: CODEX_OPEN_AI_MODEL_GPT_5_6_SOL = 7;
    */
   CODEX_OPEN_AI_MODEL_GPT_5_6_SOL = 7,
 
   /**
+   * GPT-5.6 Terra.
+   *
    * @generated from enum value: CODEX_OPEN_AI_MODEL_GPT_5_6_TERRA = 8;
    */
   CODEX_OPEN_AI_MODEL_GPT_5_6_TERRA = 8,
 
   /**
+   * GPT-5.6 Luna.
+   *
    * @generated from enum value: CODEX_OPEN_AI_MODEL_GPT_5_6_LUNA = 9;
    */
   CODEX_OPEN_AI_MODEL_GPT_5_6_LUNA = 9,
@@ -193,30 +257,42 @@ export enum CodexOpenAIModel {
 export declare const CodexOpenAIModelSchema: GenEnum<CodexOpenAIModel>;
 
 /**
+ * How much the Codex agent reasons.
+ *
  * @generated from enum gitpod.v1.CodexReasoningEffort
  */
 export enum CodexReasoningEffort {
   /**
+   * No effort named.
+   *
    * @generated from enum value: CODEX_REASONING_EFFORT_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Low.
+   *
    * @generated from enum value: CODEX_REASONING_EFFORT_LOW = 1;
    */
   LOW = 1,
 
   /**
+   * Medium.
+   *
    * @generated from enum value: CODEX_REASONING_EFFORT_MEDIUM = 2;
    */
   MEDIUM = 2,
 
   /**
+   * High.
+   *
    * @generated from enum value: CODEX_REASONING_EFFORT_HIGH = 3;
    */
   HIGH = 3,
 
   /**
+   * Extra high.
+   *
    * @generated from enum value: CODEX_REASONING_EFFORT_EXTRA_HIGH = 4;
    */
   EXTRA_HIGH = 4,
@@ -228,15 +304,21 @@ export enum CodexReasoningEffort {
 export declare const CodexReasoningEffortSchema: GenEnum<CodexReasoningEffort>;
 
 /**
+ * Service tier of the Codex agent.
+ *
  * @generated from enum gitpod.v1.CodexServiceTier
  */
 export enum CodexServiceTier {
   /**
+   * No tier named.
+   *
    * @generated from enum value: CODEX_SERVICE_TIER_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * The fast tier.
+   *
    * @generated from enum value: CODEX_SERVICE_TIER_FAST = 1;
    */
   FAST = 1,

@@ -31,6 +31,8 @@ export const PullRequest_StateSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_agent, 0, 0);
 
 /**
+ * State of a pull request.
+ *
  * @generated from enum gitpod.v1.PullRequest.State
  */
 export const PullRequest_State = /*@__PURE__*/
@@ -43,6 +45,8 @@ export const CodexOpenAIModelSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_agent, 0);
 
 /**
+ * Models for the Codex agent.
+ *
  * @generated from enum gitpod.v1.CodexOpenAIModel
  */
 export const CodexOpenAIModel = /*@__PURE__*/
@@ -55,6 +59,8 @@ export const CodexReasoningEffortSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_agent, 1);
 
 /**
+ * How much the Codex agent reasons.
+ *
  * @generated from enum gitpod.v1.CodexReasoningEffort
  */
 export const CodexReasoningEffort = /*@__PURE__*/
@@ -67,6 +73,8 @@ export const CodexServiceTierSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_agent, 2);
 
 /**
+ * Service tier of the Codex agent.
+ *
  * @generated from enum gitpod.v1.CodexServiceTier
  */
 export const CodexServiceTier = /*@__PURE__*/

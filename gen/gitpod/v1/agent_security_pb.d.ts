@@ -13,40 +13,56 @@ import type { KernelControlsAction } from "./environment_pb.js";
 export declare const file_gitpod_v1_agent_security: GenFile;
 
 /**
+ * A process in an environment.
+ *
  * @generated from message gitpod.v1.Process
  */
 export declare type Process = Message<"gitpod.v1.Process"> & {
   /**
+   * Process id.
+   *
    * @generated from field: int32 pid = 1;
    */
   pid: number;
 
   /**
+   * Thread id.
+   *
    * @generated from field: int32 tid = 2;
    */
   tid: number;
 
   /**
+   * Its name, at most 32 characters.
+   *
    * @generated from field: string name = 3;
    */
   name: string;
 
   /**
+   * When it started.
+   *
    * @generated from field: google.protobuf.Timestamp started_at = 5;
    */
   startedAt?: Timestamp | undefined;
 
   /**
+   * Id of its parent process.
+   *
    * @generated from field: int32 ppid = 6;
    */
   ppid: number;
 
   /**
+   * Id of its process group.
+   *
    * @generated from field: int32 pgid = 7;
    */
   pgid: number;
 
   /**
+   * Id of its session.
+   *
    * @generated from field: int32 sid = 8;
    */
   sid: number;
@@ -59,35 +75,49 @@ export declare type Process = Message<"gitpod.v1.Process"> & {
 export declare const ProcessSchema: GenMessage<Process>;
 
 /**
+ * An executable that a veto rule blocked or recorded, as it appears in the audit log.
+ *
  * @generated from message gitpod.v1.ReportExecEventRequest
  */
 export declare type ReportExecEventRequest = Message<"gitpod.v1.ReportExecEventRequest"> & {
   /**
+   * Environment it happened in.
+   *
    * @generated from field: string environment_id = 1;
    */
   environmentId: string;
 
   /**
+   * Executable the rule is about, at most 256 characters.
+   *
    * @generated from field: string executable = 2;
    */
   executable: string;
 
   /**
+   * File that was to be run, at most 4096 characters.
+   *
    * @generated from field: string filename = 3;
    */
   filename: string;
 
   /**
+   * What was done, never unspecified.
+   *
    * @generated from field: gitpod.v1.KernelControlsAction action = 4;
    */
   action: KernelControlsAction;
 
   /**
+   * Process that tried to run it.
+   *
    * @generated from field: gitpod.v1.Process process = 5;
    */
   process?: Process | undefined;
 
   /**
+   * When it happened.
+   *
    * @generated from field: google.protobuf.Timestamp timestamp = 6;
    */
   timestamp?: Timestamp | undefined;

@@ -11,10 +11,14 @@ import type { Message } from "@bufbuild/protobuf";
 export declare const file_gitpod_v1_count: GenFile;
 
 /**
+ * Asks a list for the number of all matches.
+ *
  * @generated from message gitpod.v1.CountRequest
  */
 export declare type CountRequest = Message<"gitpod.v1.CountRequest"> & {
   /**
+   * Whether to count; only the first page is answered with a count. Default false.
+   *
    * @generated from field: bool include = 1;
    */
   include: boolean;
@@ -27,15 +31,21 @@ export declare type CountRequest = Message<"gitpod.v1.CountRequest"> & {
 export declare const CountRequestSchema: GenMessage<CountRequest>;
 
 /**
+ * Number of all matches of a list.
+ *
  * @generated from message gitpod.v1.CountResponse
  */
 export declare type CountResponse = Message<"gitpod.v1.CountResponse"> & {
   /**
+   * The number, at most 1000.
+   *
    * @generated from field: int32 value = 1;
    */
   value: number;
 
   /**
+   * How exact the number is.
+   *
    * @generated from field: gitpod.v1.CountResponseRelation relation = 2;
    */
   relation: CountResponseRelation;
@@ -48,20 +58,28 @@ export declare type CountResponse = Message<"gitpod.v1.CountResponse"> & {
 export declare const CountResponseSchema: GenMessage<CountResponse>;
 
 /**
+ * How the number relates to the true one.
+ *
  * @generated from enum gitpod.v1.CountResponseRelation
  */
 export enum CountResponseRelation {
   /**
+   * Not set. Never sent.
+   *
    * @generated from enum value: COUNT_RESPONSE_RELATION_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * It is exact.
+   *
    * @generated from enum value: COUNT_RESPONSE_RELATION_EQ = 1;
    */
   EQ = 1,
 
   /**
+   * There are that many or more.
+   *
    * @generated from enum value: COUNT_RESPONSE_RELATION_GTE = 2;
    */
   GTE = 2,

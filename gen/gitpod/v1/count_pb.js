@@ -31,6 +31,8 @@ export const CountResponseRelationSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_count, 0);
 
 /**
+ * How the number relates to the true one.
+ *
  * @generated from enum gitpod.v1.CountResponseRelation
  */
 export const CountResponseRelation = /*@__PURE__*/

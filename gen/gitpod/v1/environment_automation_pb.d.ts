@@ -14,44 +14,60 @@ import type { Subject } from "./identity_pb.js";
 export declare const file_gitpod_v1_environment_automation: GenFile;
 
 /**
+ * What starts a service or task by itself. A false value is dropped, repetitions collapse.
+ *
  * @generated from message gitpod.v1.AutomationTrigger
  */
 export declare type AutomationTrigger = Message<"gitpod.v1.AutomationTrigger"> & {
   /**
+   * Which trigger; one must be set.
+   *
    * @generated from oneof gitpod.v1.AutomationTrigger.trigger
    */
   trigger: {
     /**
+     * Never starts by itself; clients offer a start button.
+     *
      * @generated from field: bool manual = 1;
      */
     value: boolean;
     case: "manual";
   } | {
     /**
+     * Each time the machine is up, before the dev container.
+     *
      * @generated from field: bool post_machine_start = 5;
      */
     value: boolean;
     case: "postMachineStart";
   } | {
     /**
+     * Each time the environment reaches running: first start, restart, resume.
+     *
      * @generated from field: bool post_environment_start = 10;
      */
     value: boolean;
     case: "postEnvironmentStart";
   } | {
     /**
+     * When the dev container is first started and after each rebuild, not on a plain restart.
+     *
      * @generated from field: bool post_devcontainer_start = 20;
      */
     value: boolean;
     case: "postDevcontainerStart";
   } | {
     /**
+     * While a prebuild is made, without user secrets.
+     *
      * @generated from field: bool prebuild = 30;
      */
     value: boolean;
     case: "prebuild";
   } | {
     /**
+     * After everything triggered by `prebuild` has ended, before the snapshot. Tasks only.
+     *
      * @generated from field: bool before_snapshot = 40;
      */
     value: boolean;
@@ -66,15 +82,21 @@ export declare type AutomationTrigger = Message<"gitpod.v1.AutomationTrigger"> &
 export declare const AutomationTriggerSchema: GenMessage<AutomationTrigger>;
 
 /**
+ * Services and tasks as a file in the repository declares them, at most 1 MiB. Unknown fields are errors.
+ *
  * @generated from message gitpod.v1.AutomationsFile
  */
 export declare type AutomationsFile = Message<"gitpod.v1.AutomationsFile"> & {
   /**
+   * Services by reference: 1-128 letters, digits, `_` or `-`.
+   *
    * @generated from field: map<string, gitpod.v1.AutomationsFile.Service> services = 1;
    */
   services: { [key: string]: AutomationsFile_Service };
 
   /**
+   * Tasks by reference: 1-128 letters, digits, `_` or `-`. May share references with services.
+   *
    * @generated from field: map<string, gitpod.v1.AutomationsFile.Task> tasks = 2;
    */
   tasks: { [key: string]: AutomationsFile_Task };
@@ -87,40 +109,56 @@ export declare type AutomationsFile = Message<"gitpod.v1.AutomationsFile"> & {
 export declare const AutomationsFileSchema: GenMessage<AutomationsFile>;
 
 /**
+ * A service in the file.
+ *
  * @generated from message gitpod.v1.AutomationsFile.Service
  */
 export declare type AutomationsFile_Service = Message<"gitpod.v1.AutomationsFile.Service"> & {
   /**
+   * Display name, not empty.
+   *
    * @generated from field: string name = 1;
    */
   name: string;
 
   /**
+   * Free text.
+   *
    * @generated from field: string description = 2;
    */
   description: string;
 
   /**
+   * Commands to start it, tell that it is ready, and stop it.
+   *
    * @generated from field: gitpod.v1.ServiceSpec.Commands commands = 3;
    */
   commands?: ServiceSpec_Commands | undefined;
 
   /**
+   * Any of `manual`, `postEnvironmentStart`, `postDevcontainerStart`, `prebuild`.
+   *
    * @generated from field: repeated string triggered_by = 4;
    */
   triggeredBy: string[];
 
   /**
+   * Where it runs; unset = the dev container if there is one, else the host.
+   *
    * @generated from field: gitpod.v1.RunsOn runs_on = 10;
    */
   runsOn?: RunsOn | undefined;
 
   /**
+   * `default`, `editor` or `ai-agent`; empty = `default`.
+   *
    * @generated from field: string role = 11;
    */
   role: string;
 
   /**
+   * How long it may take to become ready, 0-86400 s; 0 or unset = no limit.
+   *
    * @generated from field: google.protobuf.Duration readiness_timeout = 12;
    */
   readinessTimeout?: Duration | undefined;
@@ -133,40 +171,56 @@ export declare type AutomationsFile_Service = Message<"gitpod.v1.AutomationsFile
 export declare const AutomationsFile_ServiceSchema: GenMessage<AutomationsFile_Service>;
 
 /**
+ * A task in the file.
+ *
  * @generated from message gitpod.v1.AutomationsFile.Task
  */
 export declare type AutomationsFile_Task = Message<"gitpod.v1.AutomationsFile.Task"> & {
   /**
+   * Display name, not empty.
+   *
    * @generated from field: string name = 1;
    */
   name: string;
 
   /**
+   * Free text.
+   *
    * @generated from field: string description = 2;
    */
   description: string;
 
   /**
+   * Shell command, 1 byte to 64 KiB.
+   *
    * @generated from field: string command = 3;
    */
   command: string;
 
   /**
+   * References of tasks or services, in the file or already stored.
+   *
    * @generated from field: repeated string depends_on = 4;
    */
   dependsOn: string[];
 
   /**
+   * Any of `manual`, `postEnvironmentStart`, `postDevcontainerStart`, `prebuild`.
+   *
    * @generated from field: repeated string triggered_by = 5;
    */
   triggeredBy: string[];
 
   /**
+   * Where it runs; unset = the dev container if there is one, else the host.
+   *
    * @generated from field: gitpod.v1.RunsOn runs_on = 10;
    */
   runsOn?: RunsOn | undefined;
 
   /**
+   * Whether a prebuild fails when the task does not succeed. Default false: only a warning.
+   *
    * @generated from field: bool prebuild_requires_success = 11;
    */
   prebuildRequiresSuccess: boolean;
@@ -179,20 +233,28 @@ export declare type AutomationsFile_Task = Message<"gitpod.v1.AutomationsFile.Ta
 export declare const AutomationsFile_TaskSchema: GenMessage<AutomationsFile_Task>;
 
 /**
+ * Input of CreateService.
+ *
  * @generated from message gitpod.v1.CreateServiceRequest
  */
 export declare type CreateServiceRequest = Message<"gitpod.v1.CreateServiceRequest"> & {
   /**
+   * The environment.
+   *
    * @generated from field: string environment_id = 1;
    */
   environmentId: string;
 
   /**
+   * Reference, name and so on; needed. Creator and creation time in it are ignored.
+   *
    * @generated from field: gitpod.v1.ServiceMetadata metadata = 2;
    */
   metadata?: ServiceMetadata | undefined;
 
   /**
+   * What to run; without a start command it can never be started.
+   *
    * @generated from field: gitpod.v1.ServiceSpec spec = 3;
    */
   spec?: ServiceSpec | undefined;
@@ -205,10 +267,14 @@ export declare type CreateServiceRequest = Message<"gitpod.v1.CreateServiceReque
 export declare const CreateServiceRequestSchema: GenMessage<CreateServiceRequest>;
 
 /**
+ * Result of CreateService.
+ *
  * @generated from message gitpod.v1.CreateServiceResponse
  */
 export declare type CreateServiceResponse = Message<"gitpod.v1.CreateServiceResponse"> & {
   /**
+   * The new service.
+   *
    * @generated from field: gitpod.v1.Service service = 1;
    */
   service?: Service | undefined;
@@ -221,25 +287,35 @@ export declare type CreateServiceResponse = Message<"gitpod.v1.CreateServiceResp
 export declare const CreateServiceResponseSchema: GenMessage<CreateServiceResponse>;
 
 /**
+ * Input of CreateTask.
+ *
  * @generated from message gitpod.v1.CreateTaskRequest
  */
 export declare type CreateTaskRequest = Message<"gitpod.v1.CreateTaskRequest"> & {
   /**
+   * The environment.
+   *
    * @generated from field: string environment_id = 1;
    */
   environmentId: string;
 
   /**
+   * Reference, name and so on; needed. Creator and creation time in it are ignored.
+   *
    * @generated from field: gitpod.v1.TaskMetadata metadata = 2;
    */
   metadata?: TaskMetadata | undefined;
 
   /**
+   * What to run; the command may be empty only when there are dependencies.
+   *
    * @generated from field: gitpod.v1.TaskSpec spec = 3;
    */
   spec?: TaskSpec | undefined;
 
   /**
+   * Ids of tasks and services of the same environment that must succeed or run first; no repetitions.
+   *
    * @generated from field: repeated string depends_on = 4;
    */
   dependsOn: string[];
@@ -252,10 +328,14 @@ export declare type CreateTaskRequest = Message<"gitpod.v1.CreateTaskRequest"> &
 export declare const CreateTaskRequestSchema: GenMessage<CreateTaskRequest>;
 
 /**
+ * Result of CreateTask.
+ *
  * @generated from message gitpod.v1.CreateTaskResponse
  */
 export declare type CreateTaskResponse = Message<"gitpod.v1.CreateTaskResponse"> & {
   /**
+   * The new task.
+   *
    * @generated from field: gitpod.v1.Task task = 1;
    */
   task?: Task | undefined;
@@ -268,15 +348,21 @@ export declare type CreateTaskResponse = Message<"gitpod.v1.CreateTaskResponse">
 export declare const CreateTaskResponseSchema: GenMessage<CreateTaskResponse>;
 
 /**
+ * Input of DeleteService.
+ *
  * @generated from message gitpod.v1.DeleteServiceRequest
  */
 export declare type DeleteServiceRequest = Message<"gitpod.v1.DeleteServiceRequest"> & {
   /**
+   * The service.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Remove it at once: processes are killed without the stop command, dependent tasks lose the dependency.
+   *
    * @generated from field: bool force = 2;
    */
   force: boolean;
@@ -289,6 +375,8 @@ export declare type DeleteServiceRequest = Message<"gitpod.v1.DeleteServiceReque
 export declare const DeleteServiceRequestSchema: GenMessage<DeleteServiceRequest>;
 
 /**
+ * Result of DeleteService, empty.
+ *
  * @generated from message gitpod.v1.DeleteServiceResponse
  */
 export declare type DeleteServiceResponse = Message<"gitpod.v1.DeleteServiceResponse"> & {
@@ -301,10 +389,14 @@ export declare type DeleteServiceResponse = Message<"gitpod.v1.DeleteServiceResp
 export declare const DeleteServiceResponseSchema: GenMessage<DeleteServiceResponse>;
 
 /**
+ * Input of DeleteTask.
+ *
  * @generated from message gitpod.v1.DeleteTaskRequest
  */
 export declare type DeleteTaskRequest = Message<"gitpod.v1.DeleteTaskRequest"> & {
   /**
+   * The task.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
@@ -317,6 +409,8 @@ export declare type DeleteTaskRequest = Message<"gitpod.v1.DeleteTaskRequest"> &
 export declare const DeleteTaskRequestSchema: GenMessage<DeleteTaskRequest>;
 
 /**
+ * Result of DeleteTask, empty.
+ *
  * @generated from message gitpod.v1.DeleteTaskResponse
  */
 export declare type DeleteTaskResponse = Message<"gitpod.v1.DeleteTaskResponse"> & {
@@ -329,25 +423,35 @@ export declare type DeleteTaskResponse = Message<"gitpod.v1.DeleteTaskResponse">
 export declare const DeleteTaskResponseSchema: GenMessage<DeleteTaskResponse>;
 
 /**
+ * An environment variable for a command.
+ *
  * @generated from message gitpod.v1.EnvironmentVariableItem
  */
 export declare type EnvironmentVariableItem = Message<"gitpod.v1.EnvironmentVariableItem"> & {
   /**
+   * Letters, digits and `_`, no leading digit, unique in the list, not starting with `BERTH_`.
+   *
    * @generated from field: string name = 1;
    */
   name: string;
 
   /**
+   * Where the value comes from; one must be set.
+   *
    * @generated from oneof gitpod.v1.EnvironmentVariableItem.source
    */
   source: {
     /**
+     * The value itself, at most 32 KiB without NUL; may be empty.
+     *
      * @generated from field: string value = 2;
      */
     value: string;
     case: "value";
   } | {
     /**
+     * A value kept elsewhere.
+     *
      * @generated from field: gitpod.v1.EnvironmentVariableSource value_from = 3;
      */
     value: EnvironmentVariableSource;
@@ -362,14 +466,20 @@ export declare type EnvironmentVariableItem = Message<"gitpod.v1.EnvironmentVari
 export declare const EnvironmentVariableItemSchema: GenMessage<EnvironmentVariableItem>;
 
 /**
+ * A value kept elsewhere.
+ *
  * @generated from message gitpod.v1.EnvironmentVariableSource
  */
 export declare type EnvironmentVariableSource = Message<"gitpod.v1.EnvironmentVariableSource"> & {
   /**
+   * Where it is kept.
+   *
    * @generated from oneof gitpod.v1.EnvironmentVariableSource.source
    */
   source: {
     /**
+     * A secret, read at each start of the command.
+     *
      * @generated from field: gitpod.v1.SecretRef secret_ref = 1;
      */
     value: SecretRef;
@@ -384,10 +494,14 @@ export declare type EnvironmentVariableSource = Message<"gitpod.v1.EnvironmentVa
 export declare const EnvironmentVariableSourceSchema: GenMessage<EnvironmentVariableSource>;
 
 /**
+ * Input of GetService.
+ *
  * @generated from message gitpod.v1.GetServiceRequest
  */
 export declare type GetServiceRequest = Message<"gitpod.v1.GetServiceRequest"> & {
   /**
+   * The service.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
@@ -400,10 +514,14 @@ export declare type GetServiceRequest = Message<"gitpod.v1.GetServiceRequest"> &
 export declare const GetServiceRequestSchema: GenMessage<GetServiceRequest>;
 
 /**
+ * Result of GetService.
+ *
  * @generated from message gitpod.v1.GetServiceResponse
  */
 export declare type GetServiceResponse = Message<"gitpod.v1.GetServiceResponse"> & {
   /**
+   * The service.
+   *
    * @generated from field: gitpod.v1.Service service = 1;
    */
   service?: Service | undefined;
@@ -416,10 +534,14 @@ export declare type GetServiceResponse = Message<"gitpod.v1.GetServiceResponse">
 export declare const GetServiceResponseSchema: GenMessage<GetServiceResponse>;
 
 /**
+ * Input of GetTaskExecution.
+ *
  * @generated from message gitpod.v1.GetTaskExecutionRequest
  */
 export declare type GetTaskExecutionRequest = Message<"gitpod.v1.GetTaskExecutionRequest"> & {
   /**
+   * The execution.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
@@ -432,10 +554,14 @@ export declare type GetTaskExecutionRequest = Message<"gitpod.v1.GetTaskExecutio
 export declare const GetTaskExecutionRequestSchema: GenMessage<GetTaskExecutionRequest>;
 
 /**
+ * Result of GetTaskExecution.
+ *
  * @generated from message gitpod.v1.GetTaskExecutionResponse
  */
 export declare type GetTaskExecutionResponse = Message<"gitpod.v1.GetTaskExecutionResponse"> & {
   /**
+   * The execution.
+   *
    * @generated from field: gitpod.v1.TaskExecution task_execution = 1;
    */
   taskExecution?: TaskExecution | undefined;
@@ -448,10 +574,14 @@ export declare type GetTaskExecutionResponse = Message<"gitpod.v1.GetTaskExecuti
 export declare const GetTaskExecutionResponseSchema: GenMessage<GetTaskExecutionResponse>;
 
 /**
+ * Input of GetTask.
+ *
  * @generated from message gitpod.v1.GetTaskRequest
  */
 export declare type GetTaskRequest = Message<"gitpod.v1.GetTaskRequest"> & {
   /**
+   * The task.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
@@ -464,10 +594,14 @@ export declare type GetTaskRequest = Message<"gitpod.v1.GetTaskRequest"> & {
 export declare const GetTaskRequestSchema: GenMessage<GetTaskRequest>;
 
 /**
+ * Result of GetTask.
+ *
  * @generated from message gitpod.v1.GetTaskResponse
  */
 export declare type GetTaskResponse = Message<"gitpod.v1.GetTaskResponse"> & {
   /**
+   * The task.
+   *
    * @generated from field: gitpod.v1.Task task = 1;
    */
   task?: Task | undefined;
@@ -480,15 +614,21 @@ export declare type GetTaskResponse = Message<"gitpod.v1.GetTaskResponse"> & {
 export declare const GetTaskResponseSchema: GenMessage<GetTaskResponse>;
 
 /**
+ * Input of ListServices.
+ *
  * @generated from message gitpod.v1.ListServicesRequest
  */
 export declare type ListServicesRequest = Message<"gitpod.v1.ListServicesRequest"> & {
   /**
+   * Which page to return.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Which ones to return; unset = all.
+   *
    * @generated from field: gitpod.v1.ListServicesRequest.Filter filter = 2;
    */
   filter?: ListServicesRequest_Filter | undefined;
@@ -501,25 +641,35 @@ export declare type ListServicesRequest = Message<"gitpod.v1.ListServicesRequest
 export declare const ListServicesRequestSchema: GenMessage<ListServicesRequest>;
 
 /**
+ * Fields narrow together, values inside one field widen; an empty field does not filter.
+ *
  * @generated from message gitpod.v1.ListServicesRequest.Filter
  */
 export declare type ListServicesRequest_Filter = Message<"gitpod.v1.ListServicesRequest.Filter"> & {
   /**
+   * Of these environments, at most 25.
+   *
    * @generated from field: repeated string environment_ids = 1;
    */
   environmentIds: string[];
 
   /**
+   * With these references, at most 25.
+   *
    * @generated from field: repeated string references = 2;
    */
   references: string[];
 
   /**
+   * These services, at most 25.
+   *
    * @generated from field: repeated string service_ids = 3;
    */
   serviceIds: string[];
 
   /**
+   * With these roles, at most 25.
+   *
    * @generated from field: repeated gitpod.v1.ServiceRole roles = 4;
    */
   roles: ServiceRole[];
@@ -532,15 +682,21 @@ export declare type ListServicesRequest_Filter = Message<"gitpod.v1.ListServices
 export declare const ListServicesRequest_FilterSchema: GenMessage<ListServicesRequest_Filter>;
 
 /**
+ * Result of ListServices.
+ *
  * @generated from message gitpod.v1.ListServicesResponse
  */
 export declare type ListServicesResponse = Message<"gitpod.v1.ListServicesResponse"> & {
   /**
+   * Where the next page begins.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * One page.
+   *
    * @generated from field: repeated gitpod.v1.Service services = 2;
    */
   services: Service[];
@@ -553,15 +709,21 @@ export declare type ListServicesResponse = Message<"gitpod.v1.ListServicesRespon
 export declare const ListServicesResponseSchema: GenMessage<ListServicesResponse>;
 
 /**
+ * Input of ListTaskExecutions.
+ *
  * @generated from message gitpod.v1.ListTaskExecutionsRequest
  */
 export declare type ListTaskExecutionsRequest = Message<"gitpod.v1.ListTaskExecutionsRequest"> & {
   /**
+   * Which page to return.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Which ones to return; unset = all.
+   *
    * @generated from field: gitpod.v1.ListTaskExecutionsRequest.Filter filter = 2;
    */
   filter?: ListTaskExecutionsRequest_Filter | undefined;
@@ -574,25 +736,35 @@ export declare type ListTaskExecutionsRequest = Message<"gitpod.v1.ListTaskExecu
 export declare const ListTaskExecutionsRequestSchema: GenMessage<ListTaskExecutionsRequest>;
 
 /**
+ * Fields narrow together, values inside one field widen; an empty field does not filter.
+ *
  * @generated from message gitpod.v1.ListTaskExecutionsRequest.Filter
  */
 export declare type ListTaskExecutionsRequest_Filter = Message<"gitpod.v1.ListTaskExecutionsRequest.Filter"> & {
   /**
+   * Of these tasks, at most 25.
+   *
    * @generated from field: repeated string task_ids = 1;
    */
   taskIds: string[];
 
   /**
+   * Of tasks that had these references when started, at most 25; finds executions of deleted tasks too.
+   *
    * @generated from field: repeated string task_references = 2;
    */
   taskReferences: string[];
 
   /**
+   * In these environments, at most 25.
+   *
    * @generated from field: repeated string environment_ids = 3;
    */
   environmentIds: string[];
 
   /**
+   * In these phases, at most 25.
+   *
    * @generated from field: repeated gitpod.v1.TaskExecutionPhase phases = 4;
    */
   phases: TaskExecutionPhase[];
@@ -605,15 +777,21 @@ export declare type ListTaskExecutionsRequest_Filter = Message<"gitpod.v1.ListTa
 export declare const ListTaskExecutionsRequest_FilterSchema: GenMessage<ListTaskExecutionsRequest_Filter>;
 
 /**
+ * Result of ListTaskExecutions.
+ *
  * @generated from message gitpod.v1.ListTaskExecutionsResponse
  */
 export declare type ListTaskExecutionsResponse = Message<"gitpod.v1.ListTaskExecutionsResponse"> & {
   /**
+   * Where the next page begins.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * One page.
+   *
    * @generated from field: repeated gitpod.v1.TaskExecution task_executions = 2;
    */
   taskExecutions: TaskExecution[];
@@ -626,15 +804,21 @@ export declare type ListTaskExecutionsResponse = Message<"gitpod.v1.ListTaskExec
 export declare const ListTaskExecutionsResponseSchema: GenMessage<ListTaskExecutionsResponse>;
 
 /**
+ * Input of ListTasks.
+ *
  * @generated from message gitpod.v1.ListTasksRequest
  */
 export declare type ListTasksRequest = Message<"gitpod.v1.ListTasksRequest"> & {
   /**
+   * Which page to return.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Which ones to return; unset = all.
+   *
    * @generated from field: gitpod.v1.ListTasksRequest.Filter filter = 2;
    */
   filter?: ListTasksRequest_Filter | undefined;
@@ -647,20 +831,28 @@ export declare type ListTasksRequest = Message<"gitpod.v1.ListTasksRequest"> & {
 export declare const ListTasksRequestSchema: GenMessage<ListTasksRequest>;
 
 /**
+ * Fields narrow together, values inside one field widen; an empty field does not filter.
+ *
  * @generated from message gitpod.v1.ListTasksRequest.Filter
  */
 export declare type ListTasksRequest_Filter = Message<"gitpod.v1.ListTasksRequest.Filter"> & {
   /**
+   * Of these environments, at most 25.
+   *
    * @generated from field: repeated string environment_ids = 1;
    */
   environmentIds: string[];
 
   /**
+   * With these references, at most 25.
+   *
    * @generated from field: repeated string references = 2;
    */
   references: string[];
 
   /**
+   * These tasks, at most 25.
+   *
    * @generated from field: repeated string task_ids = 3;
    */
   taskIds: string[];
@@ -673,15 +865,21 @@ export declare type ListTasksRequest_Filter = Message<"gitpod.v1.ListTasksReques
 export declare const ListTasksRequest_FilterSchema: GenMessage<ListTasksRequest_Filter>;
 
 /**
+ * Result of ListTasks.
+ *
  * @generated from message gitpod.v1.ListTasksResponse
  */
 export declare type ListTasksResponse = Message<"gitpod.v1.ListTasksResponse"> & {
   /**
+   * Where the next page begins.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * One page.
+   *
    * @generated from field: repeated gitpod.v1.Task tasks = 2;
    */
   tasks: Task[];
@@ -694,20 +892,28 @@ export declare type ListTasksResponse = Message<"gitpod.v1.ListTasksResponse"> &
 export declare const ListTasksResponseSchema: GenMessage<ListTasksResponse>;
 
 /**
+ * Where a command runs. Without a target: in the dev container if the environment has one, else on the host.
+ *
  * @generated from message gitpod.v1.RunsOn
  */
 export declare type RunsOn = Message<"gitpod.v1.RunsOn"> & {
   /**
+   * The place; unset = the default above.
+   *
    * @generated from oneof gitpod.v1.RunsOn.target
    */
   target: {
     /**
+     * In a fresh container.
+     *
      * @generated from field: gitpod.v1.RunsOn.Docker docker = 10;
      */
     value: RunsOn_Docker;
     case: "docker";
   } | {
     /**
+     * On the host, even when there is a dev container.
+     *
      * @generated from field: gitpod.v1.RunsOn.Machine machine = 30;
      */
     value: RunsOn_Machine;
@@ -722,15 +928,21 @@ export declare type RunsOn = Message<"gitpod.v1.RunsOn"> & {
 export declare const RunsOnSchema: GenMessage<RunsOn>;
 
 /**
+ * A fresh container on the host network with the repository mounted; fails on a runner without a container engine.
+ *
  * @generated from message gitpod.v1.RunsOn.Docker
  */
 export declare type RunsOn_Docker = Message<"gitpod.v1.RunsOn.Docker"> & {
   /**
+   * Image to run.
+   *
    * @generated from field: string image = 1;
    */
   image: string;
 
   /**
+   * Variables as `NAME=value`, or `NAME` to copy the environment's value.
+   *
    * @generated from field: repeated string environment = 2;
    */
   environment: string[];
@@ -743,6 +955,8 @@ export declare type RunsOn_Docker = Message<"gitpod.v1.RunsOn.Docker"> & {
 export declare const RunsOn_DockerSchema: GenMessage<RunsOn_Docker>;
 
 /**
+ * The host of the environment; nothing to set.
+ *
  * @generated from message gitpod.v1.RunsOn.Machine
  */
 export declare type RunsOn_Machine = Message<"gitpod.v1.RunsOn.Machine"> & {
@@ -755,10 +969,14 @@ export declare type RunsOn_Machine = Message<"gitpod.v1.RunsOn.Machine"> & {
 export declare const RunsOn_MachineSchema: GenMessage<RunsOn_Machine>;
 
 /**
+ * A secret that the caller can use and that the environment has in scope.
+ *
  * @generated from message gitpod.v1.SecretRef
  */
 export declare type SecretRef = Message<"gitpod.v1.SecretRef"> & {
   /**
+   * Id of the secret.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
@@ -771,30 +989,42 @@ export declare type SecretRef = Message<"gitpod.v1.SecretRef"> & {
 export declare const SecretRefSchema: GenMessage<SecretRef>;
 
 /**
+ * A long-lived command in an environment.
+ *
  * @generated from message gitpod.v1.Service
  */
 export declare type Service = Message<"gitpod.v1.Service"> & {
   /**
+   * Its id.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Environment it belongs to and ends with.
+   *
    * @generated from field: string environment_id = 2;
    */
   environmentId: string;
 
   /**
+   * What it is called and when it starts.
+   *
    * @generated from field: gitpod.v1.ServiceMetadata metadata = 3;
    */
   metadata?: ServiceMetadata | undefined;
 
   /**
+   * What is wanted.
+   *
    * @generated from field: gitpod.v1.ServiceSpec spec = 4;
    */
   spec?: ServiceSpec | undefined;
 
   /**
+   * What the runner reports.
+   *
    * @generated from field: gitpod.v1.ServiceStatus status = 5;
    */
   status?: ServiceStatus | undefined;
@@ -807,40 +1037,56 @@ export declare type Service = Message<"gitpod.v1.Service"> & {
 export declare const ServiceSchema: GenMessage<Service>;
 
 /**
+ * What a service is called and when it starts.
+ *
  * @generated from message gitpod.v1.ServiceMetadata
  */
 export declare type ServiceMetadata = Message<"gitpod.v1.ServiceMetadata"> & {
   /**
+   * Key among the environment's services, 1-128 letters, digits, `_` or `-`; never changes.
+   *
    * @generated from field: string reference = 1;
    */
   reference: string;
 
   /**
+   * Display name, not empty, not unique.
+   *
    * @generated from field: string name = 2;
    */
   name: string;
 
   /**
+   * Free text.
+   *
    * @generated from field: string description = 3;
    */
   description: string;
 
   /**
+   * When it was created. Output only.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 4;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * Who created it. Output only.
+   *
    * @generated from field: gitpod.v1.Subject creator = 5;
    */
   creator?: Subject | undefined;
 
   /**
+   * What starts it by itself; empty = nothing. `before_snapshot` is refused.
+   *
    * @generated from field: repeated gitpod.v1.AutomationTrigger triggered_by = 6;
    */
   triggeredBy: AutomationTrigger[];
 
   /**
+   * What clients use it for; unspecified is stored as DEFAULT.
+   *
    * @generated from field: gitpod.v1.ServiceRole role = 7;
    */
   role: ServiceRole;
@@ -853,40 +1099,56 @@ export declare type ServiceMetadata = Message<"gitpod.v1.ServiceMetadata"> & {
 export declare const ServiceMetadataSchema: GenMessage<ServiceMetadata>;
 
 /**
+ * What is wanted of a service.
+ *
  * @generated from message gitpod.v1.ServiceSpec
  */
 export declare type ServiceSpec = Message<"gitpod.v1.ServiceSpec"> & {
   /**
+   * Grows with every change; it only orders. Output only.
+   *
    * @generated from field: uint64 spec_version = 1;
    */
   specVersion: bigint;
 
   /**
+   * RUNNING, STOPPED, or DELETED once deletion began. On create RUNNING or STOPPED; unspecified = STOPPED.
+   *
    * @generated from field: gitpod.v1.ServicePhase desired_phase = 2;
    */
   desiredPhase: ServicePhase;
 
   /**
+   * What to run.
+   *
    * @generated from field: gitpod.v1.ServiceSpec.Commands commands = 3;
    */
   commands?: ServiceSpec_Commands | undefined;
 
   /**
+   * Which start is wanted: a value other than the status's starts it anew. Generated when empty.
+   *
    * @generated from field: string session = 4;
    */
   session: string;
 
   /**
+   * Where it runs.
+   *
    * @generated from field: gitpod.v1.RunsOn runs_on = 5;
    */
   runsOn?: RunsOn | undefined;
 
   /**
+   * Variables of its commands, later ones win over those of the environment.
+   *
    * @generated from field: repeated gitpod.v1.EnvironmentVariableItem env = 6;
    */
   env: EnvironmentVariableItem[];
 
   /**
+   * How long it may take to become ready, 0-86400 s; 0 or unset = no limit. FAILED after that.
+   *
    * @generated from field: google.protobuf.Duration readiness_timeout = 7;
    */
   readinessTimeout?: Duration | undefined;
@@ -899,20 +1161,28 @@ export declare type ServiceSpec = Message<"gitpod.v1.ServiceSpec"> & {
 export declare const ServiceSpecSchema: GenMessage<ServiceSpec>;
 
 /**
+ * Shell commands, each at most 64 KiB.
+ *
  * @generated from message gitpod.v1.ServiceSpec.Commands
  */
 export declare type ServiceSpec_Commands = Message<"gitpod.v1.ServiceSpec.Commands"> & {
   /**
+   * Command that stays in the foreground as long as the service runs.
+   *
    * @generated from field: string start = 1;
    */
   start: string;
 
   /**
+   * Run every second until it exits 0, which makes the service RUNNING; empty = running as soon as started.
+   *
    * @generated from field: string ready = 2;
    */
   ready: string;
 
   /**
+   * Run to stop it; empty = SIGTERM. What is left after 120 s is killed.
+   *
    * @generated from field: string stop = 3;
    */
   stop: string;
@@ -925,35 +1195,49 @@ export declare type ServiceSpec_Commands = Message<"gitpod.v1.ServiceSpec.Comman
 export declare const ServiceSpec_CommandsSchema: GenMessage<ServiceSpec_Commands>;
 
 /**
+ * State of a service as its environment reports it.
+ *
  * @generated from message gitpod.v1.ServiceStatus
  */
 export declare type ServiceStatus = Message<"gitpod.v1.ServiceStatus"> & {
   /**
+   * Grows with every report; it only orders.
+   *
    * @generated from field: uint64 status_version = 1;
    */
   statusVersion: bigint;
 
   /**
+   * Where it stands.
+   *
    * @generated from field: gitpod.v1.ServicePhase phase = 2;
    */
   phase: ServicePhase;
 
   /**
+   * Why it failed; may appear before the phase is FAILED.
+   *
    * @generated from field: string failure_message = 3;
    */
   failureMessage: string;
 
   /**
+   * Where to read the log of this session with a logs token; set from STARTING on, kept after the end.
+   *
    * @generated from field: string log_url = 4;
    */
   logUrl: string;
 
   /**
+   * Which start this describes.
+   *
    * @generated from field: string session = 5;
    */
   session: string;
 
   /**
+   * Values the service gave out in this session: at most 64 keys of 1-128 characters, values to 4096.
+   *
    * @generated from field: map<string, string> output = 6;
    */
   output: { [key: string]: string };
@@ -966,10 +1250,14 @@ export declare type ServiceStatus = Message<"gitpod.v1.ServiceStatus"> & {
 export declare const ServiceStatusSchema: GenMessage<ServiceStatus>;
 
 /**
+ * Input of StartService.
+ *
  * @generated from message gitpod.v1.StartServiceRequest
  */
 export declare type StartServiceRequest = Message<"gitpod.v1.StartServiceRequest"> & {
   /**
+   * The service.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
@@ -982,6 +1270,8 @@ export declare type StartServiceRequest = Message<"gitpod.v1.StartServiceRequest
 export declare const StartServiceRequestSchema: GenMessage<StartServiceRequest>;
 
 /**
+ * Result of StartService, empty.
+ *
  * @generated from message gitpod.v1.StartServiceResponse
  */
 export declare type StartServiceResponse = Message<"gitpod.v1.StartServiceResponse"> & {
@@ -994,10 +1284,14 @@ export declare type StartServiceResponse = Message<"gitpod.v1.StartServiceRespon
 export declare const StartServiceResponseSchema: GenMessage<StartServiceResponse>;
 
 /**
+ * Input of StartTask.
+ *
  * @generated from message gitpod.v1.StartTaskRequest
  */
 export declare type StartTaskRequest = Message<"gitpod.v1.StartTaskRequest"> & {
   /**
+   * The task.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
@@ -1010,10 +1304,14 @@ export declare type StartTaskRequest = Message<"gitpod.v1.StartTaskRequest"> & {
 export declare const StartTaskRequestSchema: GenMessage<StartTaskRequest>;
 
 /**
+ * Result of StartTask.
+ *
  * @generated from message gitpod.v1.StartTaskResponse
  */
 export declare type StartTaskResponse = Message<"gitpod.v1.StartTaskResponse"> & {
   /**
+   * The new execution, PENDING.
+   *
    * @generated from field: gitpod.v1.TaskExecution task_execution = 1;
    */
   taskExecution?: TaskExecution | undefined;
@@ -1026,10 +1324,14 @@ export declare type StartTaskResponse = Message<"gitpod.v1.StartTaskResponse"> &
 export declare const StartTaskResponseSchema: GenMessage<StartTaskResponse>;
 
 /**
+ * Input of StopService.
+ *
  * @generated from message gitpod.v1.StopServiceRequest
  */
 export declare type StopServiceRequest = Message<"gitpod.v1.StopServiceRequest"> & {
   /**
+   * The service.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
@@ -1042,6 +1344,8 @@ export declare type StopServiceRequest = Message<"gitpod.v1.StopServiceRequest">
 export declare const StopServiceRequestSchema: GenMessage<StopServiceRequest>;
 
 /**
+ * Result of StopService, empty.
+ *
  * @generated from message gitpod.v1.StopServiceResponse
  */
 export declare type StopServiceResponse = Message<"gitpod.v1.StopServiceResponse"> & {
@@ -1054,10 +1358,14 @@ export declare type StopServiceResponse = Message<"gitpod.v1.StopServiceResponse
 export declare const StopServiceResponseSchema: GenMessage<StopServiceResponse>;
 
 /**
+ * Input of StopTaskExecution.
+ *
  * @generated from message gitpod.v1.StopTaskExecutionRequest
  */
 export declare type StopTaskExecutionRequest = Message<"gitpod.v1.StopTaskExecutionRequest"> & {
   /**
+   * The execution.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
@@ -1070,6 +1378,8 @@ export declare type StopTaskExecutionRequest = Message<"gitpod.v1.StopTaskExecut
 export declare const StopTaskExecutionRequestSchema: GenMessage<StopTaskExecutionRequest>;
 
 /**
+ * Result of StopTaskExecution, empty.
+ *
  * @generated from message gitpod.v1.StopTaskExecutionResponse
  */
 export declare type StopTaskExecutionResponse = Message<"gitpod.v1.StopTaskExecutionResponse"> & {
@@ -1082,30 +1392,42 @@ export declare type StopTaskExecutionResponse = Message<"gitpod.v1.StopTaskExecu
 export declare const StopTaskExecutionResponseSchema: GenMessage<StopTaskExecutionResponse>;
 
 /**
+ * A command in an environment that ends.
+ *
  * @generated from message gitpod.v1.Task
  */
 export declare type Task = Message<"gitpod.v1.Task"> & {
   /**
+   * Its id.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Environment it belongs to and ends with.
+   *
    * @generated from field: string environment_id = 2;
    */
   environmentId: string;
 
   /**
+   * What it is called and when it starts.
+   *
    * @generated from field: gitpod.v1.TaskMetadata metadata = 3;
    */
   metadata?: TaskMetadata | undefined;
 
   /**
+   * What to run.
+   *
    * @generated from field: gitpod.v1.TaskSpec spec = 4;
    */
   spec?: TaskSpec | undefined;
 
   /**
+   * Ids of the tasks that must succeed and the services that must run before it.
+   *
    * @generated from field: repeated string depends_on = 5;
    */
   dependsOn: string[];
@@ -1118,25 +1440,35 @@ export declare type Task = Message<"gitpod.v1.Task"> & {
 export declare const TaskSchema: GenMessage<Task>;
 
 /**
+ * One run of a task with everything it depends on.
+ *
  * @generated from message gitpod.v1.TaskExecution
  */
 export declare type TaskExecution = Message<"gitpod.v1.TaskExecution"> & {
   /**
+   * Its id.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * What was started, by whom and when.
+   *
    * @generated from field: gitpod.v1.TaskExecutionMetadata metadata = 2;
    */
   metadata?: TaskExecutionMetadata | undefined;
 
   /**
+   * What will be run; does not change but for the desired phase.
+   *
    * @generated from field: gitpod.v1.TaskExecutionSpec spec = 3;
    */
   spec?: TaskExecutionSpec | undefined;
 
   /**
+   * What the runner reports.
+   *
    * @generated from field: gitpod.v1.TaskExecutionStatus status = 4;
    */
   status?: TaskExecutionStatus | undefined;
@@ -1149,40 +1481,56 @@ export declare type TaskExecution = Message<"gitpod.v1.TaskExecution"> & {
 export declare const TaskExecutionSchema: GenMessage<TaskExecution>;
 
 /**
+ * What was started, by whom and when.
+ *
  * @generated from message gitpod.v1.TaskExecutionMetadata
  */
 export declare type TaskExecutionMetadata = Message<"gitpod.v1.TaskExecutionMetadata"> & {
   /**
+   * The task; it may have been deleted since.
+   *
    * @generated from field: string task_id = 1;
    */
   taskId: string;
 
   /**
+   * Environment it runs in.
+   *
    * @generated from field: string environment_id = 2;
    */
   environmentId: string;
 
   /**
+   * When it was asked for.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 3;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * Who asked for it; the environment when a trigger did.
+   *
    * @generated from field: gitpod.v1.Subject creator = 4;
    */
   creator?: Subject | undefined;
 
   /**
+   * `manual`, or the trigger as files write it, such as `postEnvironmentStart`.
+   *
    * @generated from field: string started_by = 6;
    */
   startedBy: string;
 
   /**
+   * When the first step began; unset before.
+   *
    * @generated from field: google.protobuf.Timestamp started_at = 7;
    */
   startedAt?: Timestamp | undefined;
 
   /**
+   * When it ended; unset before.
+   *
    * @generated from field: google.protobuf.Timestamp completed_at = 8;
    */
   completedAt?: Timestamp | undefined;
@@ -1195,15 +1543,21 @@ export declare type TaskExecutionMetadata = Message<"gitpod.v1.TaskExecutionMeta
 export declare const TaskExecutionMetadataSchema: GenMessage<TaskExecutionMetadata>;
 
 /**
+ * What an execution runs.
+ *
  * @generated from message gitpod.v1.TaskExecutionSpec
  */
 export declare type TaskExecutionSpec = Message<"gitpod.v1.TaskExecutionSpec"> & {
   /**
+   * Groups in order; the next one begins only when every step of the one before succeeded.
+   *
    * @generated from field: repeated gitpod.v1.TaskExecutionSpec.Group plan = 1;
    */
   plan: TaskExecutionSpec_Group[];
 
   /**
+   * STOPPED once it is asked to stop.
+   *
    * @generated from field: gitpod.v1.TaskExecutionPhase desired_phase = 2;
    */
   desiredPhase: TaskExecutionPhase;
@@ -1216,10 +1570,14 @@ export declare type TaskExecutionSpec = Message<"gitpod.v1.TaskExecutionSpec"> &
 export declare const TaskExecutionSpecSchema: GenMessage<TaskExecutionSpec>;
 
 /**
+ * Steps that run at the same time.
+ *
  * @generated from message gitpod.v1.TaskExecutionSpec.Group
  */
 export declare type TaskExecutionSpec_Group = Message<"gitpod.v1.TaskExecutionSpec.Group"> & {
   /**
+   * The steps, by reference.
+   *
    * @generated from field: repeated gitpod.v1.TaskExecutionSpec.Step steps = 1;
    */
   steps: TaskExecutionSpec_Step[];
@@ -1232,35 +1590,49 @@ export declare type TaskExecutionSpec_Group = Message<"gitpod.v1.TaskExecutionSp
 export declare const TaskExecutionSpec_GroupSchema: GenMessage<TaskExecutionSpec_Group>;
 
 /**
+ * One task or service in the plan.
+ *
  * @generated from message gitpod.v1.TaskExecutionSpec.Step
  */
 export declare type TaskExecutionSpec_Step = Message<"gitpod.v1.TaskExecutionSpec.Step"> & {
   /**
+   * Its id, fresh for each execution.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Ids of the steps directly before it.
+   *
    * @generated from field: repeated string depends_on = 2;
    */
   dependsOn: string[];
 
   /**
+   * Name of the task or service, or its reference.
+   *
    * @generated from field: string label = 3;
    */
   label: string;
 
   /**
+   * What it is.
+   *
    * @generated from oneof gitpod.v1.TaskExecutionSpec.Step.step
    */
   step: {
     /**
+     * Run this task.
+     *
      * @generated from field: gitpod.v1.TaskExecutionSpec.Task task = 10;
      */
     value: TaskExecutionSpec_Task;
     case: "task";
   } | {
     /**
+     * Start this service and wait until it runs.
+     *
      * @generated from field: string service_id = 11;
      */
     value: string;
@@ -1275,15 +1647,21 @@ export declare type TaskExecutionSpec_Step = Message<"gitpod.v1.TaskExecutionSpe
 export declare const TaskExecutionSpec_StepSchema: GenMessage<TaskExecutionSpec_Step>;
 
 /**
+ * A task as it was when the execution was created.
+ *
  * @generated from message gitpod.v1.TaskExecutionSpec.Task
  */
 export declare type TaskExecutionSpec_Task = Message<"gitpod.v1.TaskExecutionSpec.Task"> & {
   /**
+   * Id of the task.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Copy of its spec; secrets stay references.
+   *
    * @generated from field: gitpod.v1.TaskSpec spec = 2;
    */
   spec?: TaskSpec | undefined;
@@ -1296,30 +1674,42 @@ export declare type TaskExecutionSpec_Task = Message<"gitpod.v1.TaskExecutionSpe
 export declare const TaskExecutionSpec_TaskSchema: GenMessage<TaskExecutionSpec_Task>;
 
 /**
+ * State of an execution as the runner reports it.
+ *
  * @generated from message gitpod.v1.TaskExecutionStatus
  */
 export declare type TaskExecutionStatus = Message<"gitpod.v1.TaskExecutionStatus"> & {
   /**
+   * Grows with every report; it only orders.
+   *
    * @generated from field: uint64 status_version = 1;
    */
   statusVersion: bigint;
 
   /**
+   * Where it stands; once it has ended it does not change.
+   *
    * @generated from field: gitpod.v1.TaskExecutionPhase phase = 2;
    */
   phase: TaskExecutionPhase;
 
   /**
+   * Which step failed and why; may appear before the phase is FAILED.
+   *
    * @generated from field: string failure_message = 3;
    */
   failureMessage: string;
 
   /**
+   * Steps that have begun.
+   *
    * @generated from field: repeated gitpod.v1.TaskExecutionStatus.Step steps = 4;
    */
   steps: TaskExecutionStatus_Step[];
 
   /**
+   * Where to read its log with a logs token; empty until it starts.
+   *
    * @generated from field: string log_url = 5;
    */
   logUrl: string;
@@ -1332,25 +1722,35 @@ export declare type TaskExecutionStatus = Message<"gitpod.v1.TaskExecutionStatus
 export declare const TaskExecutionStatusSchema: GenMessage<TaskExecutionStatus>;
 
 /**
+ * State of a step.
+ *
  * @generated from message gitpod.v1.TaskExecutionStatus.Step
  */
 export declare type TaskExecutionStatus_Step = Message<"gitpod.v1.TaskExecutionStatus.Step"> & {
   /**
+   * Id of the step in the plan.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Where it stands.
+   *
    * @generated from field: gitpod.v1.TaskExecutionPhase phase = 2;
    */
   phase: TaskExecutionPhase;
 
   /**
+   * Why it failed.
+   *
    * @generated from field: string failure_message = 3;
    */
   failureMessage: string;
 
   /**
+   * Values the step gave out: at most 64 keys of 1-128 characters, values to 4096.
+   *
    * @generated from field: map<string, string> output = 4;
    */
   output: { [key: string]: string };
@@ -1363,35 +1763,49 @@ export declare type TaskExecutionStatus_Step = Message<"gitpod.v1.TaskExecutionS
 export declare const TaskExecutionStatus_StepSchema: GenMessage<TaskExecutionStatus_Step>;
 
 /**
+ * What a task is called and when it starts.
+ *
  * @generated from message gitpod.v1.TaskMetadata
  */
 export declare type TaskMetadata = Message<"gitpod.v1.TaskMetadata"> & {
   /**
+   * Key among the environment's tasks, 1-128 letters, digits, `_` or `-`; never changes.
+   *
    * @generated from field: string reference = 1;
    */
   reference: string;
 
   /**
+   * Display name, not empty, not unique.
+   *
    * @generated from field: string name = 2;
    */
   name: string;
 
   /**
+   * Free text.
+   *
    * @generated from field: string description = 3;
    */
   description: string;
 
   /**
+   * When it was created. Output only.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 4;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * Who created it. Output only.
+   *
    * @generated from field: gitpod.v1.Subject creator = 5;
    */
   creator?: Subject | undefined;
 
   /**
+   * What starts it by itself; empty = nothing.
+   *
    * @generated from field: repeated gitpod.v1.AutomationTrigger triggered_by = 6;
    */
   triggeredBy: AutomationTrigger[];
@@ -1404,25 +1818,35 @@ export declare type TaskMetadata = Message<"gitpod.v1.TaskMetadata"> & {
 export declare const TaskMetadataSchema: GenMessage<TaskMetadata>;
 
 /**
+ * What a task runs.
+ *
  * @generated from message gitpod.v1.TaskSpec
  */
 export declare type TaskSpec = Message<"gitpod.v1.TaskSpec"> & {
   /**
+   * Shell command, at most 64 KiB; empty for a task that only bundles its dependencies.
+   *
    * @generated from field: string command = 1;
    */
   command: string;
 
   /**
+   * Where it runs.
+   *
    * @generated from field: gitpod.v1.RunsOn runs_on = 2;
    */
   runsOn?: RunsOn | undefined;
 
   /**
+   * Variables of the command, later ones win over those of the environment.
+   *
    * @generated from field: repeated gitpod.v1.EnvironmentVariableItem env = 3;
    */
   env: EnvironmentVariableItem[];
 
   /**
+   * Whether a prebuild fails when the task does not succeed. Default false: only a warning.
+   *
    * @generated from field: bool prebuild_requires_success = 4;
    */
   prebuildRequiresSuccess: boolean;
@@ -1435,25 +1859,35 @@ export declare type TaskSpec = Message<"gitpod.v1.TaskSpec"> & {
 export declare const TaskSpecSchema: GenMessage<TaskSpec>;
 
 /**
+ * Input of UpdateService; what is not set stays.
+ *
  * @generated from message gitpod.v1.UpdateServiceRequest
  */
 export declare type UpdateServiceRequest = Message<"gitpod.v1.UpdateServiceRequest"> & {
   /**
+   * The service.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Metadata to change, possible at any time.
+   *
    * @generated from field: gitpod.v1.UpdateServiceRequest.ServiceMetadata metadata = 2;
    */
   metadata?: UpdateServiceRequest_ServiceMetadata | undefined;
 
   /**
+   * Spec to change, only while the service is stopped or failed and no start is pending.
+   *
    * @generated from field: gitpod.v1.UpdateServiceRequest.ServiceSpec spec = 3;
    */
   spec?: UpdateServiceRequest_ServiceSpec | undefined;
 
   /**
+   * Status to report; only from the environment itself.
+   *
    * @generated from field: gitpod.v1.UpdateServiceRequest.ServiceStatus status = 4;
    */
   status?: UpdateServiceRequest_ServiceStatus | undefined;
@@ -1466,10 +1900,14 @@ export declare type UpdateServiceRequest = Message<"gitpod.v1.UpdateServiceReque
 export declare const UpdateServiceRequestSchema: GenMessage<UpdateServiceRequest>;
 
 /**
+ * A whole list of triggers.
+ *
  * @generated from message gitpod.v1.UpdateServiceRequest.AutomationTriggerUpdate
  */
 export declare type UpdateServiceRequest_AutomationTriggerUpdate = Message<"gitpod.v1.UpdateServiceRequest.AutomationTriggerUpdate"> & {
   /**
+   * The new triggers; empty = none.
+   *
    * @generated from field: repeated gitpod.v1.AutomationTrigger trigger = 1;
    */
   trigger: AutomationTrigger[];
@@ -1482,25 +1920,35 @@ export declare type UpdateServiceRequest_AutomationTriggerUpdate = Message<"gitp
 export declare const UpdateServiceRequest_AutomationTriggerUpdateSchema: GenMessage<UpdateServiceRequest_AutomationTriggerUpdate>;
 
 /**
+ * Metadata to change.
+ *
  * @generated from message gitpod.v1.UpdateServiceRequest.ServiceMetadata
  */
 export declare type UpdateServiceRequest_ServiceMetadata = Message<"gitpod.v1.UpdateServiceRequest.ServiceMetadata"> & {
   /**
+   * New display name.
+   *
    * @generated from field: optional string name = 1;
    */
   name?: string | undefined;
 
   /**
+   * New description; empty clears it.
+   *
    * @generated from field: optional string description = 2;
    */
   description?: string | undefined;
 
   /**
+   * New triggers, replacing all.
+   *
    * @generated from field: optional gitpod.v1.UpdateServiceRequest.AutomationTriggerUpdate triggered_by = 3;
    */
   triggeredBy?: UpdateServiceRequest_AutomationTriggerUpdate | undefined;
 
   /**
+   * New role.
+   *
    * @generated from field: optional gitpod.v1.ServiceRole role = 4;
    */
   role?: ServiceRole | undefined;
@@ -1513,25 +1961,35 @@ export declare type UpdateServiceRequest_ServiceMetadata = Message<"gitpod.v1.Up
 export declare const UpdateServiceRequest_ServiceMetadataSchema: GenMessage<UpdateServiceRequest_ServiceMetadata>;
 
 /**
+ * Spec to change.
+ *
  * @generated from message gitpod.v1.UpdateServiceRequest.ServiceSpec
  */
 export declare type UpdateServiceRequest_ServiceSpec = Message<"gitpod.v1.UpdateServiceRequest.ServiceSpec"> & {
   /**
+   * Commands to change.
+   *
    * @generated from field: optional gitpod.v1.UpdateServiceRequest.ServiceSpec.Commands commands = 1;
    */
   commands?: UpdateServiceRequest_ServiceSpec_Commands | undefined;
 
   /**
+   * New place to run; without a target = the default.
+   *
    * @generated from field: optional gitpod.v1.RunsOn runs_on = 2;
    */
   runsOn?: RunsOn | undefined;
 
   /**
+   * New variables, replacing all; empty = unchanged.
+   *
    * @generated from field: repeated gitpod.v1.EnvironmentVariableItem env = 3;
    */
   env: EnvironmentVariableItem[];
 
   /**
+   * New time to become ready, 0-86400 s; 0 = no limit.
+   *
    * @generated from field: google.protobuf.Duration readiness_timeout = 4;
    */
   readinessTimeout?: Duration | undefined;
@@ -1544,20 +2002,28 @@ export declare type UpdateServiceRequest_ServiceSpec = Message<"gitpod.v1.Update
 export declare const UpdateServiceRequest_ServiceSpecSchema: GenMessage<UpdateServiceRequest_ServiceSpec>;
 
 /**
+ * Commands to change, each at most 64 KiB.
+ *
  * @generated from message gitpod.v1.UpdateServiceRequest.ServiceSpec.Commands
  */
 export declare type UpdateServiceRequest_ServiceSpec_Commands = Message<"gitpod.v1.UpdateServiceRequest.ServiceSpec.Commands"> & {
   /**
+   * New start command, not empty.
+   *
    * @generated from field: optional string start = 1;
    */
   start?: string | undefined;
 
   /**
+   * New ready command; empty removes it.
+   *
    * @generated from field: optional string ready = 2;
    */
   ready?: string | undefined;
 
   /**
+   * New stop command; empty removes it.
+   *
    * @generated from field: optional string stop = 3;
    */
   stop?: string | undefined;
@@ -1570,30 +2036,42 @@ export declare type UpdateServiceRequest_ServiceSpec_Commands = Message<"gitpod.
 export declare const UpdateServiceRequest_ServiceSpec_CommandsSchema: GenMessage<UpdateServiceRequest_ServiceSpec_Commands>;
 
 /**
+ * Status to report.
+ *
  * @generated from message gitpod.v1.UpdateServiceRequest.ServiceStatus
  */
 export declare type UpdateServiceRequest_ServiceStatus = Message<"gitpod.v1.UpdateServiceRequest.ServiceStatus"> & {
   /**
+   * Where it stands, never unspecified; DELETED only when deletion is wanted.
+   *
    * @generated from field: optional gitpod.v1.ServicePhase phase = 1;
    */
   phase?: ServicePhase | undefined;
 
   /**
+   * Why it failed.
+   *
    * @generated from field: optional string failure_message = 2;
    */
   failureMessage?: string | undefined;
 
   /**
+   * Where its log is; must lie under the environment's own URLs.
+   *
    * @generated from field: optional string log_url = 3;
    */
   logUrl?: string | undefined;
 
   /**
+   * Session reported on: the wanted one or the one reported last.
+   *
    * @generated from field: optional string session = 4;
    */
   session?: string | undefined;
 
   /**
+   * Values to add or change; an empty value removes its key.
+   *
    * @generated from field: map<string, string> output = 5;
    */
   output: { [key: string]: string };
@@ -1606,6 +2084,8 @@ export declare type UpdateServiceRequest_ServiceStatus = Message<"gitpod.v1.Upda
 export declare const UpdateServiceRequest_ServiceStatusSchema: GenMessage<UpdateServiceRequest_ServiceStatus>;
 
 /**
+ * Result of UpdateService, empty.
+ *
  * @generated from message gitpod.v1.UpdateServiceResponse
  */
 export declare type UpdateServiceResponse = Message<"gitpod.v1.UpdateServiceResponse"> & {
@@ -1618,25 +2098,35 @@ export declare type UpdateServiceResponse = Message<"gitpod.v1.UpdateServiceResp
 export declare const UpdateServiceResponseSchema: GenMessage<UpdateServiceResponse>;
 
 /**
+ * Input of UpdateTask; what is not set stays.
+ *
  * @generated from message gitpod.v1.UpdateTaskRequest
  */
 export declare type UpdateTaskRequest = Message<"gitpod.v1.UpdateTaskRequest"> & {
   /**
+   * The task.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Metadata to change.
+   *
    * @generated from field: gitpod.v1.UpdateTaskRequest.TaskMetadata metadata = 2;
    */
   metadata?: UpdateTaskRequest_TaskMetadata | undefined;
 
   /**
+   * Spec to change.
+   *
    * @generated from field: gitpod.v1.UpdateTaskRequest.TaskSpec spec = 3;
    */
   spec?: UpdateTaskRequest_TaskSpec | undefined;
 
   /**
+   * New dependencies, replacing all; empty = unchanged.
+   *
    * @generated from field: repeated string depends_on = 4;
    */
   dependsOn: string[];
@@ -1649,10 +2139,14 @@ export declare type UpdateTaskRequest = Message<"gitpod.v1.UpdateTaskRequest"> &
 export declare const UpdateTaskRequestSchema: GenMessage<UpdateTaskRequest>;
 
 /**
+ * A whole list of triggers.
+ *
  * @generated from message gitpod.v1.UpdateTaskRequest.AutomationTriggerUpdate
  */
 export declare type UpdateTaskRequest_AutomationTriggerUpdate = Message<"gitpod.v1.UpdateTaskRequest.AutomationTriggerUpdate"> & {
   /**
+   * The new triggers; empty = none.
+   *
    * @generated from field: repeated gitpod.v1.AutomationTrigger trigger = 1;
    */
   trigger: AutomationTrigger[];
@@ -1665,20 +2159,28 @@ export declare type UpdateTaskRequest_AutomationTriggerUpdate = Message<"gitpod.
 export declare const UpdateTaskRequest_AutomationTriggerUpdateSchema: GenMessage<UpdateTaskRequest_AutomationTriggerUpdate>;
 
 /**
+ * Metadata to change.
+ *
  * @generated from message gitpod.v1.UpdateTaskRequest.TaskMetadata
  */
 export declare type UpdateTaskRequest_TaskMetadata = Message<"gitpod.v1.UpdateTaskRequest.TaskMetadata"> & {
   /**
+   * New display name.
+   *
    * @generated from field: optional string name = 1;
    */
   name?: string | undefined;
 
   /**
+   * New description; empty clears it.
+   *
    * @generated from field: optional string description = 2;
    */
   description?: string | undefined;
 
   /**
+   * New triggers, replacing all.
+   *
    * @generated from field: optional gitpod.v1.UpdateTaskRequest.AutomationTriggerUpdate triggered_by = 3;
    */
   triggeredBy?: UpdateTaskRequest_AutomationTriggerUpdate | undefined;
@@ -1691,25 +2193,35 @@ export declare type UpdateTaskRequest_TaskMetadata = Message<"gitpod.v1.UpdateTa
 export declare const UpdateTaskRequest_TaskMetadataSchema: GenMessage<UpdateTaskRequest_TaskMetadata>;
 
 /**
+ * Spec to change.
+ *
  * @generated from message gitpod.v1.UpdateTaskRequest.TaskSpec
  */
 export declare type UpdateTaskRequest_TaskSpec = Message<"gitpod.v1.UpdateTaskRequest.TaskSpec"> & {
   /**
+   * New command; empty only when the task has dependencies.
+   *
    * @generated from field: optional string command = 1;
    */
   command?: string | undefined;
 
   /**
+   * New place to run; without a target = the default.
+   *
    * @generated from field: optional gitpod.v1.RunsOn runs_on = 2;
    */
   runsOn?: RunsOn | undefined;
 
   /**
+   * New variables, replacing all; empty = unchanged.
+   *
    * @generated from field: repeated gitpod.v1.EnvironmentVariableItem env = 3;
    */
   env: EnvironmentVariableItem[];
 
   /**
+   * Whether a prebuild fails when the task does not succeed.
+   *
    * @generated from field: optional bool prebuild_requires_success = 4;
    */
   prebuildRequiresSuccess?: boolean | undefined;
@@ -1722,6 +2234,8 @@ export declare type UpdateTaskRequest_TaskSpec = Message<"gitpod.v1.UpdateTaskRe
 export declare const UpdateTaskRequest_TaskSpecSchema: GenMessage<UpdateTaskRequest_TaskSpec>;
 
 /**
+ * Result of UpdateTask, empty.
+ *
  * @generated from message gitpod.v1.UpdateTaskResponse
  */
 export declare type UpdateTaskResponse = Message<"gitpod.v1.UpdateTaskResponse"> & {
@@ -1734,15 +2248,21 @@ export declare type UpdateTaskResponse = Message<"gitpod.v1.UpdateTaskResponse">
 export declare const UpdateTaskResponseSchema: GenMessage<UpdateTaskResponse>;
 
 /**
+ * Input of UpsertAutomationsFile.
+ *
  * @generated from message gitpod.v1.UpsertAutomationsFileRequest
  */
 export declare type UpsertAutomationsFileRequest = Message<"gitpod.v1.UpsertAutomationsFileRequest"> & {
   /**
+   * The environment.
+   *
    * @generated from field: string environment_id = 1;
    */
   environmentId: string;
 
   /**
+   * The file's content; needed. Fields left out of an item take their defaults, variables are kept.
+   *
    * @generated from field: gitpod.v1.AutomationsFile automations_file = 2;
    */
   automationsFile?: AutomationsFile | undefined;
@@ -1755,15 +2275,21 @@ export declare type UpsertAutomationsFileRequest = Message<"gitpod.v1.UpsertAuto
 export declare const UpsertAutomationsFileRequestSchema: GenMessage<UpsertAutomationsFileRequest>;
 
 /**
+ * Result of UpsertAutomationsFile; unchanged items are named too.
+ *
  * @generated from message gitpod.v1.UpsertAutomationsFileResponse
  */
 export declare type UpsertAutomationsFileResponse = Message<"gitpod.v1.UpsertAutomationsFileResponse"> & {
   /**
+   * Ids of the services in the file, by reference.
+   *
    * @generated from field: repeated string updated_service_ids = 1;
    */
   updatedServiceIds: string[];
 
   /**
+   * Ids of the tasks in the file, by reference.
+   *
    * @generated from field: repeated string updated_task_ids = 2;
    */
   updatedTaskIds: string[];
@@ -1776,40 +2302,56 @@ export declare type UpsertAutomationsFileResponse = Message<"gitpod.v1.UpsertAut
 export declare const UpsertAutomationsFileResponseSchema: GenMessage<UpsertAutomationsFileResponse>;
 
 /**
+ * Where a service stands, or should.
+ *
  * @generated from enum gitpod.v1.ServicePhase
  */
 export enum ServicePhase {
   /**
+   * Not set.
+   *
    * @generated from enum value: SERVICE_PHASE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Started, not ready yet.
+   *
    * @generated from enum value: SERVICE_PHASE_STARTING = 1;
    */
   STARTING = 1,
 
   /**
+   * Running and ready.
+   *
    * @generated from enum value: SERVICE_PHASE_RUNNING = 2;
    */
   RUNNING = 2,
 
   /**
+   * Being stopped.
+   *
    * @generated from enum value: SERVICE_PHASE_STOPPING = 3;
    */
   STOPPING = 3,
 
   /**
+   * At rest: never started, stopped, or its start command exited 0.
+   *
    * @generated from enum value: SERVICE_PHASE_STOPPED = 4;
    */
   STOPPED = 4,
 
   /**
+   * At rest after an error: it could not start, exited with an error, or had to be killed.
+   *
    * @generated from enum value: SERVICE_PHASE_FAILED = 5;
    */
   FAILED = 5,
 
   /**
+   * Gone, or to be removed.
+   *
    * @generated from enum value: SERVICE_PHASE_DELETED = 6;
    */
   DELETED = 6,
@@ -1821,30 +2363,42 @@ export enum ServicePhase {
 export declare const ServicePhaseSchema: GenEnum<ServicePhase>;
 
 /**
+ * What clients use a service for; the server attaches no behaviour to it.
+ *
  * @generated from enum gitpod.v1.ServiceRole
  */
 export enum ServiceRole {
   /**
+   * Not set; stored as DEFAULT.
+   *
    * @generated from enum value: SERVICE_ROLE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * An ordinary service.
+   *
    * @generated from enum value: SERVICE_ROLE_DEFAULT = 1;
    */
   DEFAULT = 1,
 
   /**
+   * An editor.
+   *
    * @generated from enum value: SERVICE_ROLE_EDITOR = 2;
    */
   EDITOR = 2,
 
   /**
+   * A coding agent.
+   *
    * @generated from enum value: SERVICE_ROLE_AI_AGENT = 3;
    */
   AI_AGENT = 3,
 
   /**
+   * A security agent. Cannot be given in automations files.
+   *
    * @generated from enum value: SERVICE_ROLE_SECURITY_AGENT = 4;
    */
   SECURITY_AGENT = 4,
@@ -1856,35 +2410,49 @@ export enum ServiceRole {
 export declare const ServiceRoleSchema: GenEnum<ServiceRole>;
 
 /**
+ * Where an execution or a step stands, or should.
+ *
  * @generated from enum gitpod.v1.TaskExecutionPhase
  */
 export enum TaskExecutionPhase {
   /**
+   * Not set.
+   *
    * @generated from enum value: TASK_EXECUTION_PHASE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Nothing has begun.
+   *
    * @generated from enum value: TASK_EXECUTION_PHASE_PENDING = 1;
    */
   PENDING = 1,
 
   /**
+   * A step runs, or more will.
+   *
    * @generated from enum value: TASK_EXECUTION_PHASE_RUNNING = 2;
    */
   RUNNING = 2,
 
   /**
+   * Everything exited 0 or, for services, runs.
+   *
    * @generated from enum value: TASK_EXECUTION_PHASE_SUCCEEDED = 3;
    */
   SUCCEEDED = 3,
 
   /**
+   * A step failed and none runs any more.
+   *
    * @generated from enum value: TASK_EXECUTION_PHASE_FAILED = 4;
    */
   FAILED = 4,
 
   /**
+   * Stopped on request before the end.
+   *
    * @generated from enum value: TASK_EXECUTION_PHASE_STOPPED = 5;
    */
   STOPPED = 5,
@@ -1896,10 +2464,20 @@ export enum TaskExecutionPhase {
 export declare const TaskExecutionPhaseSchema: GenEnum<TaskExecutionPhase>;
 
 /**
+ * Services, tasks and their executions inside one environment. "Editor" is the environment's creator, a holder of
+ * ENVIRONMENT_ADMIN, or the environment itself; "user" also a holder of ENVIRONMENT_USER; "reader" also viewers and
+ * organization admins, who may besides stop and delete. What the caller cannot see is NOT_FOUND, what it may not do
+ * PERMISSION_DENIED; runners never call this service. Changes are refused with FAILED_PRECONDITION while the
+ * environment is archived or being deleted. Reads are safe to repeat.
+ *
  * @generated from service gitpod.v1.EnvironmentAutomationService
  */
 export declare const EnvironmentAutomationService: GenService<{
   /**
+   * Adds a service; with desired phase RUNNING it starts at once. Editors. ALREADY_EXISTS when the reference is taken;
+   * INVALID_ARGUMENT for a bad variable, secret, trigger or desired phase; FAILED_PRECONDITION for RUNNING without a
+   * start command or in an environment that is not meant to run; RESOURCE_EXHAUSTED above 100 services. Not idempotent.
+   *
    * @generated from rpc gitpod.v1.EnvironmentAutomationService.CreateService
    */
   createService: {
@@ -1908,6 +2486,8 @@ export declare const EnvironmentAutomationService: GenService<{
     output: typeof CreateServiceResponseSchema;
   },
   /**
+   * Returns a service, also one being deleted until it is gone. Readers. Secrets appear only as references.
+   *
    * @generated from rpc gitpod.v1.EnvironmentAutomationService.GetService
    */
   getService: {
@@ -1916,6 +2496,8 @@ export declare const EnvironmentAutomationService: GenService<{
     output: typeof GetServiceResponseSchema;
   },
   /**
+   * Lists services of the environments the caller can see, newest first. Readers.
+   *
    * @generated from rpc gitpod.v1.EnvironmentAutomationService.ListServices
    */
   listServices: {
@@ -1924,6 +2506,10 @@ export declare const EnvironmentAutomationService: GenService<{
     output: typeof ListServicesResponseSchema;
   },
   /**
+   * Changes the given parts; one refused part refuses all. Metadata and spec: editors; status: only the environment
+   * itself. FAILED_PRECONDITION for a spec change while it is not at rest, while being deleted, or for a stale session;
+   * INVALID_ARGUMENT for bad values. Idempotent: repeating the same values changes nothing.
+   *
    * @generated from rpc gitpod.v1.EnvironmentAutomationService.UpdateService
    */
   updateService: {
@@ -1932,6 +2518,9 @@ export declare const EnvironmentAutomationService: GenService<{
     output: typeof UpdateServiceResponseSchema;
   },
   /**
+   * Stops and removes a service; returns before it has stopped. Editors and organization admins. FAILED_PRECONDITION,
+   * unless forced, while a task depends on it. Repeatable until it is gone, then NOT_FOUND.
+   *
    * @generated from rpc gitpod.v1.EnvironmentAutomationService.DeleteService
    */
   deleteService: {
@@ -1940,6 +2529,9 @@ export declare const EnvironmentAutomationService: GenService<{
     output: typeof DeleteServiceResponseSchema;
   },
   /**
+   * Starts a service in a new session; returns before it has started. Users. FAILED_PRECONDITION when it has no start
+   * command, is being deleted, or the environment is not meant to run. Idempotent: no effect when starting or running.
+   *
    * @generated from rpc gitpod.v1.EnvironmentAutomationService.StartService
    */
   startService: {
@@ -1948,6 +2540,9 @@ export declare const EnvironmentAutomationService: GenService<{
     output: typeof StartServiceResponseSchema;
   },
   /**
+   * Stops a service; returns before it has stopped. Users and organization admins. Idempotent: no effect when stopped;
+   * a failed one stays failed.
+   *
    * @generated from rpc gitpod.v1.EnvironmentAutomationService.StopService
    */
   stopService: {
@@ -1956,6 +2551,11 @@ export declare const EnvironmentAutomationService: GenService<{
     output: typeof StopServiceResponseSchema;
   },
   /**
+   * Creates and changes services and tasks as a file describes them, all or nothing; items not in the file are kept,
+   * and running services with another spec are restarted. Editors. INVALID_ARGUMENT for a bad value or an unknown,
+   * ambiguous or cyclic dependency; FAILED_PRECONDITION when an item is being deleted; RESOURCE_EXHAUSTED over a limit.
+   * Idempotent.
+   *
    * @generated from rpc gitpod.v1.EnvironmentAutomationService.UpsertAutomationsFile
    */
   upsertAutomationsFile: {
@@ -1964,6 +2564,10 @@ export declare const EnvironmentAutomationService: GenService<{
     output: typeof UpsertAutomationsFileResponseSchema;
   },
   /**
+   * Adds a task without running it. Editors. ALREADY_EXISTS when the reference is taken; INVALID_ARGUMENT for a bad
+   * variable, secret, trigger or dependency, or neither command nor dependencies; RESOURCE_EXHAUSTED above 200 tasks.
+   * Not idempotent.
+   *
    * @generated from rpc gitpod.v1.EnvironmentAutomationService.CreateTask
    */
   createTask: {
@@ -1972,6 +2576,8 @@ export declare const EnvironmentAutomationService: GenService<{
     output: typeof CreateTaskResponseSchema;
   },
   /**
+   * Returns a task. Readers.
+   *
    * @generated from rpc gitpod.v1.EnvironmentAutomationService.GetTask
    */
   getTask: {
@@ -1980,6 +2586,8 @@ export declare const EnvironmentAutomationService: GenService<{
     output: typeof GetTaskResponseSchema;
   },
   /**
+   * Lists tasks of the environments the caller can see, newest first. Readers.
+   *
    * @generated from rpc gitpod.v1.EnvironmentAutomationService.ListTasks
    */
   listTasks: {
@@ -1988,6 +2596,10 @@ export declare const EnvironmentAutomationService: GenService<{
     output: typeof ListTasksResponseSchema;
   },
   /**
+   * Changes the given parts at any time; executions under way keep the definition they started with. Editors.
+   * INVALID_ARGUMENT for bad values or a dependency cycle, whose path it names. Idempotent: repeating the same values
+   * changes nothing.
+   *
    * @generated from rpc gitpod.v1.EnvironmentAutomationService.UpdateTask
    */
   updateTask: {
@@ -1996,6 +2608,9 @@ export declare const EnvironmentAutomationService: GenService<{
     output: typeof UpdateTaskResponseSchema;
   },
   /**
+   * Removes a task at once and stops its executions; ended ones stay readable. Editors and organization admins.
+   * FAILED_PRECONDITION while another task depends on it. A second call is NOT_FOUND.
+   *
    * @generated from rpc gitpod.v1.EnvironmentAutomationService.DeleteTask
    */
   deleteTask: {
@@ -2004,6 +2619,10 @@ export declare const EnvironmentAutomationService: GenService<{
     output: typeof DeleteTaskResponseSchema;
   },
   /**
+   * Starts a task after everything it depends on; returns the execution without waiting. Users. FAILED_PRECONDITION
+   * when the environment is not meant to run; RESOURCE_EXHAUSTED above 100 unfinished executions in it. Not idempotent:
+   * each call is another execution, and they may run side by side.
+   *
    * @generated from rpc gitpod.v1.EnvironmentAutomationService.StartTask
    */
   startTask: {
@@ -2012,6 +2631,8 @@ export declare const EnvironmentAutomationService: GenService<{
     output: typeof StartTaskResponseSchema;
   },
   /**
+   * Lists executions in the environments the caller can see, newest first. Readers.
+   *
    * @generated from rpc gitpod.v1.EnvironmentAutomationService.ListTaskExecutions
    */
   listTaskExecutions: {
@@ -2020,6 +2641,8 @@ export declare const EnvironmentAutomationService: GenService<{
     output: typeof ListTaskExecutionsResponseSchema;
   },
   /**
+   * Returns an execution. Readers.
+   *
    * @generated from rpc gitpod.v1.EnvironmentAutomationService.GetTaskExecution
    */
   getTaskExecution: {
@@ -2028,6 +2651,9 @@ export declare const EnvironmentAutomationService: GenService<{
     output: typeof GetTaskExecutionResponseSchema;
   },
   /**
+   * Stops an execution; returns before its steps have ended. Users and organization admins. Services it started keep
+   * running. Idempotent: no effect on an ended one.
+   *
    * @generated from rpc gitpod.v1.EnvironmentAutomationService.StopTaskExecution
    */
   stopTaskExecution: {

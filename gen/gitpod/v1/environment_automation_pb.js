@@ -518,6 +518,8 @@ export const ServicePhaseSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment_automation, 0);
 
 /**
+ * Where a service stands, or should.
+ *
  * @generated from enum gitpod.v1.ServicePhase
  */
 export const ServicePhase = /*@__PURE__*/
@@ -530,6 +532,8 @@ export const ServiceRoleSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment_automation, 1);
 
 /**
+ * What clients use a service for; the server attaches no behaviour to it.
+ *
  * @generated from enum gitpod.v1.ServiceRole
  */
 export const ServiceRole = /*@__PURE__*/
@@ -542,12 +546,20 @@ export const TaskExecutionPhaseSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment_automation, 2);
 
 /**
+ * Where an execution or a step stands, or should.
+ *
  * @generated from enum gitpod.v1.TaskExecutionPhase
  */
 export const TaskExecutionPhase = /*@__PURE__*/
   tsEnum(TaskExecutionPhaseSchema);
 
 /**
+ * Services, tasks and their executions inside one environment. "Editor" is the environment's creator, a holder of
+ * ENVIRONMENT_ADMIN, or the environment itself; "user" also a holder of ENVIRONMENT_USER; "reader" also viewers and
+ * organization admins, who may besides stop and delete. What the caller cannot see is NOT_FOUND, what it may not do
+ * PERMISSION_DENIED; runners never call this service. Changes are refused with FAILED_PRECONDITION while the
+ * environment is archived or being deleted. Reads are safe to repeat.
+ *
  * @generated from service gitpod.v1.EnvironmentAutomationService
  */
 export const EnvironmentAutomationService = /*@__PURE__*/

@@ -11,20 +11,28 @@ import type { Message } from "@bufbuild/protobuf";
 export declare const file_gitpod_v1_environment_logs: GenFile;
 
 /**
+ * Opens a section of an environment log: JSON after `[section-create]` on a line of its own.
+ *
  * @generated from message gitpod.v1.CreateLogSection
  */
 export declare type CreateLogSection = Message<"gitpod.v1.CreateLogSection"> & {
   /**
+   * Names the section, for its end line.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Heading to show.
+   *
    * @generated from field: string title = 2;
    */
   title: string;
 
   /**
+   * Open-ended instead of one step of the start; true for `system`, which opens last.
+   *
    * @generated from field: bool continuous = 3;
    */
   continuous: boolean;
@@ -37,20 +45,28 @@ export declare type CreateLogSection = Message<"gitpod.v1.CreateLogSection"> & {
 export declare const CreateLogSectionSchema: GenMessage<CreateLogSection>;
 
 /**
+ * Closes a section of an environment log: JSON after `[section-end]` on a line of its own.
+ *
  * @generated from message gitpod.v1.EndLogSection
  */
 export declare type EndLogSection = Message<"gitpod.v1.EndLogSection"> & {
   /**
+   * Section that ends.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * How it ended.
+   *
    * @generated from field: gitpod.v1.LogSectionOutcome outcome = 2;
    */
   outcome: LogSectionOutcome;
 
   /**
+   * Seconds since it was opened.
+   *
    * @generated from field: float seconds_elapsed = 3;
    */
   secondsElapsed: number;
@@ -63,25 +79,35 @@ export declare type EndLogSection = Message<"gitpod.v1.EndLogSection"> & {
 export declare const EndLogSectionSchema: GenMessage<EndLogSection>;
 
 /**
+ * How a log section ended.
+ *
  * @generated from enum gitpod.v1.LogSectionOutcome
  */
 export enum LogSectionOutcome {
   /**
+   * Not known.
+   *
    * @generated from enum value: LOG_SECTION_OUTCOME_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * It did what it should.
+   *
    * @generated from enum value: LOG_SECTION_OUTCOME_SUCCESS = 1;
    */
   SUCCESS = 1,
 
   /**
+   * It failed; its lines say why.
+   *
    * @generated from enum value: LOG_SECTION_OUTCOME_FAILURE = 2;
    */
   FAILURE = 2,
 
   /**
+   * It was given up before its end.
+   *
    * @generated from enum value: LOG_SECTION_OUTCOME_CANCELLED = 3;
    */
   CANCELLED = 3,

@@ -31,6 +31,8 @@ export const LogSectionOutcomeSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment_logs, 0);
 
 /**
+ * How a log section ended.
+ *
  * @generated from enum gitpod.v1.LogSectionOutcome
  */
 export const LogSectionOutcome = /*@__PURE__*/

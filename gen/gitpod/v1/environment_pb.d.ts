@@ -18,15 +18,21 @@ import type { ListEnvironmentClassesRequestSchema, ListEnvironmentClassesRespons
 export declare const file_gitpod_v1_environment: GenFile;
 
 /**
+ * Input of AllowPortAccess.
+ *
  * @generated from message gitpod.v1.AllowPortAccessRequest
  */
 export declare type AllowPortAccessRequest = Message<"gitpod.v1.AllowPortAccessRequest"> & {
   /**
+   * The environment.
+   *
    * @generated from field: string environment_id = 1;
    */
   environmentId: string;
 
   /**
+   * Port number, 1-65535.
+   *
    * @generated from field: int32 port = 2;
    */
   port: number;
@@ -39,10 +45,14 @@ export declare type AllowPortAccessRequest = Message<"gitpod.v1.AllowPortAccessR
 export declare const AllowPortAccessRequestSchema: GenMessage<AllowPortAccessRequest>;
 
 /**
+ * Result of AllowPortAccess.
+ *
  * @generated from message gitpod.v1.AllowPortAccessResponse
  */
 export declare type AllowPortAccessResponse = Message<"gitpod.v1.AllowPortAccessResponse"> & {
   /**
+   * Whether the caller may reach the port. False when the spec does not list it or sharing ports is disabled.
+   *
    * @generated from field: bool allowed = 1;
    */
   allowed: boolean;
@@ -55,10 +65,14 @@ export declare type AllowPortAccessResponse = Message<"gitpod.v1.AllowPortAccess
 export declare const AllowPortAccessResponseSchema: GenMessage<AllowPortAccessResponse>;
 
 /**
+ * Input of ArchiveEnvironment.
+ *
  * @generated from message gitpod.v1.ArchiveEnvironmentRequest
  */
 export declare type ArchiveEnvironmentRequest = Message<"gitpod.v1.ArchiveEnvironmentRequest"> & {
   /**
+   * The environment.
+   *
    * @generated from field: string environment_id = 1;
    */
   environmentId: string;
@@ -71,6 +85,8 @@ export declare type ArchiveEnvironmentRequest = Message<"gitpod.v1.ArchiveEnviro
 export declare const ArchiveEnvironmentRequestSchema: GenMessage<ArchiveEnvironmentRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.ArchiveEnvironmentResponse
  */
 export declare type ArchiveEnvironmentResponse = Message<"gitpod.v1.ArchiveEnvironmentResponse"> & {
@@ -83,10 +99,14 @@ export declare type ArchiveEnvironmentResponse = Message<"gitpod.v1.ArchiveEnvir
 export declare const ArchiveEnvironmentResponseSchema: GenMessage<ArchiveEnvironmentResponse>;
 
 /**
+ * Content found by following a link: a repository, branch, tag, commit or pull request page.
+ *
  * @generated from message gitpod.v1.ContextURLInitializer
  */
 export declare type ContextURLInitializer = Message<"gitpod.v1.ContextURLInitializer"> & {
   /**
+   * Absolute URL; scheme https, or one the operator allows. The runner resolves it while creating the content.
+   *
    * @generated from field: string url = 1;
    */
   url: string;
@@ -99,10 +119,14 @@ export declare type ContextURLInitializer = Message<"gitpod.v1.ContextURLInitial
 export declare const ContextURLInitializerSchema: GenMessage<ContextURLInitializer>;
 
 /**
+ * Input of CreateEnvironmentAccessToken.
+ *
  * @generated from message gitpod.v1.CreateEnvironmentAccessTokenRequest
  */
 export declare type CreateEnvironmentAccessTokenRequest = Message<"gitpod.v1.CreateEnvironmentAccessTokenRequest"> & {
   /**
+   * The environment.
+   *
    * @generated from field: string environment_id = 1;
    */
   environmentId: string;
@@ -115,10 +139,15 @@ export declare type CreateEnvironmentAccessTokenRequest = Message<"gitpod.v1.Cre
 export declare const CreateEnvironmentAccessTokenRequestSchema: GenMessage<CreateEnvironmentAccessTokenRequest>;
 
 /**
+ * Result of CreateEnvironmentAccessToken.
+ *
  * @generated from message gitpod.v1.CreateEnvironmentAccessTokenResponse
  */
 export declare type CreateEnvironmentAccessTokenResponse = Message<"gitpod.v1.CreateEnvironmentAccessTokenResponse"> & {
   /**
+   * Bearer token for the environment's URLs, shown only here. Dies early with the environment or when its issuer loses
+   * access.
+   *
    * @generated from field: string access_token = 1;
    */
   accessToken: string;
@@ -131,10 +160,14 @@ export declare type CreateEnvironmentAccessTokenResponse = Message<"gitpod.v1.Cr
 export declare const CreateEnvironmentAccessTokenResponseSchema: GenMessage<CreateEnvironmentAccessTokenResponse>;
 
 /**
+ * Error detail of a class that the project does not offer.
+ *
  * @generated from message gitpod.v1.CreateEnvironmentFromProjectBadRequestEnvironmentClassDetails
  */
 export declare type CreateEnvironmentFromProjectBadRequestEnvironmentClassDetails = Message<"gitpod.v1.CreateEnvironmentFromProjectBadRequestEnvironmentClassDetails"> & {
   /**
+   * Classes of the project that the caller could use instead.
+   *
    * @generated from field: repeated string environment_class_ids = 1;
    */
   environmentClassIds: string[];
@@ -147,30 +180,43 @@ export declare type CreateEnvironmentFromProjectBadRequestEnvironmentClassDetail
 export declare const CreateEnvironmentFromProjectBadRequestEnvironmentClassDetailsSchema: GenMessage<CreateEnvironmentFromProjectBadRequestEnvironmentClassDetails>;
 
 /**
+ * Input of CreateEnvironmentFromProject.
+ *
  * @generated from message gitpod.v1.CreateEnvironmentFromProjectRequest
  */
 export declare type CreateEnvironmentFromProjectRequest = Message<"gitpod.v1.CreateEnvironmentFromProjectRequest"> & {
   /**
+   * The project; needs PROJECT_USER.
+   *
    * @generated from field: string project_id = 1;
    */
   projectId: string;
 
   /**
+   * Values that win over the project's, field by field; initializer and ports are replaced as a whole. Without a class
+   * the project's first usable one is taken. Secrets in it are ignored.
+   *
    * @generated from field: gitpod.v1.EnvironmentSpec spec = 3;
    */
   spec?: EnvironmentSpec | undefined;
 
   /**
+   * Display name, up to 80 characters; unset or empty = generated.
+   *
    * @generated from field: optional string name = 4;
    */
   name?: string | undefined;
 
   /**
+   * Labels stored as sent: at most 32, keys up to 128 and values up to 1024 characters.
+   *
    * @generated from field: map<string, string> annotations = 5;
    */
   annotations: { [key: string]: string };
 
   /**
+   * Session of the caller to put it in, else NOT_FOUND; empty = a new one.
+   *
    * @generated from field: string session_id = 6;
    */
   sessionId: string;
@@ -183,10 +229,14 @@ export declare type CreateEnvironmentFromProjectRequest = Message<"gitpod.v1.Cre
 export declare const CreateEnvironmentFromProjectRequestSchema: GenMessage<CreateEnvironmentFromProjectRequest>;
 
 /**
+ * Result of CreateEnvironmentFromProject.
+ *
  * @generated from message gitpod.v1.CreateEnvironmentFromProjectResponse
  */
 export declare type CreateEnvironmentFromProjectResponse = Message<"gitpod.v1.CreateEnvironmentFromProjectResponse"> & {
   /**
+   * The new environment, in phase CREATING.
+   *
    * @generated from field: gitpod.v1.Environment environment = 1;
    */
   environment?: Environment | undefined;
@@ -199,10 +249,14 @@ export declare type CreateEnvironmentFromProjectResponse = Message<"gitpod.v1.Cr
 export declare const CreateEnvironmentFromProjectResponseSchema: GenMessage<CreateEnvironmentFromProjectResponse>;
 
 /**
+ * Input of CreateEnvironmentLogsToken.
+ *
  * @generated from message gitpod.v1.CreateEnvironmentLogsTokenRequest
  */
 export declare type CreateEnvironmentLogsTokenRequest = Message<"gitpod.v1.CreateEnvironmentLogsTokenRequest"> & {
   /**
+   * The environment.
+   *
    * @generated from field: string environment_id = 1;
    */
   environmentId: string;
@@ -215,10 +269,15 @@ export declare type CreateEnvironmentLogsTokenRequest = Message<"gitpod.v1.Creat
 export declare const CreateEnvironmentLogsTokenRequestSchema: GenMessage<CreateEnvironmentLogsTokenRequest>;
 
 /**
+ * Result of CreateEnvironmentLogsToken.
+ *
  * @generated from message gitpod.v1.CreateEnvironmentLogsTokenResponse
  */
 export declare type CreateEnvironmentLogsTokenResponse = Message<"gitpod.v1.CreateEnvironmentLogsTokenResponse"> & {
   /**
+   * Bearer token that only reads logs, shown only here. Dies early with the environment or when its issuer loses
+   * access.
+   *
    * @generated from field: string access_token = 1;
    */
   accessToken: string;
@@ -231,10 +290,14 @@ export declare type CreateEnvironmentLogsTokenResponse = Message<"gitpod.v1.Crea
 export declare const CreateEnvironmentLogsTokenResponseSchema: GenMessage<CreateEnvironmentLogsTokenResponse>;
 
 /**
+ * Error detail of a create that lacks source-control credentials.
+ *
  * @generated from message gitpod.v1.CreateEnvironmentPreconditionFailureDetails
  */
 export declare type CreateEnvironmentPreconditionFailureDetails = Message<"gitpod.v1.CreateEnvironmentPreconditionFailureDetails"> & {
   /**
+   * Hosts the caller has to sign in to on that runner first.
+   *
    * @generated from field: repeated string missing_authentication_tokens_for_hosts = 1;
    */
   missingAuthenticationTokensForHosts: string[];
@@ -247,25 +310,35 @@ export declare type CreateEnvironmentPreconditionFailureDetails = Message<"gitpo
 export declare const CreateEnvironmentPreconditionFailureDetailsSchema: GenMessage<CreateEnvironmentPreconditionFailureDetails>;
 
 /**
+ * Input of CreateEnvironment.
+ *
  * @generated from message gitpod.v1.CreateEnvironmentRequest
  */
 export declare type CreateEnvironmentRequest = Message<"gitpod.v1.CreateEnvironmentRequest"> & {
   /**
+   * Wanted environment; `machine.class` is required. Output-only parts sent along are replaced.
+   *
    * @generated from field: gitpod.v1.EnvironmentSpec spec = 1;
    */
   spec?: EnvironmentSpec | undefined;
 
   /**
+   * Display name, up to 80 characters, not unique; unset or empty = generated from the repository.
+   *
    * @generated from field: optional string name = 2;
    */
   name?: string | undefined;
 
   /**
+   * Session of the caller to put it in, else NOT_FOUND; empty = a new one.
+   *
    * @generated from field: string session_id = 3;
    */
   sessionId: string;
 
   /**
+   * Labels stored as sent: at most 32, keys up to 128 and values up to 1024 characters.
+   *
    * @generated from field: map<string, string> annotations = 4;
    */
   annotations: { [key: string]: string };
@@ -278,10 +351,14 @@ export declare type CreateEnvironmentRequest = Message<"gitpod.v1.CreateEnvironm
 export declare const CreateEnvironmentRequestSchema: GenMessage<CreateEnvironmentRequest>;
 
 /**
+ * Result of CreateEnvironment.
+ *
  * @generated from message gitpod.v1.CreateEnvironmentResponse
  */
 export declare type CreateEnvironmentResponse = Message<"gitpod.v1.CreateEnvironmentResponse"> & {
   /**
+   * The new environment, in phase CREATING.
+   *
    * @generated from field: gitpod.v1.Environment environment = 1;
    */
   environment?: Environment | undefined;
@@ -294,15 +371,21 @@ export declare type CreateEnvironmentResponse = Message<"gitpod.v1.CreateEnviron
 export declare const CreateEnvironmentResponseSchema: GenMessage<CreateEnvironmentResponse>;
 
 /**
+ * Input of CreatePortAccessToken.
+ *
  * @generated from message gitpod.v1.CreatePortAccessTokenRequest
  */
 export declare type CreatePortAccessTokenRequest = Message<"gitpod.v1.CreatePortAccessTokenRequest"> & {
   /**
+   * The environment.
+   *
    * @generated from field: string environment_id = 1;
    */
   environmentId: string;
 
   /**
+   * Port number, 1-65535; must be listed in the spec.
+   *
    * @generated from field: int32 port = 2;
    */
   port: number;
@@ -315,10 +398,14 @@ export declare type CreatePortAccessTokenRequest = Message<"gitpod.v1.CreatePort
 export declare const CreatePortAccessTokenRequestSchema: GenMessage<CreatePortAccessTokenRequest>;
 
 /**
+ * Result of CreatePortAccessToken.
+ *
  * @generated from message gitpod.v1.CreatePortAccessTokenResponse
  */
 export declare type CreatePortAccessTokenResponse = Message<"gitpod.v1.CreatePortAccessTokenResponse"> & {
   /**
+   * Bearer token for that port's URL, shown only here. Dies early with the environment or when its issuer loses access.
+   *
    * @generated from field: string access_token = 1;
    */
   accessToken: string;
@@ -331,15 +418,22 @@ export declare type CreatePortAccessTokenResponse = Message<"gitpod.v1.CreatePor
 export declare const CreatePortAccessTokenResponseSchema: GenMessage<CreatePortAccessTokenResponse>;
 
 /**
+ * Input of DeleteEnvironment.
+ *
  * @generated from message gitpod.v1.DeleteEnvironmentRequest
  */
 export declare type DeleteEnvironmentRequest = Message<"gitpod.v1.DeleteEnvironmentRequest"> & {
   /**
+   * The environment.
+   *
    * @generated from field: string environment_id = 1;
    */
   environmentId: string;
 
   /**
+   * Delete at once without a graceful stop, even with the runner offline; it erases the files when it next connects.
+   * Unsaved work may be lost. Also finishes a pending delete. Default false.
+   *
    * @generated from field: bool force = 2;
    */
   force: boolean;
@@ -352,6 +446,8 @@ export declare type DeleteEnvironmentRequest = Message<"gitpod.v1.DeleteEnvironm
 export declare const DeleteEnvironmentRequestSchema: GenMessage<DeleteEnvironmentRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.DeleteEnvironmentResponse
  */
 export declare type DeleteEnvironmentResponse = Message<"gitpod.v1.DeleteEnvironmentResponse"> & {
@@ -364,25 +460,35 @@ export declare type DeleteEnvironmentResponse = Message<"gitpod.v1.DeleteEnviron
 export declare const DeleteEnvironmentResponseSchema: GenMessage<DeleteEnvironmentResponse>;
 
 /**
+ * A development environment: what is wanted of it, and what is observed.
+ *
  * @generated from message gitpod.v1.Environment
  */
 export declare type Environment = Message<"gitpod.v1.Environment"> & {
   /**
+   * UUIDv7, assigned on creation.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Where it comes from and who owns it.
+   *
    * @generated from field: gitpod.v1.EnvironmentMetadata metadata = 2;
    */
   metadata?: EnvironmentMetadata | undefined;
 
   /**
+   * Wanted state, written by the control plane on behalf of callers.
+   *
    * @generated from field: gitpod.v1.EnvironmentSpec spec = 3;
    */
   spec?: EnvironmentSpec | undefined;
 
   /**
+   * Observed state, as reported by the runner and summed up by the control plane.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus status = 4;
    */
   status?: EnvironmentStatus | undefined;
@@ -395,15 +501,21 @@ export declare type Environment = Message<"gitpod.v1.Environment"> & {
 export declare const EnvironmentSchema: GenMessage<Environment>;
 
 /**
+ * Sign of use that postpones the idle stop.
+ *
  * @generated from message gitpod.v1.EnvironmentActivitySignal
  */
 export declare type EnvironmentActivitySignal = Message<"gitpod.v1.EnvironmentActivitySignal"> & {
   /**
+   * What was used, 3-80 characters, such as `SSH` or `Terminal`. Without a signal, `API`.
+   *
    * @generated from field: string source = 1;
    */
   source: string;
 
   /**
+   * When; missing or in the future = now. The zero time is recorded as "no activity" and does not postpone the stop.
+   *
    * @generated from field: google.protobuf.Timestamp timestamp = 2;
    */
   timestamp?: Timestamp | undefined;
@@ -416,40 +528,56 @@ export declare type EnvironmentActivitySignal = Message<"gitpod.v1.EnvironmentAc
 export declare const EnvironmentActivitySignalSchema: GenMessage<EnvironmentActivitySignal>;
 
 /**
+ * State of the primary checkout.
+ *
  * @generated from message gitpod.v1.EnvironmentGitStatus
  */
 export declare type EnvironmentGitStatus = Message<"gitpod.v1.EnvironmentGitStatus"> & {
   /**
+   * Where it was cloned from, as an https URL.
+   *
    * @generated from field: string clone_url = 1;
    */
   cloneUrl: string;
 
   /**
+   * Checked-out branch.
+   *
    * @generated from field: string branch = 2;
    */
   branch: string;
 
   /**
+   * Commit that is checked out.
+   *
    * @generated from field: string latest_commit = 3;
    */
   latestCommit: string;
 
   /**
+   * Commits not yet on the remote, at most 100 of them.
+   *
    * @generated from field: repeated string unpushed_commits = 4;
    */
   unpushedCommits: string[];
 
   /**
+   * Exact number of unpushed commits.
+   *
    * @generated from field: int32 total_unpushed_commits = 5;
    */
   totalUnpushedCommits: number;
 
   /**
+   * Uncommitted changes, at most 100 of them.
+   *
    * @generated from field: repeated gitpod.v1.FileChange changed_files = 6;
    */
   changedFiles: FileChange[];
 
   /**
+   * Exact number of changed files.
+   *
    * @generated from field: int32 total_changed_files = 7;
    */
   totalChangedFiles: number;
@@ -462,10 +590,15 @@ export declare type EnvironmentGitStatus = Message<"gitpod.v1.EnvironmentGitStat
 export declare const EnvironmentGitStatusSchema: GenMessage<EnvironmentGitStatus>;
 
 /**
+ * How to fill the workspace.
+ *
  * @generated from message gitpod.v1.EnvironmentInitializer
  */
 export declare type EnvironmentInitializer = Message<"gitpod.v1.EnvironmentInitializer"> & {
   /**
+   * Sources in order, at most 16: the first is the primary checkout, others are cloned beside it. None = an empty
+   * workspace without git.
+   *
    * @generated from field: repeated gitpod.v1.EnvironmentInitializer.Spec specs = 1;
    */
   specs: EnvironmentInitializer_Spec[];
@@ -478,20 +611,28 @@ export declare type EnvironmentInitializer = Message<"gitpod.v1.EnvironmentIniti
 export declare const EnvironmentInitializerSchema: GenMessage<EnvironmentInitializer>;
 
 /**
+ * One source of content.
+ *
  * @generated from message gitpod.v1.EnvironmentInitializer.Spec
  */
 export declare type EnvironmentInitializer_Spec = Message<"gitpod.v1.EnvironmentInitializer.Spec"> & {
   /**
+   * Kind of source, required.
+   *
    * @generated from oneof gitpod.v1.EnvironmentInitializer.Spec.spec
    */
   spec: {
     /**
+     * A git repository and what to check out of it.
+     *
      * @generated from field: gitpod.v1.GitInitializer git = 1;
      */
     value: GitInitializer;
     case: "git";
   } | {
     /**
+     * A link for the runner to resolve.
+     *
      * @generated from field: gitpod.v1.ContextURLInitializer context_url = 2;
      */
     value: ContextURLInitializer;
@@ -506,75 +647,106 @@ export declare type EnvironmentInitializer_Spec = Message<"gitpod.v1.Environment
 export declare const EnvironmentInitializer_SpecSchema: GenMessage<EnvironmentInitializer_Spec>;
 
 /**
+ * Origin and ownership. Set by the server, except for the name, annotations, session and lockdown time.
+ *
  * @generated from message gitpod.v1.EnvironmentMetadata
  */
 export declare type EnvironmentMetadata = Message<"gitpod.v1.EnvironmentMetadata"> & {
   /**
+   * Organization it belongs to.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * Labels given at creation.
+   *
    * @generated from field: map<string, string> annotations = 2;
    */
   annotations: { [key: string]: string };
 
   /**
+   * Display name, not unique. At most 80 characters at creation; a rename allows 128.
+   *
    * @generated from field: string name = 3;
    */
   name: string;
 
   /**
+   * User or service account that created it; it runs with their identity and secrets.
+   *
    * @generated from field: gitpod.v1.Subject creator = 4;
    */
   creator?: Subject | undefined;
 
   /**
+   * Normalised context URL it was created from, else the first git remote; empty when from scratch.
+   *
    * @generated from field: string original_context_url = 5;
    */
   originalContextUrl: string;
 
   /**
+   * Creation time.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 6;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * Project it was created from; empty when created without one.
+   *
    * @generated from field: string project_id = 7;
    */
   projectId: string;
 
   /**
+   * Runner of its class; never changes.
+   *
    * @generated from field: string runner_id = 9;
    */
   runnerId: string;
 
   /**
+   * When it was last created or started.
+   *
    * @generated from field: google.protobuf.Timestamp last_started_at = 10;
    */
   lastStartedAt?: Timestamp | undefined;
 
   /**
+   * When it was archived; unset while it is not.
+   *
    * @generated from field: google.protobuf.Timestamp archived_at = 11;
    */
   archivedAt?: Timestamp | undefined;
 
   /**
+   * What it is for.
+   *
    * @generated from field: gitpod.v1.EnvironmentRole role = 12;
    */
   role: EnvironmentRole;
 
   /**
+   * Prebuild it was made from. Always unset: prebuilds are not served here.
+   *
    * @generated from field: optional string prebuild_id = 13;
    */
   prebuildId?: string | undefined;
 
   /**
+   * End of its lifetime, fixed at creation by organization policy or set by an admin. Nothing is stopped then; later
+   * starts are refused if the policy is strict or an admin set it, else they warn.
+   *
    * @generated from field: google.protobuf.Timestamp lockdown_at = 14;
    */
   lockdownAt?: Timestamp | undefined;
 
   /**
+   * Groups environments that belong together; not to be confused with the `session` markers in the spec.
+   *
    * @generated from field: string session_id = 15;
    */
   sessionId: string;
@@ -587,75 +759,110 @@ export declare type EnvironmentMetadata = Message<"gitpod.v1.EnvironmentMetadata
 export declare const EnvironmentMetadataSchema: GenMessage<EnvironmentMetadata>;
 
 /**
+ * Wanted state. The `session` of each part is an opaque change marker: the part is redone when it differs from the one
+ * in the status.
+ *
  * @generated from message gitpod.v1.EnvironmentSpec
  */
 export declare type EnvironmentSpec = Message<"gitpod.v1.EnvironmentSpec"> & {
   /**
+   * Starts at 1 and grows with each change; only for ordering. Output only.
+   *
    * @generated from field: uint64 spec_version = 1;
    */
   specVersion: bigint;
 
   /**
+   * RUNNING, STOPPED or DELETED. On creation unset or RUNNING, afterwards changed by Start, Stop and Delete and by the
+   * server itself.
+   *
    * @generated from field: gitpod.v1.EnvironmentPhase desired_phase = 2;
    */
   desiredPhase: EnvironmentPhase;
 
   /**
+   * Machine to run on.
+   *
    * @generated from field: gitpod.v1.EnvironmentSpec.Machine machine = 3;
    */
   machine?: EnvironmentSpec_Machine | undefined;
 
   /**
+   * What the workspace holds.
+   *
    * @generated from field: gitpod.v1.EnvironmentSpec.Content content = 4;
    */
   content?: EnvironmentSpec_Content | undefined;
 
   /**
+   * Secrets delivered to it, composed by the server from organization, project and creator. Output only; shown to
+   * owners, the environment itself and its runner.
+   *
    * @generated from field: repeated gitpod.v1.EnvironmentSpec.Secret secrets = 5;
    */
   secrets: EnvironmentSpec_Secret[];
 
   /**
+   * Ports reachable through a URL. Numbers are unique.
+   *
    * @generated from field: repeated gitpod.v1.EnvironmentSpec.EnvironmentPort ports = 6;
    */
   ports: EnvironmentSpec_EnvironmentPort[];
 
   /**
+   * When to stop by itself.
+   *
    * @generated from field: gitpod.v1.EnvironmentSpec.Timeout timeout = 7;
    */
   timeout?: EnvironmentSpec_Timeout | undefined;
 
   /**
+   * Who else in the organization gets ENVIRONMENT_USER: ORGANIZATION and EVERYONE give it to all members. Default
+   * CREATOR_ONLY.
+   *
    * @generated from field: gitpod.v1.AdmissionLevel admission = 8;
    */
   admission: AdmissionLevel;
 
   /**
+   * Dev container to build and run.
+   *
    * @generated from field: gitpod.v1.EnvironmentSpec.DevContainer devcontainer = 9;
    */
   devcontainer?: EnvironmentSpec_DevContainer | undefined;
 
   /**
+   * Keys that may log in over SSH. Ids are unique.
+   *
    * @generated from field: repeated gitpod.v1.EnvironmentSpec.SSHPublicKey ssh_public_keys = 10;
    */
   sshPublicKeys: EnvironmentSpec_SSHPublicKey[];
 
   /**
+   * Where services and tasks are read from.
+   *
    * @generated from field: gitpod.v1.EnvironmentSpec.AutomationsFile automations_file = 11;
    */
   automationsFile?: EnvironmentSpec_AutomationsFile | undefined;
 
   /**
+   * Workflow step it runs for. Reserved for the server, INVALID_ARGUMENT in requests.
+   *
    * @generated from field: optional string workflow_action_id = 12;
    */
   workflowActionId?: string | undefined;
 
   /**
+   * Limits on programs and files. Default: the organization's rules, which it may not weaken (FAILED_PRECONDITION) and
+   * which are added again at each start.
+   *
    * @generated from field: gitpod.v1.KernelControlsConfig kernel_controls_config = 13;
    */
   kernelControlsConfig?: KernelControlsConfig | undefined;
 
   /**
+   * Only empty is accepted: security policies are not served here.
+   *
    * @generated from field: string security_policy_id = 14;
    */
   securityPolicyId: string;
@@ -668,20 +875,28 @@ export declare type EnvironmentSpec = Message<"gitpod.v1.EnvironmentSpec"> & {
 export declare const EnvironmentSpecSchema: GenMessage<EnvironmentSpec>;
 
 /**
+ * Which automations file to apply, and which triggers fire.
+ *
  * @generated from message gitpod.v1.EnvironmentSpec.AutomationsFile
  */
 export declare type EnvironmentSpec_AutomationsFile = Message<"gitpod.v1.EnvironmentSpec.AutomationsFile"> & {
   /**
+   * Change marker: a new value applies the file again. Default a fresh UUID.
+   *
    * @generated from field: string session = 1;
    */
   session: string;
 
   /**
+   * Path inside the repository; empty = the first of the well-known places that exists.
+   *
    * @generated from field: string automations_file_path = 2;
    */
   automationsFilePath: string;
 
   /**
+   * Only these triggers fire; empty = all. Fixed at creation, does not concern manual starts.
+   *
    * @generated from field: repeated gitpod.v1.AutomationTrigger trigger_filter = 3;
    */
   triggerFilter: AutomationTrigger[];
@@ -694,25 +909,35 @@ export declare type EnvironmentSpec_AutomationsFile = Message<"gitpod.v1.Environ
 export declare const EnvironmentSpec_AutomationsFileSchema: GenMessage<EnvironmentSpec_AutomationsFile>;
 
 /**
+ * What the workspace holds, and whom commits are made as.
+ *
  * @generated from message gitpod.v1.EnvironmentSpec.Content
  */
 export declare type EnvironmentSpec_Content = Message<"gitpod.v1.EnvironmentSpec.Content"> & {
   /**
+   * Change marker: a new value initialises the content again. Default a fresh UUID.
+   *
    * @generated from field: string session = 1;
    */
   session: string;
 
   /**
+   * Where the content comes from; absent = an empty workspace.
+   *
    * @generated from field: gitpod.v1.EnvironmentInitializer initializer = 2;
    */
   initializer?: EnvironmentInitializer | undefined;
 
   /**
+   * `user.name` of git. Default the creator's name.
+   *
    * @generated from field: string git_username = 3;
    */
   gitUsername: string;
 
   /**
+   * `user.email` of git. Default the creator's address, none for service accounts.
+   *
    * @generated from field: string git_email = 4;
    */
   gitEmail: string;
@@ -725,30 +950,42 @@ export declare type EnvironmentSpec_Content = Message<"gitpod.v1.EnvironmentSpec
 export declare const EnvironmentSpec_ContentSchema: GenMessage<EnvironmentSpec_Content>;
 
 /**
+ * Dev container to build and run.
+ *
  * @generated from message gitpod.v1.EnvironmentSpec.DevContainer
  */
 export declare type EnvironmentSpec_DevContainer = Message<"gitpod.v1.EnvironmentSpec.DevContainer"> & {
   /**
+   * Change marker: a new value rebuilds it. Default a fresh UUID.
+   *
    * @generated from field: string session = 1;
    */
   session: string;
 
   /**
+   * Path inside the repository; empty = the usual places, then a generated file.
+   *
    * @generated from field: string devcontainer_file_path = 2;
    */
   devcontainerFilePath: string;
 
   /**
+   * Personal settings to install. Default the creator's own, users only.
+   *
    * @generated from field: gitpod.v1.EnvironmentSpec.DevContainer.Dotfiles dotfiles = 3;
    */
   dotfiles?: EnvironmentSpec_DevContainer_Dotfiles | undefined;
 
   /**
+   * Image for a generated file. Default from organization policy, else a plain Ubuntu dev container image.
+   *
    * @generated from field: string default_devcontainer_image = 4;
    */
   defaultDevcontainerImage: string;
 
   /**
+   * How far the lifecycle commands go. Default FULL.
+   *
    * @generated from field: gitpod.v1.EnvironmentSpec.DevContainer.LifecycleStage lifecycle_stage = 5;
    */
   lifecycleStage: EnvironmentSpec_DevContainer_LifecycleStage;
@@ -761,10 +998,14 @@ export declare type EnvironmentSpec_DevContainer = Message<"gitpod.v1.Environmen
 export declare const EnvironmentSpec_DevContainerSchema: GenMessage<EnvironmentSpec_DevContainer>;
 
 /**
+ * Repository with personal settings, installed once per dev container session.
+ *
  * @generated from message gitpod.v1.EnvironmentSpec.DevContainer.Dotfiles
  */
 export declare type EnvironmentSpec_DevContainer_Dotfiles = Message<"gitpod.v1.EnvironmentSpec.DevContainer.Dotfiles"> & {
   /**
+   * Its URL, under the same rules as git remotes.
+   *
    * @generated from field: string repository = 1;
    */
   repository: string;
@@ -777,20 +1018,28 @@ export declare type EnvironmentSpec_DevContainer_Dotfiles = Message<"gitpod.v1.E
 export declare const EnvironmentSpec_DevContainer_DotfilesSchema: GenMessage<EnvironmentSpec_DevContainer_Dotfiles>;
 
 /**
+ * How far the lifecycle commands go.
+ *
  * @generated from enum gitpod.v1.EnvironmentSpec.DevContainer.LifecycleStage
  */
 export enum EnvironmentSpec_DevContainer_LifecycleStage {
   /**
+   * Not set: the default, FULL.
+   *
    * @generated from enum value: LIFECYCLE_STAGE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * All commands, from initialize to postAttach.
+   *
    * @generated from enum value: LIFECYCLE_STAGE_FULL = 1;
    */
   FULL = 1,
 
   /**
+   * Only initialize, onCreate and updateContent.
+   *
    * @generated from enum value: LIFECYCLE_STAGE_PREBUILD = 2;
    */
   PREBUILD = 2,
@@ -802,30 +1051,43 @@ export enum EnvironmentSpec_DevContainer_LifecycleStage {
 export declare const EnvironmentSpec_DevContainer_LifecycleStageSchema: GenEnum<EnvironmentSpec_DevContainer_LifecycleStage>;
 
 /**
+ * A port reachable through a URL of the runner.
+ *
  * @generated from message gitpod.v1.EnvironmentSpec.EnvironmentPort
  */
 export declare type EnvironmentSpec_EnvironmentPort = Message<"gitpod.v1.EnvironmentSpec.EnvironmentPort"> & {
   /**
+   * Port number, 1024-65535.
+   *
    * @generated from field: int32 port = 1;
    */
   port: number;
 
   /**
+   * Who may reach it. Default CREATOR_ONLY on creation; in an update unspecified closes the port. Policies can cap it
+   * (FAILED_PRECONDITION).
+   *
    * @generated from field: gitpod.v1.AdmissionLevel admission = 2;
    */
   admission: AdmissionLevel;
 
   /**
+   * Display name, 1-100 characters.
+   *
    * @generated from field: string name = 3;
    */
   name: string;
 
   /**
+   * What the service behind it speaks.
+   *
    * @generated from field: gitpod.v1.EnvironmentSpec.EnvironmentPort.Protocol protocol = 4;
    */
   protocol: EnvironmentSpec_EnvironmentPort_Protocol;
 
   /**
+   * Grows when the admission changes, which voids browser access granted before. Output only.
+   *
    * @generated from field: uint64 auth_nonce = 5;
    */
   authNonce: bigint;
@@ -838,20 +1100,28 @@ export declare type EnvironmentSpec_EnvironmentPort = Message<"gitpod.v1.Environ
 export declare const EnvironmentSpec_EnvironmentPortSchema: GenMessage<EnvironmentSpec_EnvironmentPort>;
 
 /**
+ * Protocol between the runner and the service; clients reach the URL either way.
+ *
  * @generated from enum gitpod.v1.EnvironmentSpec.EnvironmentPort.Protocol
  */
 export enum EnvironmentSpec_EnvironmentPort_Protocol {
   /**
+   * Not set: the default, HTTP.
+   *
    * @generated from enum value: PROTOCOL_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Plain HTTP.
+   *
    * @generated from enum value: PROTOCOL_HTTP = 1;
    */
   HTTP = 1,
 
   /**
+   * HTTP over TLS.
+   *
    * @generated from enum value: PROTOCOL_HTTPS = 2;
    */
   HTTPS = 2,
@@ -863,20 +1133,28 @@ export enum EnvironmentSpec_EnvironmentPort_Protocol {
 export declare const EnvironmentSpec_EnvironmentPort_ProtocolSchema: GenEnum<EnvironmentSpec_EnvironmentPort_Protocol>;
 
 /**
+ * Machine to run on.
+ *
  * @generated from message gitpod.v1.EnvironmentSpec.Machine
  */
 export declare type EnvironmentSpec_Machine = Message<"gitpod.v1.EnvironmentSpec.Machine"> & {
   /**
+   * Change marker: new at each start. Output only.
+   *
    * @generated from field: string session = 1;
    */
   session: string;
 
   /**
+   * Id of the environment class, a UUID; required and fixed at creation.
+   *
    * @generated from field: string class = 2;
    */
   class: string;
 
   /**
+   * Ask for a separate disk for data. Runners may ignore it; the Linux-host runner does.
+   *
    * @generated from field: bool prefer_dual_disk = 3;
    */
   preferDualDisk: boolean;
@@ -889,15 +1167,21 @@ export declare type EnvironmentSpec_Machine = Message<"gitpod.v1.EnvironmentSpec
 export declare const EnvironmentSpec_MachineSchema: GenMessage<EnvironmentSpec_Machine>;
 
 /**
+ * A key that may log in.
+ *
  * @generated from message gitpod.v1.EnvironmentSpec.SSHPublicKey
  */
 export declare type EnvironmentSpec_SSHPublicKey = Message<"gitpod.v1.EnvironmentSpec.SSHPublicKey"> & {
   /**
+   * Free string, unique in the list.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Key in `authorized_keys` form without options; INVALID_ARGUMENT when it cannot be parsed or carries options.
+   *
    * @generated from field: string value = 2;
    */
   value: string;
@@ -910,53 +1194,73 @@ export declare type EnvironmentSpec_SSHPublicKey = Message<"gitpod.v1.Environmen
 export declare const EnvironmentSpec_SSHPublicKeySchema: GenMessage<EnvironmentSpec_SSHPublicKey>;
 
 /**
+ * A secret and where it goes; the value is never part of it.
+ *
  * @generated from message gitpod.v1.EnvironmentSpec.Secret
  */
 export declare type EnvironmentSpec_Secret = Message<"gitpod.v1.EnvironmentSpec.Secret"> & {
   /**
+   * Name of the secret.
+   *
    * @generated from field: string name = 1;
    */
   name: string;
 
   /**
+   * Who holds the value: `control-plane`, or `runner` for stored source-control tokens.
+   *
    * @generated from field: string source = 2;
    */
   source: string;
 
   /**
+   * Reference to the value at its source; for `control-plane` the secret's id.
+   *
    * @generated from field: string source_ref = 3;
    */
   sourceRef: string;
 
   /**
+   * How processes get at it.
+   *
    * @generated from oneof gitpod.v1.EnvironmentSpec.Secret.mount
    */
   mount: {
     /**
+     * File holding the value; replaced in place when it changes.
+     *
      * @generated from field: string file_path = 10;
      */
     value: string;
     case: "filePath";
   } | {
     /**
+     * Variable set for every process; after a change running processes keep the old value.
+     *
      * @generated from field: string environment_variable = 11;
      */
     value: string;
     case: "environmentVariable";
   } | {
     /**
+     * Host that git authenticates to with it.
+     *
      * @generated from field: string git_credential_host = 12;
      */
     value: string;
     case: "gitCredentialHost";
   } | {
     /**
+     * Container registry that is logged in to with it.
+     *
      * @generated from field: string container_registry_basic_auth_host = 13;
      */
     value: string;
     case: "containerRegistryBasicAuthHost";
   } | {
     /**
+     * Not mounted; read through SecretService with the environment's own token.
+     *
      * @generated from field: bool api_only = 14;
      */
     value: boolean;
@@ -964,26 +1268,37 @@ export declare type EnvironmentSpec_Secret = Message<"gitpod.v1.EnvironmentSpec.
   } | { case: undefined; value?: undefined };
 
   /**
+   * Change marker: new when the value changes.
+   *
    * @generated from field: string session = 4;
    */
   session: string;
 
   /**
+   * Id of this entry.
+   *
    * @generated from field: string id = 5;
    */
   id: string;
 
   /**
+   * Whom the secret belongs to.
+   *
    * @generated from field: gitpod.v1.EnvironmentSpec.Secret.Scope scope = 6;
    */
   scope: EnvironmentSpec_Secret_Scope;
 
   /**
+   * Set when only a proxy may use the value, on the way to its target hosts; a runner without one reports the secret
+   * UNAVAILABLE.
+   *
    * @generated from field: gitpod.v1.Secret.CredentialProxy credential_proxy = 15;
    */
   credentialProxy?: Secret_CredentialProxy | undefined;
 
   /**
+   * More about where the value comes from, passed to the runner.
+   *
    * @generated from field: gitpod.v1.Secret.Source source_details = 16;
    */
   sourceDetails?: Secret_Source | undefined;
@@ -996,35 +1311,49 @@ export declare type EnvironmentSpec_Secret = Message<"gitpod.v1.EnvironmentSpec.
 export declare const EnvironmentSpec_SecretSchema: GenMessage<EnvironmentSpec_Secret>;
 
 /**
+ * Whom a secret belongs to. On a collision user and service account win over project, project over organization.
+ *
  * @generated from enum gitpod.v1.EnvironmentSpec.Secret.Scope
  */
 export enum EnvironmentSpec_Secret_Scope {
   /**
+   * Not set.
+   *
    * @generated from enum value: SCOPE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * The organization.
+   *
    * @generated from enum value: SCOPE_ORGANIZATION = 1;
    */
   ORGANIZATION = 1,
 
   /**
+   * The project it was created from.
+   *
    * @generated from enum value: SCOPE_PROJECT = 2;
    */
   PROJECT = 2,
 
   /**
+   * The user who created the environment.
+   *
    * @generated from enum value: SCOPE_USER = 3;
    */
   USER = 3,
 
   /**
+   * The service account that created the environment.
+   *
    * @generated from enum value: SCOPE_SERVICE_ACCOUNT = 4;
    */
   SERVICE_ACCOUNT = 4,
 
   /**
+   * The runner, such as credentials for git hosts.
+   *
    * @generated from enum value: SCOPE_RUNNER = 5;
    */
   RUNNER = 5,
@@ -1036,10 +1365,15 @@ export enum EnvironmentSpec_Secret_Scope {
 export declare const EnvironmentSpec_Secret_ScopeSchema: GenEnum<EnvironmentSpec_Secret_Scope>;
 
 /**
+ * When to stop by itself.
+ *
  * @generated from message gitpod.v1.EnvironmentSpec.Timeout
  */
 export declare type EnvironmentSpec_Timeout = Message<"gitpod.v1.EnvironmentSpec.Timeout"> & {
   /**
+   * Stop after this long without activity: at least 30 minutes, 0 = never. Default 30 minutes; organization policy
+   * can set a maximum (FAILED_PRECONDITION).
+   *
    * @generated from field: google.protobuf.Duration disconnected = 2;
    */
   disconnected?: Duration | undefined;
@@ -1052,70 +1386,98 @@ export declare type EnvironmentSpec_Timeout = Message<"gitpod.v1.EnvironmentSpec
 export declare const EnvironmentSpec_TimeoutSchema: GenMessage<EnvironmentSpec_Timeout>;
 
 /**
+ * Observed state. The runner reports the parts; phase, messages and activity are written by the control plane.
+ *
  * @generated from message gitpod.v1.EnvironmentStatus
  */
 export declare type EnvironmentStatus = Message<"gitpod.v1.EnvironmentStatus"> & {
   /**
+   * Starts at 1 and grows with each change; only for ordering.
+   *
    * @generated from field: uint64 status_version = 1;
    */
   statusVersion: bigint;
 
   /**
+   * Newest spec the runner has taken up.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus.RunnerACK runner_ack = 2;
    */
   runnerAck?: EnvironmentStatus_RunnerACK | undefined;
 
   /**
+   * Overall phase, derived from the desired phase and the parts; never unspecified.
+   *
    * @generated from field: gitpod.v1.EnvironmentPhase phase = 3;
    */
   phase: EnvironmentPhase;
 
   /**
+   * Why it could not start or its machine failed; not empty means failed, also while stopping. Cleared on start.
+   *
    * @generated from field: repeated string failure_message = 4;
    */
   failureMessage: string[];
 
   /**
+   * Where to reach it. All but `logs` are empty unless running or updating.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus.EnvironmentURLs environment_urls = 5;
    */
   environmentUrls?: EnvironmentStatus_EnvironmentURLs | undefined;
 
   /**
+   * State of the machine.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus.Machine machine = 6;
    */
   machine?: EnvironmentStatus_Machine | undefined;
 
   /**
+   * State of each secret.
+   *
    * @generated from field: repeated gitpod.v1.EnvironmentStatus.Secret secrets = 7;
    */
   secrets: EnvironmentStatus_Secret[];
 
   /**
+   * State of the workspace.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus.Content content = 8;
    */
   content?: EnvironmentStatus_Content | undefined;
 
   /**
+   * State of the dev container.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus.DevContainer devcontainer = 9;
    */
   devcontainer?: EnvironmentStatus_DevContainer | undefined;
 
   /**
+   * State of each SSH key.
+   *
    * @generated from field: repeated gitpod.v1.EnvironmentStatus.SSHPublicKey ssh_public_keys = 10;
    */
   sshPublicKeys: EnvironmentStatus_SSHPublicKey[];
 
   /**
+   * Problems that do not keep it from running.
+   *
    * @generated from field: repeated string warning_message = 11;
    */
   warningMessage: string[];
 
   /**
+   * State of the automations file.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus.AutomationsFile automations_file = 12;
    */
   automationsFile?: EnvironmentStatus_AutomationsFile | undefined;
 
   /**
+   * Last recorded sign of use; written when the source changes, else at most every 5 minutes.
+   *
    * @generated from field: gitpod.v1.EnvironmentActivitySignal activity_signal = 13;
    */
   activitySignal?: EnvironmentActivitySignal | undefined;
@@ -1128,35 +1490,49 @@ export declare type EnvironmentStatus = Message<"gitpod.v1.EnvironmentStatus"> &
 export declare const EnvironmentStatusSchema: GenMessage<EnvironmentStatus>;
 
 /**
+ * State of the automations file; it never keeps an environment from running.
+ *
  * @generated from message gitpod.v1.EnvironmentStatus.AutomationsFile
  */
 export declare type EnvironmentStatus_AutomationsFile = Message<"gitpod.v1.EnvironmentStatus.AutomationsFile"> & {
   /**
+   * Spec session this state is about.
+   *
    * @generated from field: string session = 1;
    */
   session: string;
 
   /**
+   * File in use, relative to the repository root.
+   *
    * @generated from field: string automations_file_path = 2;
    */
   automationsFilePath: string;
 
   /**
+   * READY also when there is no file.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus.ContentPhase phase = 3;
    */
   phase: EnvironmentStatus_ContentPhase;
 
   /**
+   * Why it could not be applied; what was stored before stays in force.
+   *
    * @generated from field: string failure_message = 4;
    */
   failureMessage: string;
 
   /**
+   * How the file was found.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus.AutomationsFile.Presence automations_file_presence = 5;
    */
   automationsFilePresence: EnvironmentStatus_AutomationsFile_Presence;
 
   /**
+   * Problems that did not stop it, such as a file in which nothing has a trigger.
+   *
    * @generated from field: string warning_message = 6;
    */
   warningMessage: string;
@@ -1169,25 +1545,35 @@ export declare type EnvironmentStatus_AutomationsFile = Message<"gitpod.v1.Envir
 export declare const EnvironmentStatus_AutomationsFileSchema: GenMessage<EnvironmentStatus_AutomationsFile>;
 
 /**
+ * How the automations file was found.
+ *
  * @generated from enum gitpod.v1.EnvironmentStatus.AutomationsFile.Presence
  */
 export enum EnvironmentStatus_AutomationsFile_Presence {
   /**
+   * Not known yet.
+   *
    * @generated from enum value: PRESENCE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * There is none.
+   *
    * @generated from enum value: PRESENCE_ABSENT = 1;
    */
   ABSENT = 1,
 
   /**
+   * Found in one of the well-known places.
+   *
    * @generated from enum value: PRESENCE_DISCOVERED = 2;
    */
   DISCOVERED = 2,
 
   /**
+   * Named by the spec.
+   *
    * @generated from enum value: PRESENCE_SPECIFIED = 3;
    */
   SPECIFIED = 3,
@@ -1199,35 +1585,50 @@ export enum EnvironmentStatus_AutomationsFile_Presence {
 export declare const EnvironmentStatus_AutomationsFile_PresenceSchema: GenEnum<EnvironmentStatus_AutomationsFile_Presence>;
 
 /**
+ * State of the workspace.
+ *
  * @generated from message gitpod.v1.EnvironmentStatus.Content
  */
 export declare type EnvironmentStatus_Content = Message<"gitpod.v1.EnvironmentStatus.Content"> & {
   /**
+   * Spec session this state is about.
+   *
    * @generated from field: string session = 1;
    */
   session: string;
 
   /**
+   * READY before the environment can run. FAILED is fatal on a first start; a failed re-initialisation keeps the old
+   * content and warns.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus.ContentPhase phase = 2;
    */
   phase: EnvironmentStatus_ContentPhase;
 
   /**
+   * State of the primary checkout; unset when from scratch.
+   *
    * @generated from field: gitpod.v1.EnvironmentGitStatus git = 3;
    */
   git?: EnvironmentGitStatus | undefined;
 
   /**
+   * Absolute path of the primary checkout, or of the empty workspace.
+   *
    * @generated from field: string content_location_in_machine = 4;
    */
   contentLocationInMachine: string;
 
   /**
+   * Why it could not be initialised.
+   *
    * @generated from field: string failure_message = 5;
    */
   failureMessage: string;
 
   /**
+   * Problems that did not stop it, such as a submodule that could not be fetched.
+   *
    * @generated from field: string warning_message = 6;
    */
   warningMessage: string;
@@ -1240,65 +1641,91 @@ export declare type EnvironmentStatus_Content = Message<"gitpod.v1.EnvironmentSt
 export declare const EnvironmentStatus_ContentSchema: GenMessage<EnvironmentStatus_Content>;
 
 /**
+ * State of the dev container. Without a container engine its commands run on the host.
+ *
  * @generated from message gitpod.v1.EnvironmentStatus.DevContainer
  */
 export declare type EnvironmentStatus_DevContainer = Message<"gitpod.v1.EnvironmentStatus.DevContainer"> & {
   /**
+   * Spec session this state is about.
+   *
    * @generated from field: string session = 1;
    */
   session: string;
 
   /**
+   * How far it is; FAILED still lets the environment run, so that it can be repaired.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus.DevContainer.Phase phase = 2;
    */
   phase: EnvironmentStatus_DevContainer_Phase;
 
   /**
+   * File in use.
+   *
    * @generated from field: string devcontainer_file_path = 3;
    */
   devcontainerFilePath: string;
 
   /**
+   * Whether the file is unchanged since it was used; false = a rebuild would make a difference.
+   *
    * @generated from field: bool devcontainerconfig_in_sync = 4;
    */
   devcontainerconfigInSync: boolean;
 
   /**
+   * Whether secrets in variables are unchanged since the start.
+   *
    * @generated from field: bool secrets_in_sync = 5;
    */
   secretsInSync: boolean;
 
   /**
+   * Why it could not be built or started.
+   *
    * @generated from field: string failure_message = 6;
    */
   failureMessage: string;
 
   /**
+   * User that commands run as.
+   *
    * @generated from field: string remote_user = 7;
    */
   remoteUser: string;
 
   /**
+   * Absolute path of the checkout as seen by commands.
+   *
    * @generated from field: string remote_workspace_folder = 8;
    */
   remoteWorkspaceFolder: string;
 
   /**
+   * Name of the container; empty without an engine.
+   *
    * @generated from field: string container_name = 9;
    */
   containerName: string;
 
   /**
+   * Id of the container; empty without an engine.
+   *
    * @generated from field: string container_id = 10;
    */
   containerId: string;
 
   /**
+   * Problems that did not stop it, such as a failed lifecycle command.
+   *
    * @generated from field: string warning_message = 12;
    */
   warningMessage: string;
 
   /**
+   * How the file was found.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus.DevContainer.Presence devcontainer_file_presence = 13;
    */
   devcontainerFilePresence: EnvironmentStatus_DevContainer_Presence;
@@ -1311,30 +1738,42 @@ export declare type EnvironmentStatus_DevContainer = Message<"gitpod.v1.Environm
 export declare const EnvironmentStatus_DevContainerSchema: GenMessage<EnvironmentStatus_DevContainer>;
 
 /**
+ * Phase of the dev container.
+ *
  * @generated from enum gitpod.v1.EnvironmentStatus.DevContainer.Phase
  */
 export enum EnvironmentStatus_DevContainer_Phase {
   /**
+   * Not reported yet.
+   *
    * @generated from enum value: PHASE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Being built or started.
+   *
    * @generated from enum value: PHASE_CREATING = 10;
    */
   CREATING = 10,
 
   /**
+   * Ready for commands.
+   *
    * @generated from enum value: PHASE_RUNNING = 20;
    */
   RUNNING = 20,
 
   /**
+   * Stopped together with the machine.
+   *
    * @generated from enum value: PHASE_STOPPED = 30;
    */
   STOPPED = 30,
 
   /**
+   * Could not be built or started, see `failure_message`.
+   *
    * @generated from enum value: PHASE_FAILED = 40;
    */
   FAILED = 40,
@@ -1346,25 +1785,35 @@ export enum EnvironmentStatus_DevContainer_Phase {
 export declare const EnvironmentStatus_DevContainer_PhaseSchema: GenEnum<EnvironmentStatus_DevContainer_Phase>;
 
 /**
+ * How the dev container file was found.
+ *
  * @generated from enum gitpod.v1.EnvironmentStatus.DevContainer.Presence
  */
 export enum EnvironmentStatus_DevContainer_Presence {
   /**
+   * Not known yet.
+   *
    * @generated from enum value: PRESENCE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * There was none, one was generated outside the checkout.
+   *
    * @generated from enum value: PRESENCE_GENERATED = 1;
    */
   GENERATED = 1,
 
   /**
+   * Found in one of the usual places.
+   *
    * @generated from enum value: PRESENCE_DISCOVERED = 2;
    */
   DISCOVERED = 2,
 
   /**
+   * Named by the spec.
+   *
    * @generated from enum value: PRESENCE_SPECIFIED = 3;
    */
   SPECIFIED = 3,
@@ -1376,15 +1825,21 @@ export enum EnvironmentStatus_DevContainer_Presence {
 export declare const EnvironmentStatus_DevContainer_PresenceSchema: GenEnum<EnvironmentStatus_DevContainer_Presence>;
 
 /**
+ * Where to reach a port. Listed for each port of the spec, also before something listens on it.
+ *
  * @generated from message gitpod.v1.EnvironmentStatus.EnvironmentPortURL
  */
 export declare type EnvironmentStatus_EnvironmentPortURL = Message<"gitpod.v1.EnvironmentStatus.EnvironmentPortURL"> & {
   /**
+   * Port number, 1024-65535.
+   *
    * @generated from field: int32 port = 1;
    */
   port: number;
 
   /**
+   * Its URL, opaque to clients; answers 502 while nothing of this environment listens there.
+   *
    * @generated from field: string url = 2;
    */
   url: string;
@@ -1397,10 +1852,14 @@ export declare type EnvironmentStatus_EnvironmentPortURL = Message<"gitpod.v1.En
 export declare const EnvironmentStatus_EnvironmentPortURLSchema: GenMessage<EnvironmentStatus_EnvironmentPortURL>;
 
 /**
+ * Where to log in with SSH.
+ *
  * @generated from message gitpod.v1.EnvironmentStatus.EnvironmentSSHURL
  */
 export declare type EnvironmentStatus_EnvironmentSSHURL = Message<"gitpod.v1.EnvironmentStatus.EnvironmentSSHURL"> & {
   /**
+   * `ssh://<user>@<host>:<port>`, the port always written; empty without an SSH server.
+   *
    * @generated from field: string url = 1;
    */
   url: string;
@@ -1413,35 +1872,50 @@ export declare type EnvironmentStatus_EnvironmentSSHURL = Message<"gitpod.v1.Env
 export declare const EnvironmentStatus_EnvironmentSSHURLSchema: GenMessage<EnvironmentStatus_EnvironmentSSHURL>;
 
 /**
+ * Where to reach the environment at its runner. Personal tokens and logins are never accepted there.
+ *
  * @generated from message gitpod.v1.EnvironmentStatus.EnvironmentURLs
  */
 export declare type EnvironmentStatus_EnvironmentURLs = Message<"gitpod.v1.EnvironmentStatus.EnvironmentURLs"> & {
   /**
+   * Where to log in with one of the spec's SSH keys.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus.EnvironmentSSHURL ssh = 1;
    */
   ssh?: EnvironmentStatus_EnvironmentSSHURL | undefined;
 
   /**
+   * Where to reach the ports of the spec.
+   *
    * @generated from field: repeated gitpod.v1.EnvironmentStatus.EnvironmentPortURL ports = 2;
    */
   ports: EnvironmentStatus_EnvironmentPortURL[];
 
   /**
+   * Log of the environment, readable with a logs or access token from its first machine report until it is deleted.
+   *
    * @generated from field: string logs = 3;
    */
   logs: string;
 
   /**
+   * Always empty here.
+   *
    * @generated from field: string support_bundle = 4;
    */
   supportBundle: string;
 
   /**
+   * Base URL of the environment's ops API (EnvironmentOpsService); needs an access token or the environment's own.
+   * Set by the time it reads RUNNING.
+   *
    * @generated from field: string ops = 5;
    */
   ops: string;
 
   /**
+   * Always empty here.
+   *
    * @generated from field: string vm_live_usage = 6;
    */
   vmLiveUsage: string;
@@ -1454,40 +1928,56 @@ export declare type EnvironmentStatus_EnvironmentURLs = Message<"gitpod.v1.Envir
 export declare const EnvironmentStatus_EnvironmentURLsSchema: GenMessage<EnvironmentStatus_EnvironmentURLs>;
 
 /**
+ * State of the machine.
+ *
  * @generated from message gitpod.v1.EnvironmentStatus.Machine
  */
 export declare type EnvironmentStatus_Machine = Message<"gitpod.v1.EnvironmentStatus.Machine"> & {
   /**
+   * Spec session this state is about.
+   *
    * @generated from field: string session = 1;
    */
   session: string;
 
   /**
+   * How far it is.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus.Machine.Phase phase = 2;
    */
   phase: EnvironmentStatus_Machine_Phase;
 
   /**
+   * Why it failed; fatal for the environment.
+   *
    * @generated from field: string failure_message = 3;
    */
   failureMessage: string;
 
   /**
+   * Readable reason for an idle stop, cleared on start. Written by the control plane.
+   *
    * @generated from field: string timeout = 4;
    */
   timeout: string;
 
   /**
+   * Software in use on it.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus.Machine.Versions versions = 5;
    */
   versions?: EnvironmentStatus_Machine_Versions | undefined;
 
   /**
+   * Problems that did not stop it, such as missing isolation or limits that cannot be enforced.
+   *
    * @generated from field: string warning_message = 6;
    */
   warningMessage: string;
 
   /**
+   * Whether it has a separate disk for data; always false on the Linux-host runner.
+   *
    * @generated from field: bool dual_disk = 7;
    */
   dualDisk: boolean;
@@ -1500,20 +1990,28 @@ export declare type EnvironmentStatus_Machine = Message<"gitpod.v1.EnvironmentSt
 export declare const EnvironmentStatus_MachineSchema: GenMessage<EnvironmentStatus_Machine>;
 
 /**
+ * Software in use on the machine.
+ *
  * @generated from message gitpod.v1.EnvironmentStatus.Machine.Versions
  */
 export declare type EnvironmentStatus_Machine_Versions = Message<"gitpod.v1.EnvironmentStatus.Machine.Versions"> & {
   /**
+   * Version of the supervisor.
+   *
    * @generated from field: string supervisor_version = 1;
    */
   supervisorVersion: string;
 
   /**
+   * Commit the supervisor was built from.
+   *
    * @generated from field: string supervisor_commit = 2;
    */
   supervisorCommit: string;
 
   /**
+   * Machine image, for runners that use one; never set by the Linux-host runner.
+   *
    * @generated from field: string ami_id = 3;
    */
   amiId: string;
@@ -1526,45 +2024,63 @@ export declare type EnvironmentStatus_Machine_Versions = Message<"gitpod.v1.Envi
 export declare const EnvironmentStatus_Machine_VersionsSchema: GenMessage<EnvironmentStatus_Machine_Versions>;
 
 /**
+ * Phase of the machine.
+ *
  * @generated from enum gitpod.v1.EnvironmentStatus.Machine.Phase
  */
 export enum EnvironmentStatus_Machine_Phase {
   /**
+   * Not reported yet.
+   *
    * @generated from enum value: PHASE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Being set up: user and directories.
+   *
    * @generated from enum value: PHASE_CREATING = 10;
    */
   CREATING = 10,
 
   /**
+   * The supervisor is starting.
+   *
    * @generated from enum value: PHASE_STARTING = 20;
    */
   STARTING = 20,
 
   /**
+   * The supervisor answers.
+   *
    * @generated from enum value: PHASE_RUNNING = 30;
    */
   RUNNING = 30,
 
   /**
+   * Processes are being ended, within 5 minutes.
+   *
    * @generated from enum value: PHASE_STOPPING = 40;
    */
   STOPPING = 40,
 
   /**
+   * None of its processes is left; files are kept.
+   *
    * @generated from enum value: PHASE_STOPPED = 50;
    */
   STOPPED = 50,
 
   /**
+   * Files are being removed.
+   *
    * @generated from enum value: PHASE_DELETING = 60;
    */
   DELETING = 60,
 
   /**
+   * Nothing is left of it.
+   *
    * @generated from enum value: PHASE_DELETED = 70;
    */
   DELETED = 70,
@@ -1576,20 +2092,29 @@ export enum EnvironmentStatus_Machine_Phase {
 export declare const EnvironmentStatus_Machine_PhaseSchema: GenEnum<EnvironmentStatus_Machine_Phase>;
 
 /**
+ * The runner's answer to a spec.
+ *
  * @generated from message gitpod.v1.EnvironmentStatus.RunnerACK
  */
 export declare type EnvironmentStatus_RunnerACK = Message<"gitpod.v1.EnvironmentStatus.RunnerACK"> & {
   /**
+   * Version it is about; runners may skip versions in between.
+   *
    * @generated from field: uint64 spec_version = 1;
    */
   specVersion: bigint;
 
   /**
+   * Whether the spec was accepted. A refusal fails a starting environment; later it only warns and the last good spec
+   * stays in force.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus.RunnerACK.StatusCode status_code = 2;
    */
   statusCode: EnvironmentStatus_RunnerACK_StatusCode;
 
   /**
+   * Reason for a refusal.
+   *
    * @generated from field: string message = 3;
    */
   message: string;
@@ -1602,25 +2127,35 @@ export declare type EnvironmentStatus_RunnerACK = Message<"gitpod.v1.Environment
 export declare const EnvironmentStatus_RunnerACKSchema: GenMessage<EnvironmentStatus_RunnerACK>;
 
 /**
+ * The runner's verdict on a spec.
+ *
  * @generated from enum gitpod.v1.EnvironmentStatus.RunnerACK.StatusCode
  */
 export enum EnvironmentStatus_RunnerACK_StatusCode {
   /**
+   * No verdict yet.
+   *
    * @generated from enum value: STATUS_CODE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Accepted.
+   *
    * @generated from enum value: STATUS_CODE_OK = 1;
    */
   OK = 1,
 
   /**
+   * The spec makes no sense to the runner.
+   *
    * @generated from enum value: STATUS_CODE_INVALID_RESOURCE = 2;
    */
   INVALID_RESOURCE = 2,
 
   /**
+   * The runner cannot do what it asks, such as enforcing kernel controls.
+   *
    * @generated from enum value: STATUS_CODE_FAILED_PRECONDITION = 3;
    */
   FAILED_PRECONDITION = 3,
@@ -1632,15 +2167,21 @@ export enum EnvironmentStatus_RunnerACK_StatusCode {
 export declare const EnvironmentStatus_RunnerACK_StatusCodeSchema: GenEnum<EnvironmentStatus_RunnerACK_StatusCode>;
 
 /**
+ * State of an SSH key.
+ *
  * @generated from message gitpod.v1.EnvironmentStatus.SSHPublicKey
  */
 export declare type EnvironmentStatus_SSHPublicKey = Message<"gitpod.v1.EnvironmentStatus.SSHPublicKey"> & {
   /**
+   * Id from the spec.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * READY = a login with it works; UNAVAILABLE = there is no SSH server.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus.ContentPhase phase = 2;
    */
   phase: EnvironmentStatus_ContentPhase;
@@ -1653,35 +2194,49 @@ export declare type EnvironmentStatus_SSHPublicKey = Message<"gitpod.v1.Environm
 export declare const EnvironmentStatus_SSHPublicKeySchema: GenMessage<EnvironmentStatus_SSHPublicKey>;
 
 /**
+ * State of a secret.
+ *
  * @generated from message gitpod.v1.EnvironmentStatus.Secret
  */
 export declare type EnvironmentStatus_Secret = Message<"gitpod.v1.EnvironmentStatus.Secret"> & {
   /**
+   * Id of the spec entry.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * READY = in place. FAILED and UNAVAILABLE do not keep the environment from running.
+   *
    * @generated from field: gitpod.v1.EnvironmentStatus.ContentPhase phase = 2;
    */
   phase: EnvironmentStatus_ContentPhase;
 
   /**
+   * Name of the secret.
+   *
    * @generated from field: string secret_name = 3;
    */
   secretName: string;
 
   /**
+   * Why it could not be delivered.
+   *
    * @generated from field: string failure_message = 4;
    */
   failureMessage: string;
 
   /**
+   * Problems that did not stop it, such as a file put elsewhere than asked.
+   *
    * @generated from field: string warning_message = 5;
    */
   warningMessage: string;
 
   /**
+   * Spec session this state is about.
+   *
    * @generated from field: string session = 6;
    */
   session: string;
@@ -1694,40 +2249,56 @@ export declare type EnvironmentStatus_Secret = Message<"gitpod.v1.EnvironmentSta
 export declare const EnvironmentStatus_SecretSchema: GenMessage<EnvironmentStatus_Secret>;
 
 /**
+ * Phase of something that is put into the environment.
+ *
  * @generated from enum gitpod.v1.EnvironmentStatus.ContentPhase
  */
 export enum EnvironmentStatus_ContentPhase {
   /**
+   * Not reported yet.
+   *
    * @generated from enum value: CONTENT_PHASE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Taken up, nothing done yet.
+   *
    * @generated from enum value: CONTENT_PHASE_CREATING = 10;
    */
   CREATING = 10,
 
   /**
+   * Being put in place.
+   *
    * @generated from enum value: CONTENT_PHASE_INITIALIZING = 20;
    */
   INITIALIZING = 20,
 
   /**
+   * In place.
+   *
    * @generated from enum value: CONTENT_PHASE_READY = 30;
    */
   READY = 30,
 
   /**
+   * In place, a newer version is on the way.
+   *
    * @generated from enum value: CONTENT_PHASE_UPDATING = 35;
    */
   UPDATING = 35,
 
   /**
+   * Could not be put in place.
+   *
    * @generated from enum value: CONTENT_PHASE_FAILED = 40;
    */
   FAILED = 40,
 
   /**
+   * This runner has no means for it.
+   *
    * @generated from enum value: CONTENT_PHASE_UNAVAILABLE = 45;
    */
   UNAVAILABLE = 45,
@@ -1739,20 +2310,28 @@ export enum EnvironmentStatus_ContentPhase {
 export declare const EnvironmentStatus_ContentPhaseSchema: GenEnum<EnvironmentStatus_ContentPhase>;
 
 /**
+ * A changed file of a working tree.
+ *
  * @generated from message gitpod.v1.FileChange
  */
 export declare type FileChange = Message<"gitpod.v1.FileChange"> & {
   /**
+   * Path, up to 255 characters.
+   *
    * @generated from field: string path = 1;
    */
   path: string;
 
   /**
+   * What happened to it.
+   *
    * @generated from field: gitpod.v1.FileChange.ChangeType change_type = 2;
    */
   changeType: FileChange_ChangeType;
 
   /**
+   * Path before a rename or copy, else empty.
+   *
    * @generated from field: string old_path = 3;
    */
   oldPath: string;
@@ -1765,45 +2344,63 @@ export declare type FileChange = Message<"gitpod.v1.FileChange"> & {
 export declare const FileChangeSchema: GenMessage<FileChange>;
 
 /**
+ * What happened to a file, in git's terms.
+ *
  * @generated from enum gitpod.v1.FileChange.ChangeType
  */
 export enum FileChange_ChangeType {
   /**
+   * Not known.
+   *
    * @generated from enum value: CHANGE_TYPE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * New and staged.
+   *
    * @generated from enum value: CHANGE_TYPE_ADDED = 1;
    */
   ADDED = 1,
 
   /**
+   * Its content or mode changed.
+   *
    * @generated from enum value: CHANGE_TYPE_MODIFIED = 2;
    */
   MODIFIED = 2,
 
   /**
+   * Removed.
+   *
    * @generated from enum value: CHANGE_TYPE_DELETED = 3;
    */
   DELETED = 3,
 
   /**
+   * Moved from `old_path`.
+   *
    * @generated from enum value: CHANGE_TYPE_RENAMED = 4;
    */
   RENAMED = 4,
 
   /**
+   * Copied from `old_path`.
+   *
    * @generated from enum value: CHANGE_TYPE_COPIED = 5;
    */
   COPIED = 5,
 
   /**
+   * In conflict, to be merged by hand.
+   *
    * @generated from enum value: CHANGE_TYPE_UPDATED_BUT_UNMERGED = 6;
    */
   UPDATED_BUT_UNMERGED = 6,
 
   /**
+   * Not known to git.
+   *
    * @generated from enum value: CHANGE_TYPE_UNTRACKED = 7;
    */
   UNTRACKED = 7,
@@ -1815,10 +2412,14 @@ export enum FileChange_ChangeType {
 export declare const FileChange_ChangeTypeSchema: GenEnum<FileChange_ChangeType>;
 
 /**
+ * Input of GetEnvironment.
+ *
  * @generated from message gitpod.v1.GetEnvironmentRequest
  */
 export declare type GetEnvironmentRequest = Message<"gitpod.v1.GetEnvironmentRequest"> & {
   /**
+   * The environment.
+   *
    * @generated from field: string environment_id = 1;
    */
   environmentId: string;
@@ -1831,10 +2432,14 @@ export declare type GetEnvironmentRequest = Message<"gitpod.v1.GetEnvironmentReq
 export declare const GetEnvironmentRequestSchema: GenMessage<GetEnvironmentRequest>;
 
 /**
+ * Result of GetEnvironment.
+ *
  * @generated from message gitpod.v1.GetEnvironmentResponse
  */
 export declare type GetEnvironmentResponse = Message<"gitpod.v1.GetEnvironmentResponse"> & {
   /**
+   * The environment. `spec.secrets` is empty for callers other than owners, the environment itself and its runner.
+   *
    * @generated from field: gitpod.v1.Environment environment = 1;
    */
   environment?: Environment | undefined;
@@ -1847,30 +2452,43 @@ export declare type GetEnvironmentResponse = Message<"gitpod.v1.GetEnvironmentRe
 export declare const GetEnvironmentResponseSchema: GenMessage<GetEnvironmentResponse>;
 
 /**
+ * A git repository and what to check out of it.
+ *
  * @generated from message gitpod.v1.GitInitializer
  */
 export declare type GitInitializer = Message<"gitpod.v1.GitInitializer"> & {
   /**
+   * Repository, required: https, ssh or `user@host:path`; other schemes only if the operator allows them.
+   * INVALID_ARGUMENT for embedded passwords or a leading `-`.
+   *
    * @generated from field: string remote_uri = 1;
    */
   remoteUri: string;
 
   /**
+   * Repository it was forked from, added as second remote `upstream`; may be empty.
+   *
    * @generated from field: string upstream_remote_uri = 2;
    */
   upstreamRemoteUri: string;
 
   /**
+   * What `clone_target` names.
+   *
    * @generated from field: gitpod.v1.GitInitializer.CloneTargetMode target_mode = 3;
    */
   targetMode: GitInitializer_CloneTargetMode;
 
   /**
+   * Commit, branch or tag, as the mode says. INVALID_ARGUMENT when the mode needs it and it is empty.
+   *
    * @generated from field: string clone_target = 4;
    */
   cloneTarget: string;
 
   /**
+   * Path relative to the workspace, without `..`, unique among the specs. Default: the repository's name.
+   *
    * @generated from field: string checkout_location = 5;
    */
   checkoutLocation: string;
@@ -1883,35 +2501,49 @@ export declare type GitInitializer = Message<"gitpod.v1.GitInitializer"> & {
 export declare const GitInitializerSchema: GenMessage<GitInitializer>;
 
 /**
+ * What to check out.
+ *
  * @generated from enum gitpod.v1.GitInitializer.CloneTargetMode
  */
 export enum GitInitializer_CloneTargetMode {
   /**
+   * Not set: REMOTE_HEAD without a target, else REMOTE_BRANCH.
+   *
    * @generated from enum value: CLONE_TARGET_MODE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * The remote's default branch; the target is ignored.
+   *
    * @generated from enum value: CLONE_TARGET_MODE_REMOTE_HEAD = 1;
    */
   REMOTE_HEAD = 1,
 
   /**
+   * A commit by its hex id, detached.
+   *
    * @generated from enum value: CLONE_TARGET_MODE_REMOTE_COMMIT = 2;
    */
   REMOTE_COMMIT = 2,
 
   /**
+   * A branch of the remote, tracked by a local one of that name. A missing one fails the content.
+   *
    * @generated from enum value: CLONE_TARGET_MODE_REMOTE_BRANCH = 3;
    */
   REMOTE_BRANCH = 3,
 
   /**
+   * A new local branch of that name, off the remote's default branch.
+   *
    * @generated from enum value: CLONE_TARGET_MODE_LOCAL_BRANCH = 4;
    */
   LOCAL_BRANCH = 4,
 
   /**
+   * A tag of the remote, detached.
+   *
    * @generated from enum value: CLONE_TARGET_MODE_REMOTE_TAG = 5;
    */
   REMOTE_TAG = 5,
@@ -1923,15 +2555,22 @@ export enum GitInitializer_CloneTargetMode {
 export declare const GitInitializer_CloneTargetModeSchema: GenEnum<GitInitializer_CloneTargetMode>;
 
 /**
+ * Limits on programs and files. Stored and passed to the runner as sent; one that cannot enforce an enabled rule
+ * refuses to start, unless its operator allows unenforced rules.
+ *
  * @generated from message gitpod.v1.KernelControlsConfig
  */
 export declare type KernelControlsConfig = Message<"gitpod.v1.KernelControlsConfig"> & {
   /**
+   * Rules that block or record.
+   *
    * @generated from field: gitpod.v1.Veto veto = 1;
    */
   veto?: Veto | undefined;
 
   /**
+   * How much the enforcing program logs.
+   *
    * @generated from field: gitpod.v1.BPFDebugLevel bpf_debug_level = 2;
    */
   bpfDebugLevel: BPFDebugLevel;
@@ -1944,25 +2583,35 @@ export declare type KernelControlsConfig = Message<"gitpod.v1.KernelControlsConf
 export declare const KernelControlsConfigSchema: GenMessage<KernelControlsConfig>;
 
 /**
+ * Input of ListEnvironments.
+ *
  * @generated from message gitpod.v1.ListEnvironmentsRequest
  */
 export declare type ListEnvironmentsRequest = Message<"gitpod.v1.ListEnvironmentsRequest"> & {
   /**
+   * Page to return.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Which environments. Fields must all match, a list matches any of its values, empty = no limit.
+   *
    * @generated from field: gitpod.v1.ListEnvironmentsRequest.Filter filter = 3;
    */
   filter?: ListEnvironmentsRequest_Filter | undefined;
 
   /**
+   * Whether to count all matches, first page only.
+   *
    * @generated from field: gitpod.v1.CountRequest count = 4;
    */
   count?: CountRequest | undefined;
 
   /**
+   * Order of the result; default by id, newest first.
+   *
    * @generated from field: gitpod.v1.ListEnvironmentsRequest.Sort sort = 5;
    */
   sort?: ListEnvironmentsRequest_Sort | undefined;
@@ -1975,60 +2624,84 @@ export declare type ListEnvironmentsRequest = Message<"gitpod.v1.ListEnvironment
 export declare const ListEnvironmentsRequestSchema: GenMessage<ListEnvironmentsRequest>;
 
 /**
+ * Which environments to return. Lists hold up to 25 values; unknown or invisible ids match nothing.
+ *
  * @generated from message gitpod.v1.ListEnvironmentsRequest.Filter
  */
 export declare type ListEnvironmentsRequest_Filter = Message<"gitpod.v1.ListEnvironmentsRequest.Filter"> & {
   /**
+   * On one of these runners.
+   *
    * @generated from field: repeated string runner_ids = 1;
    */
   runnerIds: string[];
 
   /**
+   * In one of these phases. Deleted ones appear only when DELETED is named.
+   *
    * @generated from field: repeated gitpod.v1.EnvironmentPhase status_phases = 2;
    */
   statusPhases: EnvironmentPhase[];
 
   /**
+   * Created by one of these users or service accounts.
+   *
    * @generated from field: repeated string creator_ids = 3;
    */
   creatorIds: string[];
 
   /**
+   * Created from one of these projects.
+   *
    * @generated from field: repeated string project_ids = 4;
    */
   projectIds: string[];
 
   /**
+   * On a runner of one of these kinds.
+   *
    * @generated from field: repeated gitpod.v1.RunnerKind runner_kinds = 5;
    */
   runnerKinds: RunnerKind[];
 
   /**
+   * Archived or not; unset = ACTIVE, which does not hide deleted ones asked for.
+   *
    * @generated from field: optional gitpod.v1.ListEnvironmentsRequest.ArchivalStatus archival_status = 6;
    */
   archivalStatus?: ListEnvironmentsRequest_ArchivalStatus | undefined;
 
   /**
+   * Created strictly earlier.
+   *
    * @generated from field: optional google.protobuf.Timestamp created_before = 7;
    */
   createdBefore?: Timestamp | undefined;
 
   /**
+   * With one of these roles; empty = DEFAULT and WORKFLOW.
+   *
    * @generated from field: repeated gitpod.v1.EnvironmentRole roles = 8;
    */
   roles: EnvironmentRole[];
 
   /**
+   * With a lockdown time strictly earlier; those without one do not match.
+   *
    * @generated from field: optional google.protobuf.Timestamp lockdown_before = 10;
    */
   lockdownBefore?: Timestamp | undefined;
 
   /**
+   * Part of the id, name, repository URL or branch, ignoring case; up to 256 characters.
+   *
    * @generated from field: string search = 11;
    */
   search: string;
 
   /**
+   * In one of these sessions (`metadata.session_id`).
+   *
    * @generated from field: repeated string session_ids = 12;
    */
   sessionIds: string[];
@@ -2041,15 +2714,21 @@ export declare type ListEnvironmentsRequest_Filter = Message<"gitpod.v1.ListEnvi
 export declare const ListEnvironmentsRequest_FilterSchema: GenMessage<ListEnvironmentsRequest_Filter>;
 
 /**
+ * Order of the result; ties by id.
+ *
  * @generated from message gitpod.v1.ListEnvironmentsRequest.Sort
  */
 export declare type ListEnvironmentsRequest_Sort = Message<"gitpod.v1.ListEnvironmentsRequest.Sort"> & {
   /**
+   * What to sort by.
+   *
    * @generated from field: gitpod.v1.ListEnvironmentsRequest.SortField field = 1;
    */
   field: ListEnvironmentsRequest_SortField;
 
   /**
+   * Direction; unspecified = DESC.
+   *
    * @generated from field: gitpod.v1.SortOrder order = 2;
    */
   order: SortOrder;
@@ -2062,25 +2741,35 @@ export declare type ListEnvironmentsRequest_Sort = Message<"gitpod.v1.ListEnviro
 export declare const ListEnvironmentsRequest_SortSchema: GenMessage<ListEnvironmentsRequest_Sort>;
 
 /**
+ * Which environments to return by their archival.
+ *
  * @generated from enum gitpod.v1.ListEnvironmentsRequest.ArchivalStatus
  */
 export enum ListEnvironmentsRequest_ArchivalStatus {
   /**
+   * Not set: the default, ACTIVE.
+   *
    * @generated from enum value: ARCHIVAL_STATUS_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Only those not archived.
+   *
    * @generated from enum value: ARCHIVAL_STATUS_ACTIVE = 1;
    */
   ACTIVE = 1,
 
   /**
+   * Only archived ones.
+   *
    * @generated from enum value: ARCHIVAL_STATUS_ARCHIVED = 2;
    */
   ARCHIVED = 2,
 
   /**
+   * Both.
+   *
    * @generated from enum value: ARCHIVAL_STATUS_ALL = 3;
    */
   ALL = 3,
@@ -2092,20 +2781,28 @@ export enum ListEnvironmentsRequest_ArchivalStatus {
 export declare const ListEnvironmentsRequest_ArchivalStatusSchema: GenEnum<ListEnvironmentsRequest_ArchivalStatus>;
 
 /**
+ * What to sort by.
+ *
  * @generated from enum gitpod.v1.ListEnvironmentsRequest.SortField
  */
 export enum ListEnvironmentsRequest_SortField {
   /**
+   * Not set: the default, ID.
+   *
    * @generated from enum value: SORT_FIELD_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * By id, which is by creation.
+   *
    * @generated from enum value: SORT_FIELD_ID = 1;
    */
   ID = 1,
 
   /**
+   * By time of archival; those never archived come last.
+   *
    * @generated from enum value: SORT_FIELD_ARCHIVED_AT = 2;
    */
   ARCHIVED_AT = 2,
@@ -2117,20 +2814,28 @@ export enum ListEnvironmentsRequest_SortField {
 export declare const ListEnvironmentsRequest_SortFieldSchema: GenEnum<ListEnvironmentsRequest_SortField>;
 
 /**
+ * Result of ListEnvironments.
+ *
  * @generated from message gitpod.v1.ListEnvironmentsResponse
  */
 export declare type ListEnvironmentsResponse = Message<"gitpod.v1.ListEnvironmentsResponse"> & {
   /**
+   * Where the next page begins.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * One page; `spec.secrets` as in GetEnvironment.
+   *
    * @generated from field: repeated gitpod.v1.Environment environments = 2;
    */
   environments: Environment[];
 
   /**
+   * All matches, if asked for on the first page; counted up to 1000.
+   *
    * @generated from field: gitpod.v1.CountResponse count = 3;
    */
   count?: CountResponse | undefined;
@@ -2143,15 +2848,21 @@ export declare type ListEnvironmentsResponse = Message<"gitpod.v1.ListEnvironmen
 export declare const ListEnvironmentsResponseSchema: GenMessage<ListEnvironmentsResponse>;
 
 /**
+ * Input of MarkEnvironmentActive.
+ *
  * @generated from message gitpod.v1.MarkEnvironmentActiveRequest
  */
 export declare type MarkEnvironmentActiveRequest = Message<"gitpod.v1.MarkEnvironmentActiveRequest"> & {
   /**
+   * The environment.
+   *
    * @generated from field: string environment_id = 1;
    */
   environmentId: string;
 
   /**
+   * What was used and when; absent = source `API`, now.
+   *
    * @generated from field: gitpod.v1.EnvironmentActivitySignal activity_signal = 2;
    */
   activitySignal?: EnvironmentActivitySignal | undefined;
@@ -2164,6 +2875,8 @@ export declare type MarkEnvironmentActiveRequest = Message<"gitpod.v1.MarkEnviro
 export declare const MarkEnvironmentActiveRequestSchema: GenMessage<MarkEnvironmentActiveRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.MarkEnvironmentActiveResponse
  */
 export declare type MarkEnvironmentActiveResponse = Message<"gitpod.v1.MarkEnvironmentActiveResponse"> & {
@@ -2176,10 +2889,14 @@ export declare type MarkEnvironmentActiveResponse = Message<"gitpod.v1.MarkEnvir
 export declare const MarkEnvironmentActiveResponseSchema: GenMessage<MarkEnvironmentActiveResponse>;
 
 /**
+ * Input of StartEnvironment.
+ *
  * @generated from message gitpod.v1.StartEnvironmentRequest
  */
 export declare type StartEnvironmentRequest = Message<"gitpod.v1.StartEnvironmentRequest"> & {
   /**
+   * The environment.
+   *
    * @generated from field: string environment_id = 1;
    */
   environmentId: string;
@@ -2192,6 +2909,8 @@ export declare type StartEnvironmentRequest = Message<"gitpod.v1.StartEnvironmen
 export declare const StartEnvironmentRequestSchema: GenMessage<StartEnvironmentRequest>;
 
 /**
+ * Empty: success is the whole answer. The phase no longer reads STOPPED afterwards.
+ *
  * @generated from message gitpod.v1.StartEnvironmentResponse
  */
 export declare type StartEnvironmentResponse = Message<"gitpod.v1.StartEnvironmentResponse"> & {
@@ -2204,10 +2923,14 @@ export declare type StartEnvironmentResponse = Message<"gitpod.v1.StartEnvironme
 export declare const StartEnvironmentResponseSchema: GenMessage<StartEnvironmentResponse>;
 
 /**
+ * Input of StopEnvironment.
+ *
  * @generated from message gitpod.v1.StopEnvironmentRequest
  */
 export declare type StopEnvironmentRequest = Message<"gitpod.v1.StopEnvironmentRequest"> & {
   /**
+   * The environment.
+   *
    * @generated from field: string environment_id = 1;
    */
   environmentId: string;
@@ -2220,6 +2943,8 @@ export declare type StopEnvironmentRequest = Message<"gitpod.v1.StopEnvironmentR
 export declare const StopEnvironmentRequestSchema: GenMessage<StopEnvironmentRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.StopEnvironmentResponse
  */
 export declare type StopEnvironmentResponse = Message<"gitpod.v1.StopEnvironmentResponse"> & {
@@ -2232,10 +2957,14 @@ export declare type StopEnvironmentResponse = Message<"gitpod.v1.StopEnvironment
 export declare const StopEnvironmentResponseSchema: GenMessage<StopEnvironmentResponse>;
 
 /**
+ * Input of UnarchiveEnvironment.
+ *
  * @generated from message gitpod.v1.UnarchiveEnvironmentRequest
  */
 export declare type UnarchiveEnvironmentRequest = Message<"gitpod.v1.UnarchiveEnvironmentRequest"> & {
   /**
+   * The environment.
+   *
    * @generated from field: string environment_id = 1;
    */
   environmentId: string;
@@ -2248,6 +2977,8 @@ export declare type UnarchiveEnvironmentRequest = Message<"gitpod.v1.UnarchiveEn
 export declare const UnarchiveEnvironmentRequestSchema: GenMessage<UnarchiveEnvironmentRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.UnarchiveEnvironmentResponse
  */
 export declare type UnarchiveEnvironmentResponse = Message<"gitpod.v1.UnarchiveEnvironmentResponse"> & {
@@ -2260,20 +2991,29 @@ export declare type UnarchiveEnvironmentResponse = Message<"gitpod.v1.UnarchiveE
 export declare const UnarchiveEnvironmentResponseSchema: GenMessage<UnarchiveEnvironmentResponse>;
 
 /**
+ * Input of UpdateEnvironment. What is absent stays as it is; at least one change must be given.
+ *
  * @generated from message gitpod.v1.UpdateEnvironmentRequest
  */
 export declare type UpdateEnvironmentRequest = Message<"gitpod.v1.UpdateEnvironmentRequest"> & {
   /**
+   * The environment.
+   *
    * @generated from field: string environment_id = 1;
    */
   environmentId: string;
 
   /**
+   * Changes to the name or lockdown time.
+   *
    * @generated from field: optional gitpod.v1.UpdateEnvironmentRequest.Metadata metadata = 2;
    */
   metadata?: UpdateEnvironmentRequest_Metadata | undefined;
 
   /**
+   * Changes to the wanted state: applied live while starting or running, else at the next start. The class cannot
+   * change.
+   *
    * @generated from field: optional gitpod.v1.UpdateEnvironmentRequest.Spec spec = 3;
    */
   spec?: UpdateEnvironmentRequest_Spec | undefined;
@@ -2286,15 +3026,21 @@ export declare type UpdateEnvironmentRequest = Message<"gitpod.v1.UpdateEnvironm
 export declare const UpdateEnvironmentRequestSchema: GenMessage<UpdateEnvironmentRequest>;
 
 /**
+ * Changes to the automations file.
+ *
  * @generated from message gitpod.v1.UpdateEnvironmentRequest.AutomationsFile
  */
 export declare type UpdateEnvironmentRequest_AutomationsFile = Message<"gitpod.v1.UpdateEnvironmentRequest.AutomationsFile"> & {
   /**
+   * A new value applies the file again.
+   *
    * @generated from field: optional string session = 1;
    */
   session?: string | undefined;
 
   /**
+   * Path inside the repository; empty = back to the well-known places.
+   *
    * @generated from field: optional string automations_file_path = 2;
    */
   automationsFilePath?: string | undefined;
@@ -2307,25 +3053,35 @@ export declare type UpdateEnvironmentRequest_AutomationsFile = Message<"gitpod.v
 export declare const UpdateEnvironmentRequest_AutomationsFileSchema: GenMessage<UpdateEnvironmentRequest_AutomationsFile>;
 
 /**
+ * Changes to the workspace.
+ *
  * @generated from message gitpod.v1.UpdateEnvironmentRequest.Content
  */
 export declare type UpdateEnvironmentRequest_Content = Message<"gitpod.v1.UpdateEnvironmentRequest.Content"> & {
   /**
+   * A new value initialises the content again; work not pushed is moved aside, not lost.
+   *
    * @generated from field: optional string session = 1;
    */
   session?: string | undefined;
 
   /**
+   * Used at the next initialisation.
+   *
    * @generated from field: optional gitpod.v1.EnvironmentInitializer initializer = 2;
    */
   initializer?: EnvironmentInitializer | undefined;
 
   /**
+   * `user.name` of git, applied at once.
+   *
    * @generated from field: optional string git_username = 3;
    */
   gitUsername?: string | undefined;
 
   /**
+   * `user.email` of git, applied at once.
+   *
    * @generated from field: optional string git_email = 4;
    */
   gitEmail?: string | undefined;
@@ -2338,15 +3094,21 @@ export declare type UpdateEnvironmentRequest_Content = Message<"gitpod.v1.Update
 export declare const UpdateEnvironmentRequest_ContentSchema: GenMessage<UpdateEnvironmentRequest_Content>;
 
 /**
+ * Changes to the dev container.
+ *
  * @generated from message gitpod.v1.UpdateEnvironmentRequest.DevContainer
  */
 export declare type UpdateEnvironmentRequest_DevContainer = Message<"gitpod.v1.UpdateEnvironmentRequest.DevContainer"> & {
   /**
+   * A new value rebuilds it; the content stays.
+   *
    * @generated from field: optional string session = 1;
    */
   session?: string | undefined;
 
   /**
+   * Path inside the repository, used at the next rebuild or start.
+   *
    * @generated from field: optional string devcontainer_file_path = 2;
    */
   devcontainerFilePath?: string | undefined;
@@ -2359,15 +3121,21 @@ export declare type UpdateEnvironmentRequest_DevContainer = Message<"gitpod.v1.U
 export declare const UpdateEnvironmentRequest_DevContainerSchema: GenMessage<UpdateEnvironmentRequest_DevContainer>;
 
 /**
+ * Changes to the metadata.
+ *
  * @generated from message gitpod.v1.UpdateEnvironmentRequest.Metadata
  */
 export declare type UpdateEnvironmentRequest_Metadata = Message<"gitpod.v1.UpdateEnvironmentRequest.Metadata"> & {
   /**
+   * New name, 1-128 characters. Owners and admins.
+   *
    * @generated from field: optional string name = 1;
    */
   name?: string | undefined;
 
   /**
+   * New end of its lifetime; a past time is INVALID_ARGUMENT, the zero time removes it. Admins only.
+   *
    * @generated from field: optional google.protobuf.Timestamp lockdown_at = 2;
    */
   lockdownAt?: Timestamp | undefined;
@@ -2380,15 +3148,21 @@ export declare type UpdateEnvironmentRequest_Metadata = Message<"gitpod.v1.Updat
 export declare const UpdateEnvironmentRequest_MetadataSchema: GenMessage<UpdateEnvironmentRequest_Metadata>;
 
 /**
+ * Change to one SSH key.
+ *
  * @generated from message gitpod.v1.UpdateEnvironmentRequest.SSHPublicKey
  */
 export declare type UpdateEnvironmentRequest_SSHPublicKey = Message<"gitpod.v1.UpdateEnvironmentRequest.SSHPublicKey"> & {
   /**
+   * The key; a new id adds one, an unknown one without value is fine.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Key in `authorized_keys` form without options; absent = remove it.
+   *
    * @generated from field: optional string value = 2;
    */
   value?: string | undefined;
@@ -2401,40 +3175,56 @@ export declare type UpdateEnvironmentRequest_SSHPublicKey = Message<"gitpod.v1.U
 export declare const UpdateEnvironmentRequest_SSHPublicKeySchema: GenMessage<UpdateEnvironmentRequest_SSHPublicKey>;
 
 /**
+ * Changes to the wanted state.
+ *
  * @generated from message gitpod.v1.UpdateEnvironmentRequest.Spec
  */
 export declare type UpdateEnvironmentRequest_Spec = Message<"gitpod.v1.UpdateEnvironmentRequest.Spec"> & {
   /**
+   * Changes to the workspace.
+   *
    * @generated from field: optional gitpod.v1.UpdateEnvironmentRequest.Content content = 2;
    */
   content?: UpdateEnvironmentRequest_Content | undefined;
 
   /**
+   * Keys to add, replace or remove by id; others stay.
+   *
    * @generated from field: repeated gitpod.v1.UpdateEnvironmentRequest.SSHPublicKey ssh_public_keys = 3;
    */
   sshPublicKeys: UpdateEnvironmentRequest_SSHPublicKey[];
 
   /**
+   * Changes to the dev container.
+   *
    * @generated from field: optional gitpod.v1.UpdateEnvironmentRequest.DevContainer devcontainer = 4;
    */
   devcontainer?: UpdateEnvironmentRequest_DevContainer | undefined;
 
   /**
+   * Ports to add or replace by number, or to close with admission unspecified; others stay.
+   *
    * @generated from field: repeated gitpod.v1.EnvironmentSpec.EnvironmentPort ports = 5;
    */
   ports: EnvironmentSpec_EnvironmentPort[];
 
   /**
+   * When to stop by itself.
+   *
    * @generated from field: optional gitpod.v1.UpdateEnvironmentRequest.Timeout timeout = 6;
    */
   timeout?: UpdateEnvironmentRequest_Timeout | undefined;
 
   /**
+   * Changes to the automations file.
+   *
    * @generated from field: optional gitpod.v1.UpdateEnvironmentRequest.AutomationsFile automations_file = 7;
    */
   automationsFile?: UpdateEnvironmentRequest_AutomationsFile | undefined;
 
   /**
+   * Replaces the rules as a whole; FAILED_PRECONDITION when weaker than the organization's.
+   *
    * @generated from field: optional gitpod.v1.KernelControlsConfig kernel_controls_config = 8;
    */
   kernelControlsConfig?: KernelControlsConfig | undefined;
@@ -2447,10 +3237,15 @@ export declare type UpdateEnvironmentRequest_Spec = Message<"gitpod.v1.UpdateEnv
 export declare const UpdateEnvironmentRequest_SpecSchema: GenMessage<UpdateEnvironmentRequest_Spec>;
 
 /**
+ * When to stop by itself.
+ *
  * @generated from message gitpod.v1.UpdateEnvironmentRequest.Timeout
  */
 export declare type UpdateEnvironmentRequest_Timeout = Message<"gitpod.v1.UpdateEnvironmentRequest.Timeout"> & {
   /**
+   * Stop after this long without activity: at least 30 minutes, 0 = never. Organization policy can set a maximum
+   * (FAILED_PRECONDITION).
+   *
    * @generated from field: optional google.protobuf.Duration disconnected = 1;
    */
   disconnected?: Duration | undefined;
@@ -2463,6 +3258,8 @@ export declare type UpdateEnvironmentRequest_Timeout = Message<"gitpod.v1.Update
 export declare const UpdateEnvironmentRequest_TimeoutSchema: GenMessage<UpdateEnvironmentRequest_Timeout>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.UpdateEnvironmentResponse
  */
 export declare type UpdateEnvironmentResponse = Message<"gitpod.v1.UpdateEnvironmentResponse"> & {
@@ -2475,15 +3272,22 @@ export declare type UpdateEnvironmentResponse = Message<"gitpod.v1.UpdateEnviron
 export declare const UpdateEnvironmentResponseSchema: GenMessage<UpdateEnvironmentResponse>;
 
 /**
+ * Rules that block or record what programs do. Details are for the runner that enforces them; berth only stores them
+ * and compares them with the organization's.
+ *
  * @generated from message gitpod.v1.Veto
  */
 export declare type Veto = Message<"gitpod.v1.Veto"> & {
   /**
+   * Rules for running programs.
+   *
    * @generated from field: gitpod.v1.Veto.Exec exec = 1;
    */
   exec?: Veto_Exec | undefined;
 
   /**
+   * Rules for file access.
+   *
    * @generated from field: gitpod.v1.Veto.File file = 2;
    */
   file?: Veto_File | undefined;
@@ -2496,40 +3300,56 @@ export declare type Veto = Message<"gitpod.v1.Veto"> & {
 export declare const VetoSchema: GenMessage<Veto>;
 
 /**
+ * Rules for running programs.
+ *
  * @generated from message gitpod.v1.Veto.Exec
  */
 export declare type Veto_Exec = Message<"gitpod.v1.Veto.Exec"> & {
   /**
+   * Whether it applies.
+   *
    * @generated from field: bool enabled = 1;
    */
   enabled: boolean;
 
   /**
+   * Programs it is about.
+   *
    * @generated from field: repeated string denylist = 2;
    */
   denylist: string[];
 
   /**
+   * What happens when one of them is run.
+   *
    * @generated from field: gitpod.v1.KernelControlsAction action = 3;
    */
   action: KernelControlsAction;
 
   /**
+   * Whether names without a path in the list are resolved to programs.
+   *
    * @generated from field: bool resolve_bare_names = 4;
    */
   resolveBareNames: boolean;
 
   /**
+   * Left to the enforcing runner; berth gives it no meaning.
+   *
    * @generated from field: bool untouchable = 5;
    */
   untouchable: boolean;
 
   /**
+   * Left to the enforcing runner; berth gives it no meaning.
+   *
    * @generated from field: bool watch = 6;
    */
   watch: boolean;
 
   /**
+   * Deprecated: use `block_devices` of the file rules.
+   *
    * @generated from field: bool deny_block_devices = 7 [deprecated = true];
    * @deprecated
    */
@@ -2543,25 +3363,35 @@ export declare type Veto_Exec = Message<"gitpod.v1.Veto.Exec"> & {
 export declare const Veto_ExecSchema: GenMessage<Veto_Exec>;
 
 /**
+ * Rules for file access.
+ *
  * @generated from message gitpod.v1.Veto.File
  */
 export declare type Veto_File = Message<"gitpod.v1.Veto.File"> & {
   /**
+   * Whether it applies.
+   *
    * @generated from field: bool enabled = 1;
    */
   enabled: boolean;
 
   /**
+   * Rules for paths.
+   *
    * @generated from field: gitpod.v1.VetoFilePathPolicy paths = 2;
    */
   paths?: VetoFilePathPolicy | undefined;
 
   /**
+   * Rule for block devices.
+   *
    * @generated from field: gitpod.v1.VetoFileBlockDevicesPolicy block_devices = 3;
    */
   blockDevices?: VetoFileBlockDevicesPolicy | undefined;
 
   /**
+   * Rule for the supervisor's own files.
+   *
    * @generated from field: gitpod.v1.Veto.File.SupervisorProtection supervisor_protection = 4;
    */
   supervisorProtection?: Veto_File_SupervisorProtection | undefined;
@@ -2574,15 +3404,21 @@ export declare type Veto_File = Message<"gitpod.v1.Veto.File"> & {
 export declare const Veto_FileSchema: GenMessage<Veto_File>;
 
 /**
+ * Keeps programs away from the supervisor's own files.
+ *
  * @generated from message gitpod.v1.Veto.File.SupervisorProtection
  */
 export declare type Veto_File_SupervisorProtection = Message<"gitpod.v1.Veto.File.SupervisorProtection"> & {
   /**
+   * Whether it applies; unset leaves it to the runner.
+   *
    * @generated from field: optional bool enabled = 1;
    */
   enabled?: boolean | undefined;
 
   /**
+   * What happens on a violation.
+   *
    * @generated from field: gitpod.v1.KernelControlsAction effect = 2;
    */
   effect: KernelControlsAction;
@@ -2595,15 +3431,21 @@ export declare type Veto_File_SupervisorProtection = Message<"gitpod.v1.Veto.Fil
 export declare const Veto_File_SupervisorProtectionSchema: GenMessage<Veto_File_SupervisorProtection>;
 
 /**
+ * Rule for access to block devices.
+ *
  * @generated from message gitpod.v1.VetoFileBlockDevicesPolicy
  */
 export declare type VetoFileBlockDevicesPolicy = Message<"gitpod.v1.VetoFileBlockDevicesPolicy"> & {
   /**
+   * Whether it applies.
+   *
    * @generated from field: bool enabled = 1;
    */
   enabled: boolean;
 
   /**
+   * What happens on access.
+   *
    * @generated from field: gitpod.v1.KernelControlsAction action = 2;
    */
   action: KernelControlsAction;
@@ -2616,25 +3458,35 @@ export declare type VetoFileBlockDevicesPolicy = Message<"gitpod.v1.VetoFileBloc
 export declare const VetoFileBlockDevicesPolicySchema: GenMessage<VetoFileBlockDevicesPolicy>;
 
 /**
+ * Rule for one path.
+ *
  * @generated from message gitpod.v1.VetoFilePathEntry
  */
 export declare type VetoFilePathEntry = Message<"gitpod.v1.VetoFilePathEntry"> & {
   /**
+   * Path it is about.
+   *
    * @generated from field: string path = 1;
    */
   path: string;
 
   /**
+   * Kind of access it is about.
+   *
    * @generated from field: gitpod.v1.VetoFileSurface surface = 2;
    */
   surface: VetoFileSurface;
 
   /**
+   * What happens on access.
+   *
    * @generated from field: gitpod.v1.KernelControlsAction effect = 3;
    */
   effect: KernelControlsAction;
 
   /**
+   * Whether changes to the path are recorded as well.
+   *
    * @generated from field: bool track_changes = 4;
    */
   trackChanges: boolean;
@@ -2647,20 +3499,28 @@ export declare type VetoFilePathEntry = Message<"gitpod.v1.VetoFilePathEntry"> &
 export declare const VetoFilePathEntrySchema: GenMessage<VetoFilePathEntry>;
 
 /**
+ * Rules for paths, with defaults for entries that leave something open.
+ *
  * @generated from message gitpod.v1.VetoFilePathPolicy
  */
 export declare type VetoFilePathPolicy = Message<"gitpod.v1.VetoFilePathPolicy"> & {
   /**
+   * Rules, one per path.
+   *
    * @generated from field: repeated gitpod.v1.VetoFilePathEntry entries = 1;
    */
   entries: VetoFilePathEntry[];
 
   /**
+   * Kind of access for entries without one.
+   *
    * @generated from field: gitpod.v1.VetoFileSurface default_surface = 2;
    */
   defaultSurface: VetoFileSurface;
 
   /**
+   * What happens for entries without an effect.
+   *
    * @generated from field: gitpod.v1.KernelControlsAction default_effect = 3;
    */
   defaultEffect: KernelControlsAction;
@@ -2673,30 +3533,42 @@ export declare type VetoFilePathPolicy = Message<"gitpod.v1.VetoFilePathPolicy">
 export declare const VetoFilePathPolicySchema: GenMessage<VetoFilePathPolicy>;
 
 /**
+ * Who may come in: to a port by its URL, or as a user to an environment.
+ *
  * @generated from enum gitpod.v1.AdmissionLevel
  */
 export enum AdmissionLevel {
   /**
+   * Not set: CREATOR_ONLY on creation; in an update of ports, close the port.
+   *
    * @generated from enum value: ADMISSION_LEVEL_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Deprecated, stored as CREATOR_ONLY.
+   *
    * @generated from enum value: ADMISSION_LEVEL_OWNER_ONLY = 1;
    */
   OWNER_ONLY = 1,
 
   /**
+   * Anybody, without a token, for a port; all members of the organization for an environment.
+   *
    * @generated from enum value: ADMISSION_LEVEL_EVERYONE = 2;
    */
   EVERYONE = 2,
 
   /**
+   * Every active member of the organization.
+   *
    * @generated from enum value: ADMISSION_LEVEL_ORGANIZATION = 3;
    */
   ORGANIZATION = 3,
 
   /**
+   * Only the creator; for a port not even other owners.
+   *
    * @generated from enum value: ADMISSION_LEVEL_CREATOR_ONLY = 4;
    */
   CREATOR_ONLY = 4,
@@ -2708,20 +3580,28 @@ export enum AdmissionLevel {
 export declare const AdmissionLevelSchema: GenEnum<AdmissionLevel>;
 
 /**
+ * How much the enforcing program logs. Passed to the runner as sent.
+ *
  * @generated from enum gitpod.v1.BPFDebugLevel
  */
 export enum BPFDebugLevel {
   /**
+   * Not set: left to the runner.
+   *
    * @generated from enum value: BPF_DEBUG_LEVEL_UNSPECIFIED = 0;
    */
   BPF_DEBUG_LEVEL_UNSPECIFIED = 0,
 
   /**
+   * Ordinary messages.
+   *
    * @generated from enum value: BPF_DEBUG_LEVEL_INFO = 1;
    */
   BPF_DEBUG_LEVEL_INFO = 1,
 
   /**
+   * Everything.
+   *
    * @generated from enum value: BPF_DEBUG_LEVEL_VERBOSE = 2;
    */
   BPF_DEBUG_LEVEL_VERBOSE = 2,
@@ -2733,50 +3613,70 @@ export enum BPFDebugLevel {
 export declare const BPFDebugLevelSchema: GenEnum<BPFDebugLevel>;
 
 /**
+ * Overall phase of an environment, or the one it should reach.
+ *
  * @generated from enum gitpod.v1.EnvironmentPhase
  */
 export enum EnvironmentPhase {
   /**
+   * Not set. Never reported.
+   *
    * @generated from enum value: ENVIRONMENT_PHASE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * First start: the machine is not there yet.
+   *
    * @generated from enum value: ENVIRONMENT_PHASE_CREATING = 10;
    */
   CREATING = 10,
 
   /**
+   * Content, dev container and secrets are being put in place.
+   *
    * @generated from enum value: ENVIRONMENT_PHASE_STARTING = 20;
    */
   STARTING = 20,
 
   /**
+   * Usable, its URLs are set.
+   *
    * @generated from enum value: ENVIRONMENT_PHASE_RUNNING = 40;
    */
   RUNNING = 40,
 
   /**
+   * Usable while content, dev container, secrets or SSH keys are changed.
+   *
    * @generated from enum value: ENVIRONMENT_PHASE_UPDATING = 45;
    */
   UPDATING = 45,
 
   /**
+   * Processes are being ended.
+   *
    * @generated from enum value: ENVIRONMENT_PHASE_STOPPING = 50;
    */
   STOPPING = 50,
 
   /**
+   * Nothing runs; files are kept.
+   *
    * @generated from enum value: ENVIRONMENT_PHASE_STOPPED = 60;
    */
   STOPPED = 60,
 
   /**
+   * Files are being removed, or wait for the runner to do so.
+   *
    * @generated from enum value: ENVIRONMENT_PHASE_DELETING = 70;
    */
   DELETING = 70,
 
   /**
+   * Gone; still readable for 7 days, without secrets, SSH keys, annotations and git status.
+   *
    * @generated from enum value: ENVIRONMENT_PHASE_DELETED = 80;
    */
   DELETED = 80,
@@ -2788,25 +3688,35 @@ export enum EnvironmentPhase {
 export declare const EnvironmentPhaseSchema: GenEnum<EnvironmentPhase>;
 
 /**
+ * What an environment is for.
+ *
  * @generated from enum gitpod.v1.EnvironmentRole
  */
 export enum EnvironmentRole {
   /**
+   * Not set.
+   *
    * @generated from enum value: ENVIRONMENT_ROLE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Interactive work.
+   *
    * @generated from enum value: ENVIRONMENT_ROLE_DEFAULT = 1;
    */
   DEFAULT = 1,
 
   /**
+   * Making a prebuild: no user secrets, no idle stop, left out of lists by default.
+   *
    * @generated from enum value: ENVIRONMENT_ROLE_PREBUILD = 2;
    */
   PREBUILD = 2,
 
   /**
+   * A workflow step; set by the server only.
+   *
    * @generated from enum value: ENVIRONMENT_ROLE_WORKFLOW = 3;
    */
   WORKFLOW = 3,
@@ -2818,20 +3728,28 @@ export enum EnvironmentRole {
 export declare const EnvironmentRoleSchema: GenEnum<EnvironmentRole>;
 
 /**
+ * What a rule does.
+ *
  * @generated from enum gitpod.v1.KernelControlsAction
  */
 export enum KernelControlsAction {
   /**
+   * Not set; an organization's rule for programs takes it as BLOCK.
+   *
    * @generated from enum value: KERNEL_CONTROLS_ACTION_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Refuse.
+   *
    * @generated from enum value: KERNEL_CONTROLS_ACTION_BLOCK = 1;
    */
   BLOCK = 1,
 
   /**
+   * Allow and record.
+   *
    * @generated from enum value: KERNEL_CONTROLS_ACTION_AUDIT = 2;
    */
   AUDIT = 2,
@@ -2843,25 +3761,35 @@ export enum KernelControlsAction {
 export declare const KernelControlsActionSchema: GenEnum<KernelControlsAction>;
 
 /**
+ * Kind of file access a rule is about.
+ *
  * @generated from enum gitpod.v1.VetoFileSurface
  */
 export enum VetoFileSurface {
   /**
+   * Not set: the default of the rules it is in.
+   *
    * @generated from enum value: VETO_FILE_SURFACE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Any access.
+   *
    * @generated from enum value: VETO_FILE_SURFACE_ACCESS = 1;
    */
   ACCESS = 1,
 
   /**
+   * Changing the content.
+   *
    * @generated from enum value: VETO_FILE_SURFACE_CONTENT_MUTATION = 2;
    */
   CONTENT_MUTATION = 2,
 
   /**
+   * Reading the content.
+   *
    * @generated from enum value: VETO_FILE_SURFACE_CONTENT_READ = 3;
    */
   CONTENT_READ = 3,
@@ -2873,10 +3801,18 @@ export enum VetoFileSurface {
 export declare const VetoFileSurfaceSchema: GenEnum<VetoFileSurface>;
 
 /**
+ * Environments and their lifecycle. "Owner" is the creator or a holder of ENVIRONMENT_ADMIN, "user" a holder of
+ * ENVIRONMENT_USER or a member let in by `spec.admission`, "admin" an organization admin. An environment the caller
+ * cannot see is NOT_FOUND, one it may not touch PERMISSION_DENIED; accounts act through a user. Calls record intent,
+ * the runner carries it out: wait on the status.
+ *
  * @generated from service gitpod.v1.EnvironmentService
  */
 export declare const EnvironmentService: GenService<{
   /**
+   * Returns an environment, also for 7 days after its deletion. Owners, users, viewers, admins, the environment itself,
+   * its runner. NOT_FOUND when unknown, purged or invisible. Safe to repeat.
+   *
    * @generated from rpc gitpod.v1.EnvironmentService.GetEnvironment
    */
   getEnvironment: {
@@ -2885,6 +3821,9 @@ export declare const EnvironmentService: GenService<{
     output: typeof GetEnvironmentResponseSchema;
   },
   /**
+   * Lists the environments the caller can see, newest first unless sorted. INVALID_ARGUMENT for a page token used with
+   * another filter, sort or caller. Safe to repeat.
+   *
    * @generated from rpc gitpod.v1.EnvironmentService.ListEnvironments
    */
   listEnvironments: {
@@ -2893,6 +3832,9 @@ export declare const EnvironmentService: GenService<{
     output: typeof ListEnvironmentsResponseSchema;
   },
   /**
+   * Lists environment classes exactly as RunnerConfigurationService.ListEnvironmentClasses does: those of runners or
+   * projects the caller can see, newest first. Safe to repeat.
+   *
    * @generated from rpc gitpod.v1.EnvironmentService.ListEnvironmentClasses
    */
   listEnvironmentClasses: {
@@ -2901,6 +3843,12 @@ export declare const EnvironmentService: GenService<{
     output: typeof ListEnvironmentClassesResponseSchema;
   },
   /**
+   * Creates an environment and starts it. For people and service accounts with RUNNER_USER on the class's runner.
+   * PERMISSION_DENIED when organization policy asks for a project or a repository; FAILED_PRECONDITION for a disabled
+   * class, a runner that is not up, values that policies forbid, or missing repository credentials
+   * (CreateEnvironmentPreconditionFailureDetails); RESOURCE_EXHAUSTED over a quota or the runner's capacity. Not
+   * idempotent: each call creates another one.
+   *
    * @generated from rpc gitpod.v1.EnvironmentService.CreateEnvironment
    */
   createEnvironment: {
@@ -2909,6 +3857,11 @@ export declare const EnvironmentService: GenService<{
     output: typeof CreateEnvironmentResponseSchema;
   },
   /**
+   * Creates and starts an environment from a project; request fields win over the project's. As CreateEnvironment, plus
+   * the right to use the project. INVALID_ARGUMENT for a class the project does not offer
+   * (CreateEnvironmentFromProjectBadRequestEnvironmentClassDetails); FAILED_PRECONDITION when the project is being
+   * deleted or none of its classes is usable. Not idempotent.
+   *
    * @generated from rpc gitpod.v1.EnvironmentService.CreateEnvironmentFromProject
    */
   createEnvironmentFromProject: {
@@ -2917,6 +3870,10 @@ export declare const EnvironmentService: GenService<{
     output: typeof CreateEnvironmentFromProjectResponseSchema;
   },
   /**
+   * Starts a stopped environment with freshly resolved secrets. Owners who still hold RUNNER_USER on the runner.
+   * FAILED_PRECONDITION when stopping, archived, deleted, past an enforced lockdown, or the runner is not up;
+   * RESOURCE_EXHAUSTED over a quota or the runner's capacity. Idempotent: no effect when already starting or running.
+   *
    * @generated from rpc gitpod.v1.EnvironmentService.StartEnvironment
    */
   startEnvironment: {
@@ -2925,6 +3882,9 @@ export declare const EnvironmentService: GenService<{
     output: typeof StartEnvironmentResponseSchema;
   },
   /**
+   * Stops an environment and keeps its files; returns before it has stopped, and works while the runner is offline.
+   * Owners, admins, the environment itself. Idempotent: no effect when stopping, stopped or deleted.
+   *
    * @generated from rpc gitpod.v1.EnvironmentService.StopEnvironment
    */
   stopEnvironment: {
@@ -2933,6 +3893,11 @@ export declare const EnvironmentService: GenService<{
     output: typeof StopEnvironmentResponseSchema;
   },
   /**
+   * Changes the given fields; the last writer of a field wins. Owners; the environment itself for content, dev
+   * container, automations file, ports and timeout; admins for name and lockdown only. INVALID_ARGUMENT when nothing is
+   * set; FAILED_PRECONDITION when deleting or deleted, when policies forbid the value, or for `spec` while archived.
+   * Idempotent: repeating the same values changes nothing.
+   *
    * @generated from rpc gitpod.v1.EnvironmentService.UpdateEnvironment
    */
   updateEnvironment: {
@@ -2941,6 +3906,9 @@ export declare const EnvironmentService: GenService<{
     output: typeof UpdateEnvironmentResponseSchema;
   },
   /**
+   * Stops an environment, then removes it with its files and tokens; waits for an offline runner unless forced. Owners
+   * and admins. Idempotent.
+   *
    * @generated from rpc gitpod.v1.EnvironmentService.DeleteEnvironment
    */
   deleteEnvironment: {
@@ -2949,6 +3917,9 @@ export declare const EnvironmentService: GenService<{
     output: typeof DeleteEnvironmentResponseSchema;
   },
   /**
+   * Issues a token, valid for one hour, that reads the logs of the environment, its services and its task executions.
+   * Owners, users, the environment itself. FAILED_PRECONDITION when deleted. Each call issues another token.
+   *
    * @generated from rpc gitpod.v1.EnvironmentService.CreateEnvironmentLogsToken
    */
   createEnvironmentLogsToken: {
@@ -2957,6 +3928,9 @@ export declare const EnvironmentService: GenService<{
     output: typeof CreateEnvironmentLogsTokenResponseSchema;
   },
   /**
+   * Issues a token, valid for one hour, for the environment's ops API, its logs, and the ports its issuer may reach.
+   * Owners and users. FAILED_PRECONDITION when deleting or deleted. Each call issues another token.
+   *
    * @generated from rpc gitpod.v1.EnvironmentService.CreateEnvironmentAccessToken
    */
   createEnvironmentAccessToken: {
@@ -2965,6 +3939,9 @@ export declare const EnvironmentService: GenService<{
     output: typeof CreateEnvironmentAccessTokenResponseSchema;
   },
   /**
+   * Issues a token, valid for one hour, for one port. Whoever the port's admission lets in, else PERMISSION_DENIED.
+   * FAILED_PRECONDITION when the port is not in the spec or sharing ports is disabled. Each call issues another token.
+   *
    * @generated from rpc gitpod.v1.EnvironmentService.CreatePortAccessToken
    */
   createPortAccessToken: {
@@ -2973,6 +3950,8 @@ export declare const EnvironmentService: GenService<{
     output: typeof CreatePortAccessTokenResponseSchema;
   },
   /**
+   * Deprecated: answers whether the caller may reach a port. Not for environments and runners. Safe to repeat.
+   *
    * @generated from rpc gitpod.v1.EnvironmentService.AllowPortAccess
    * @deprecated
    */
@@ -2982,6 +3961,9 @@ export declare const EnvironmentService: GenService<{
     output: typeof AllowPortAccessResponseSchema;
   },
   /**
+   * Postpones the idle stop. Owners, users, the environment itself. FAILED_PRECONDITION unless creating, starting,
+   * running or updating. Safe to repeat; a signal older than the stored one is ignored.
+   *
    * @generated from rpc gitpod.v1.EnvironmentService.MarkEnvironmentActive
    */
   markEnvironmentActive: {
@@ -2990,6 +3972,9 @@ export declare const EnvironmentService: GenService<{
     output: typeof MarkEnvironmentActiveResponseSchema;
   },
   /**
+   * Takes an environment out of the archive, or cancels a pending archive; it stays stopped. Owners and admins.
+   * RESOURCE_EXHAUSTED when it would exceed the quota, which archived ones do not count towards. Idempotent.
+   *
    * @generated from rpc gitpod.v1.EnvironmentService.UnarchiveEnvironment
    */
   unarchiveEnvironment: {
@@ -2998,6 +3983,9 @@ export declare const EnvironmentService: GenService<{
     output: typeof UnarchiveEnvironmentResponseSchema;
   },
   /**
+   * Archives an environment, stopping it first when needed; `archived_at` is set once it has stopped. Owners and
+   * admins. FAILED_PRECONDITION when deleting or deleted. Idempotent.
+   *
    * @generated from rpc gitpod.v1.EnvironmentService.ArchiveEnvironment
    */
   archiveEnvironment: {

@@ -235,6 +235,8 @@ export const EnvironmentSpec_DevContainer_LifecycleStageSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 24, 2, 0);
 
 /**
+ * How far the lifecycle commands go.
+ *
  * @generated from enum gitpod.v1.EnvironmentSpec.DevContainer.LifecycleStage
  */
 export const EnvironmentSpec_DevContainer_LifecycleStage = /*@__PURE__*/
@@ -254,6 +256,8 @@ export const EnvironmentSpec_EnvironmentPort_ProtocolSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 24, 3, 0);
 
 /**
+ * Protocol between the runner and the service; clients reach the URL either way.
+ *
  * @generated from enum gitpod.v1.EnvironmentSpec.EnvironmentPort.Protocol
  */
 export const EnvironmentSpec_EnvironmentPort_Protocol = /*@__PURE__*/
@@ -287,6 +291,8 @@ export const EnvironmentSpec_Secret_ScopeSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 24, 6, 0);
 
 /**
+ * Whom a secret belongs to. On a collision user and service account win over project, project over organization.
+ *
  * @generated from enum gitpod.v1.EnvironmentSpec.Secret.Scope
  */
 export const EnvironmentSpec_Secret_Scope = /*@__PURE__*/
@@ -320,6 +326,8 @@ export const EnvironmentStatus_AutomationsFile_PresenceSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 25, 0, 0);
 
 /**
+ * How the automations file was found.
+ *
  * @generated from enum gitpod.v1.EnvironmentStatus.AutomationsFile.Presence
  */
 export const EnvironmentStatus_AutomationsFile_Presence = /*@__PURE__*/
@@ -346,6 +354,8 @@ export const EnvironmentStatus_DevContainer_PhaseSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 25, 2, 0);
 
 /**
+ * Phase of the dev container.
+ *
  * @generated from enum gitpod.v1.EnvironmentStatus.DevContainer.Phase
  */
 export const EnvironmentStatus_DevContainer_Phase = /*@__PURE__*/
@@ -358,6 +368,8 @@ export const EnvironmentStatus_DevContainer_PresenceSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 25, 2, 1);
 
 /**
+ * How the dev container file was found.
+ *
  * @generated from enum gitpod.v1.EnvironmentStatus.DevContainer.Presence
  */
 export const EnvironmentStatus_DevContainer_Presence = /*@__PURE__*/
@@ -405,6 +417,8 @@ export const EnvironmentStatus_Machine_PhaseSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 25, 6, 0);
 
 /**
+ * Phase of the machine.
+ *
  * @generated from enum gitpod.v1.EnvironmentStatus.Machine.Phase
  */
 export const EnvironmentStatus_Machine_Phase = /*@__PURE__*/
@@ -424,6 +438,8 @@ export const EnvironmentStatus_RunnerACK_StatusCodeSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 25, 7, 0);
 
 /**
+ * The runner's verdict on a spec.
+ *
  * @generated from enum gitpod.v1.EnvironmentStatus.RunnerACK.StatusCode
  */
 export const EnvironmentStatus_RunnerACK_StatusCode = /*@__PURE__*/
@@ -450,6 +466,8 @@ export const EnvironmentStatus_ContentPhaseSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 25, 0);
 
 /**
+ * Phase of something that is put into the environment.
+ *
  * @generated from enum gitpod.v1.EnvironmentStatus.ContentPhase
  */
 export const EnvironmentStatus_ContentPhase = /*@__PURE__*/
@@ -469,6 +487,8 @@ export const FileChange_ChangeTypeSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 26, 0);
 
 /**
+ * What happened to a file, in git's terms.
+ *
  * @generated from enum gitpod.v1.FileChange.ChangeType
  */
 export const FileChange_ChangeType = /*@__PURE__*/
@@ -502,6 +522,8 @@ export const GitInitializer_CloneTargetModeSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 29, 0);
 
 /**
+ * What to check out.
+ *
  * @generated from enum gitpod.v1.GitInitializer.CloneTargetMode
  */
 export const GitInitializer_CloneTargetMode = /*@__PURE__*/
@@ -542,6 +564,8 @@ export const ListEnvironmentsRequest_ArchivalStatusSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 31, 0);
 
 /**
+ * Which environments to return by their archival.
+ *
  * @generated from enum gitpod.v1.ListEnvironmentsRequest.ArchivalStatus
  */
 export const ListEnvironmentsRequest_ArchivalStatus = /*@__PURE__*/
@@ -554,6 +578,8 @@ export const ListEnvironmentsRequest_SortFieldSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 31, 1);
 
 /**
+ * What to sort by.
+ *
  * @generated from enum gitpod.v1.ListEnvironmentsRequest.SortField
  */
 export const ListEnvironmentsRequest_SortField = /*@__PURE__*/
@@ -741,6 +767,8 @@ export const AdmissionLevelSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 0);
 
 /**
+ * Who may come in: to a port by its URL, or as a user to an environment.
+ *
  * @generated from enum gitpod.v1.AdmissionLevel
  */
 export const AdmissionLevel = /*@__PURE__*/
@@ -753,6 +781,8 @@ export const BPFDebugLevelSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 1);
 
 /**
+ * How much the enforcing program logs. Passed to the runner as sent.
+ *
  * @generated from enum gitpod.v1.BPFDebugLevel
  */
 export const BPFDebugLevel = /*@__PURE__*/
@@ -765,6 +795,8 @@ export const EnvironmentPhaseSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 2);
 
 /**
+ * Overall phase of an environment, or the one it should reach.
+ *
  * @generated from enum gitpod.v1.EnvironmentPhase
  */
 export const EnvironmentPhase = /*@__PURE__*/
@@ -777,6 +809,8 @@ export const EnvironmentRoleSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 3);
 
 /**
+ * What an environment is for.
+ *
  * @generated from enum gitpod.v1.EnvironmentRole
  */
 export const EnvironmentRole = /*@__PURE__*/
@@ -789,6 +823,8 @@ export const KernelControlsActionSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 4);
 
 /**
+ * What a rule does.
+ *
  * @generated from enum gitpod.v1.KernelControlsAction
  */
 export const KernelControlsAction = /*@__PURE__*/
@@ -801,12 +837,19 @@ export const VetoFileSurfaceSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_environment, 5);
 
 /**
+ * Kind of file access a rule is about.
+ *
  * @generated from enum gitpod.v1.VetoFileSurface
  */
 export const VetoFileSurface = /*@__PURE__*/
   tsEnum(VetoFileSurfaceSchema);
 
 /**
+ * Environments and their lifecycle. "Owner" is the creator or a holder of ENVIRONMENT_ADMIN, "user" a holder of
+ * ENVIRONMENT_USER or a member let in by `spec.admission`, "admin" an organization admin. An environment the caller
+ * cannot see is NOT_FOUND, one it may not touch PERMISSION_DENIED; accounts act through a user. Calls record intent,
+ * the runner carries it out: wait on the status.
+ *
  * @generated from service gitpod.v1.EnvironmentService
  */
 export const EnvironmentService = /*@__PURE__*/

@@ -11,10 +11,14 @@ import type { Message } from "@bufbuild/protobuf";
 export declare const file_gitpod_v1_identity: GenFile;
 
 /**
+ * Input of ExchangeToken.
+ *
  * @generated from message gitpod.v1.ExchangeTokenRequest
  */
 export declare type ExchangeTokenRequest = Message<"gitpod.v1.ExchangeTokenRequest"> & {
   /**
+   * Token from CreateRunner or CreateRunnerToken, valid for 24 hours and one use.
+   *
    * @generated from field: string exchange_token = 1;
    */
   exchangeToken: string;
@@ -27,10 +31,14 @@ export declare type ExchangeTokenRequest = Message<"gitpod.v1.ExchangeTokenReque
 export declare const ExchangeTokenRequestSchema: GenMessage<ExchangeTokenRequest>;
 
 /**
+ * Result of ExchangeToken.
+ *
  * @generated from message gitpod.v1.ExchangeTokenResponse
  */
 export declare type ExchangeTokenResponse = Message<"gitpod.v1.ExchangeTokenResponse"> & {
   /**
+   * Runner access token, shown only here.
+   *
    * @generated from field: string access_token = 1;
    */
   accessToken: string;
@@ -43,6 +51,8 @@ export declare type ExchangeTokenResponse = Message<"gitpod.v1.ExchangeTokenResp
 export declare const ExchangeTokenResponseSchema: GenMessage<ExchangeTokenResponse>;
 
 /**
+ * Empty: the caller says it all.
+ *
  * @generated from message gitpod.v1.GetAuthenticatedIdentityRequest
  */
 export declare type GetAuthenticatedIdentityRequest = Message<"gitpod.v1.GetAuthenticatedIdentityRequest"> & {
@@ -55,20 +65,28 @@ export declare type GetAuthenticatedIdentityRequest = Message<"gitpod.v1.GetAuth
 export declare const GetAuthenticatedIdentityRequestSchema: GenMessage<GetAuthenticatedIdentityRequest>;
 
 /**
+ * Result of GetAuthenticatedIdentity.
+ *
  * @generated from message gitpod.v1.GetAuthenticatedIdentityResponse
  */
 export declare type GetAuthenticatedIdentityResponse = Message<"gitpod.v1.GetAuthenticatedIdentityResponse"> & {
   /**
+   * Id and kind of the caller; a personal access token yields its user.
+   *
    * @generated from field: gitpod.v1.Subject subject = 1;
    */
   subject?: Subject | undefined;
 
   /**
+   * Its organization; empty for an account without a chosen user.
+   *
    * @generated from field: string organization_id = 2;
    */
   organizationId: string;
 
   /**
+   * Tier in lower case, always `enterprise`.
+   *
    * @generated from field: string organization_tier = 3;
    */
   organizationTier: string;
@@ -81,15 +99,21 @@ export declare type GetAuthenticatedIdentityResponse = Message<"gitpod.v1.GetAut
 export declare const GetAuthenticatedIdentityResponseSchema: GenMessage<GetAuthenticatedIdentityResponse>;
 
 /**
+ * Input of GetIDToken.
+ *
  * @generated from message gitpod.v1.GetIDTokenRequest
  */
 export declare type GetIDTokenRequest = Message<"gitpod.v1.GetIDTokenRequest"> & {
   /**
+   * Who the token is for: 1-16 entries of 1-512 characters.
+   *
    * @generated from field: repeated string audience = 1;
    */
   audience: string[];
 
   /**
+   * Accepted and ignored: the organization's setting decides the format.
+   *
    * @generated from field: gitpod.v1.IDTokenVersion version = 2;
    */
   version: IDTokenVersion;
@@ -102,10 +126,14 @@ export declare type GetIDTokenRequest = Message<"gitpod.v1.GetIDTokenRequest"> &
 export declare const GetIDTokenRequestSchema: GenMessage<GetIDTokenRequest>;
 
 /**
+ * Result of GetIDToken.
+ *
  * @generated from message gitpod.v1.GetIDTokenResponse
  */
 export declare type GetIDTokenResponse = Message<"gitpod.v1.GetIDTokenResponse"> & {
   /**
+   * The signed token (JWT, RS256).
+   *
    * @generated from field: string token = 1;
    */
   token: string;
@@ -118,15 +146,21 @@ export declare type GetIDTokenResponse = Message<"gitpod.v1.GetIDTokenResponse">
 export declare const GetIDTokenResponseSchema: GenMessage<GetIDTokenResponse>;
 
 /**
+ * Somebody or something that acts.
+ *
  * @generated from message gitpod.v1.Subject
  */
 export declare type Subject = Message<"gitpod.v1.Subject"> & {
   /**
+   * Its id; may be empty where nobody is known.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * What kind of principal it is.
+   *
    * @generated from field: gitpod.v1.Principal principal = 2;
    */
   principal: Principal;
@@ -139,20 +173,28 @@ export declare type Subject = Message<"gitpod.v1.Subject"> & {
 export declare const SubjectSchema: GenMessage<Subject>;
 
 /**
+ * Version of ID tokens a client asks for. It has no effect here.
+ *
  * @generated from enum gitpod.v1.IDTokenVersion
  */
 export enum IDTokenVersion {
   /**
+   * The same as V1.
+   *
    * @generated from enum value: ID_TOKEN_VERSION_UNSPECIFIED = 0;
    */
   ID_TOKEN_VERSION_UNSPECIFIED = 0,
 
   /**
+   * Version 1.
+   *
    * @generated from enum value: ID_TOKEN_VERSION_V1 = 1;
    */
   ID_TOKEN_VERSION_V1 = 1,
 
   /**
+   * Version 2.
+   *
    * @generated from enum value: ID_TOKEN_VERSION_V2 = 2;
    */
   ID_TOKEN_VERSION_V2 = 2,
@@ -164,40 +206,56 @@ export enum IDTokenVersion {
 export declare const IDTokenVersionSchema: GenEnum<IDTokenVersion>;
 
 /**
+ * Kinds of principals.
+ *
  * @generated from enum gitpod.v1.Principal
  */
 export enum Principal {
   /**
+   * None of the others: an operator's command, or SCIM.
+   *
    * @generated from enum value: PRINCIPAL_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * A person's login without a chosen organization.
+   *
    * @generated from enum value: PRINCIPAL_ACCOUNT = 1;
    */
   ACCOUNT = 1,
 
   /**
+   * A person in an organization.
+   *
    * @generated from enum value: PRINCIPAL_USER = 2;
    */
   USER = 2,
 
   /**
+   * A runner.
+   *
    * @generated from enum value: PRINCIPAL_RUNNER = 3;
    */
   RUNNER = 3,
 
   /**
+   * An environment.
+   *
    * @generated from enum value: PRINCIPAL_ENVIRONMENT = 4;
    */
   ENVIRONMENT = 4,
 
   /**
+   * A service account.
+   *
    * @generated from enum value: PRINCIPAL_SERVICE_ACCOUNT = 5;
    */
   SERVICE_ACCOUNT = 5,
 
   /**
+   * Reserved; not used here.
+   *
    * @generated from enum value: PRINCIPAL_RUNNER_MANAGER = 6;
    */
   RUNNER_MANAGER = 6,
@@ -209,10 +267,16 @@ export enum Principal {
 export declare const PrincipalSchema: GenEnum<Principal>;
 
 /**
+ * Who the caller is, and tokens that say so to others.
+ *
  * @generated from service gitpod.v1.IdentityService
  */
 export declare const IdentityService: GenService<{
   /**
+   * Issues an OIDC ID token about the caller, valid for one hour; berth itself never accepts it. Callers: users,
+   * service accounts, environments, runners; an account without a chosen user gets PERMISSION_DENIED. INVALID_ARGUMENT
+   * for a bad audience. Each call issues another token.
+   *
    * @generated from rpc gitpod.v1.IdentityService.GetIDToken
    */
   getIDToken: {
@@ -221,6 +285,8 @@ export declare const IdentityService: GenService<{
     output: typeof GetIDTokenResponseSchema;
   },
   /**
+   * Returns who the credential acts as. Any API token or browser login. Safe to repeat.
+   *
    * @generated from rpc gitpod.v1.IdentityService.GetAuthenticatedIdentity
    */
   getAuthenticatedIdentity: {
@@ -229,6 +295,10 @@ export declare const IdentityService: GenService<{
     output: typeof GetAuthenticatedIdentityResponseSchema;
   },
   /**
+   * Swaps a runner exchange token for a runner access token valid for 90 days. No credential needed, rate-limited per
+   * address. INVALID_ARGUMENT when empty; UNAUTHENTICATED when unknown, used, expired or its runner is gone, all
+   * alike. Not repeatable: the exchange token works once.
+   *
    * @generated from rpc gitpod.v1.IdentityService.ExchangeToken
    */
   exchangeToken: {

@@ -67,6 +67,8 @@ export const IDTokenVersionSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_identity, 0);
 
 /**
+ * Version of ID tokens a client asks for. It has no effect here.
+ *
  * @generated from enum gitpod.v1.IDTokenVersion
  */
 export const IDTokenVersion = /*@__PURE__*/
@@ -79,12 +81,16 @@ export const PrincipalSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_identity, 1);
 
 /**
+ * Kinds of principals.
+ *
  * @generated from enum gitpod.v1.Principal
  */
 export const Principal = /*@__PURE__*/
   tsEnum(PrincipalSchema);
 
 /**
+ * Who the caller is, and tokens that say so to others.
+ *
  * @generated from service gitpod.v1.IdentityService
  */
 export const IdentityService = /*@__PURE__*/

@@ -17,10 +17,14 @@ import type { AdmissionLevel, KernelControlsAction, VetoFileBlockDevicesPolicy, 
 export declare const file_gitpod_v1_organization: GenFile;
 
 /**
+ * A replacement for the extra scopes; the message itself tells "keep" from "clear".
+ *
  * @generated from message gitpod.v1.AdditionalScopesUpdate
  */
 export declare type AdditionalScopesUpdate = Message<"gitpod.v1.AdditionalScopesUpdate"> & {
   /**
+   * New extra scopes, at most 100; an empty list clears them.
+   *
    * @generated from field: repeated string scopes = 1;
    */
   scopes: string[];
@@ -33,66 +37,92 @@ export declare type AdditionalScopesUpdate = Message<"gitpod.v1.AdditionalScopes
 export declare const AdditionalScopesUpdateSchema: GenMessage<AdditionalScopesUpdate>;
 
 /**
+ * Limits for coding agents. They are stored and delivered to runners.
+ *
  * @generated from message gitpod.v1.AgentPolicy
  */
 export declare type AgentPolicy = Message<"gitpod.v1.AgentPolicy"> & {
   /**
+   * Agents may not use MCP servers. Default false.
+   *
    * @generated from field: bool mcp_disabled = 1;
    */
   mcpDisabled: boolean;
 
   /**
+   * Commands agents may not run: at most 1000 entries of 1024 characters. Default none.
+   *
    * @generated from field: repeated string command_deny_list = 2;
    */
   commandDenyList: string[];
 
   /**
+   * Agents may not use source-control tools. Default false.
+   *
    * @generated from field: bool scm_tools_disabled = 3;
    */
   scmToolsDisabled: boolean;
 
   /**
+   * Group that may use source-control tools; empty = everybody.
+   *
    * @generated from field: string scm_tools_allowed_group_id = 4;
    */
   scmToolsAllowedGroupId: string;
 
   /**
+   * Who conversations may be shared with. Default DISABLED.
+   *
    * @generated from field: gitpod.v1.ConversationSharingPolicy conversation_sharing_policy = 5;
    */
   conversationSharingPolicy: ConversationSharingPolicy;
 
   /**
+   * Sub-agents per environment, 0-10; 0 means the default of 5.
+   *
    * @generated from field: int32 max_subagents_per_environment = 6;
    */
   maxSubagentsPerEnvironment: number;
 
   /**
+   * Agents that may be used; empty = all.
+   *
    * @generated from field: repeated string allowed_agent_ids = 7;
    */
   allowedAgentIds: string[];
 
   /**
+   * Codex models that may be used. Deprecated: ignored when `codex_model_policy` is sent too.
+   *
    * @generated from field: repeated gitpod.v1.CodexOpenAIModel allowed_codex_models = 8 [deprecated = true];
    * @deprecated
    */
   allowedCodexModels: CodexOpenAIModel[];
 
   /**
+   * Codex reasoning efforts that may be used; empty = all.
+   *
    * @generated from field: repeated gitpod.v1.CodexReasoningEffort allowed_codex_reasoning_efforts = 9;
    */
   allowedCodexReasoningEfforts: CodexReasoningEffort[];
 
   /**
+   * Codex service tiers that may be used; empty = all.
+   *
    * @generated from field: repeated gitpod.v1.CodexServiceTier allowed_codex_service_tiers = 10;
    */
   allowedCodexServiceTiers: CodexServiceTier[];
 
   /**
+   * Agents may not use goal mode. Default false.
+   *
    * @generated from field: bool goal_mode_disabled = 11;
    */
   goalModeDisabled: boolean;
 
   /**
+   * Which Codex models are switched off; absent = none.
+   *
    * @generated from field: gitpod.v1.CodexModelPolicy codex_model_policy = 12;
    */
   codexModelPolicy?: CodexModelPolicy | undefined;
@@ -105,20 +135,28 @@ export declare type AgentPolicy = Message<"gitpod.v1.AgentPolicy"> & {
 export declare const AgentPolicySchema: GenMessage<AgentPolicy>;
 
 /**
+ * A message shown to everybody in the organization.
+ *
  * @generated from message gitpod.v1.AnnouncementBanner
  */
 export declare type AnnouncementBanner = Message<"gitpod.v1.AnnouncementBanner"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * Markdown, at most 1000 characters, stored as sent; clients must sanitise it.
+   *
    * @generated from field: string message = 2;
    */
   message: string;
 
   /**
+   * Whether clients show it. Switching it off keeps the text.
+   *
    * @generated from field: bool enabled = 3;
    */
   enabled: boolean;
@@ -131,10 +169,14 @@ export declare type AnnouncementBanner = Message<"gitpod.v1.AnnouncementBanner">
 export declare const AnnouncementBannerSchema: GenMessage<AnnouncementBanner>;
 
 /**
+ * State of each Codex model; models not named are allowed.
+ *
  * @generated from message gitpod.v1.CodexModelPolicy
  */
 export declare type CodexModelPolicy = Message<"gitpod.v1.CodexModelPolicy"> & {
   /**
+   * State by model name; only DISABLED entries are kept, unknown names are refused.
+   *
    * @generated from field: map<string, gitpod.v1.CodexModelPolicyState> model_states = 1;
    */
   modelStates: { [key: string]: CodexModelPolicyState };
@@ -147,31 +189,43 @@ export declare type CodexModelPolicy = Message<"gitpod.v1.CodexModelPolicy"> & {
 export declare const CodexModelPolicySchema: GenMessage<CodexModelPolicy>;
 
 /**
+ * Input of CreateCustomDomain.
+ *
  * @generated from message gitpod.v1.CreateCustomDomainRequest
  */
 export declare type CreateCustomDomainRequest = Message<"gitpod.v1.CreateCustomDomainRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * Bare host name, lower-cased, with at least two labels, no port, path or wildcard.
+   *
    * @generated from field: string domain_name = 2;
    */
   domainName: string;
 
   /**
+   * Cloud of the account id; unspecified is inferred from the id's form.
+   *
    * @generated from field: gitpod.v1.CustomDomainProvider provider = 3;
    */
   provider: CustomDomainProvider;
 
   /**
+   * Deprecated alias of `cloud_account_id`, for AWS only; both given must agree.
+   *
    * @generated from field: optional string aws_account_id = 4 [deprecated = true];
    * @deprecated
    */
   awsAccountId?: string | undefined;
 
   /**
+   * Optional metadata: 12 digits for AWS, a project id of 6-30 characters for GCP.
+   *
    * @generated from field: optional string cloud_account_id = 5;
    */
   cloudAccountId?: string | undefined;
@@ -184,10 +238,14 @@ export declare type CreateCustomDomainRequest = Message<"gitpod.v1.CreateCustomD
 export declare const CreateCustomDomainRequestSchema: GenMessage<CreateCustomDomainRequest>;
 
 /**
+ * Result of CreateCustomDomain.
+ *
  * @generated from message gitpod.v1.CreateCustomDomainResponse
  */
 export declare type CreateCustomDomainResponse = Message<"gitpod.v1.CreateCustomDomainResponse"> & {
   /**
+   * The custom domain as it is now.
+   *
    * @generated from field: gitpod.v1.CustomDomain custom_domain = 1;
    */
   customDomain?: CustomDomain | undefined;
@@ -200,15 +258,21 @@ export declare type CreateCustomDomainResponse = Message<"gitpod.v1.CreateCustom
 export declare const CreateCustomDomainResponseSchema: GenMessage<CreateCustomDomainResponse>;
 
 /**
+ * Input of CreateDomainVerification.
+ *
  * @generated from message gitpod.v1.CreateDomainVerificationRequest
  */
 export declare type CreateDomainVerificationRequest = Message<"gitpod.v1.CreateDomainVerificationRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * Domain to prove, lower-cased; names outside ASCII in A-label form. Subdomains are not covered.
+   *
    * @generated from field: string domain = 2;
    */
   domain: string;
@@ -221,10 +285,14 @@ export declare type CreateDomainVerificationRequest = Message<"gitpod.v1.CreateD
 export declare const CreateDomainVerificationRequestSchema: GenMessage<CreateDomainVerificationRequest>;
 
 /**
+ * Result of CreateDomainVerification.
+ *
  * @generated from message gitpod.v1.CreateDomainVerificationResponse
  */
 export declare type CreateDomainVerificationResponse = Message<"gitpod.v1.CreateDomainVerificationResponse"> & {
   /**
+   * The new verification, PENDING, with its token.
+   *
    * @generated from field: gitpod.v1.DomainVerification domain_verification = 1;
    */
   domainVerification?: DomainVerification | undefined;
@@ -237,10 +305,14 @@ export declare type CreateDomainVerificationResponse = Message<"gitpod.v1.Create
 export declare const CreateDomainVerificationResponseSchema: GenMessage<CreateDomainVerificationResponse>;
 
 /**
+ * Input of CreateOrganizationInvite.
+ *
  * @generated from message gitpod.v1.CreateOrganizationInviteRequest
  */
 export declare type CreateOrganizationInviteRequest = Message<"gitpod.v1.CreateOrganizationInviteRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
@@ -253,10 +325,14 @@ export declare type CreateOrganizationInviteRequest = Message<"gitpod.v1.CreateO
 export declare const CreateOrganizationInviteRequestSchema: GenMessage<CreateOrganizationInviteRequest>;
 
 /**
+ * Result of CreateOrganizationInvite.
+ *
  * @generated from message gitpod.v1.CreateOrganizationInviteResponse
  */
 export declare type CreateOrganizationInviteResponse = Message<"gitpod.v1.CreateOrganizationInviteResponse"> & {
   /**
+   * The new invite.
+   *
    * @generated from field: gitpod.v1.OrganizationInvite invite = 1;
    */
   invite?: OrganizationInvite | undefined;
@@ -269,20 +345,28 @@ export declare type CreateOrganizationInviteResponse = Message<"gitpod.v1.Create
 export declare const CreateOrganizationInviteResponseSchema: GenMessage<CreateOrganizationInviteResponse>;
 
 /**
+ * Input of CreateOrganization.
+ *
  * @generated from message gitpod.v1.CreateOrganizationRequest
  */
 export declare type CreateOrganizationRequest = Message<"gitpod.v1.CreateOrganizationRequest"> & {
   /**
+   * Display name: 3-255 characters after trimming, not unique.
+   *
    * @generated from field: string name = 1;
    */
   name: string;
 
   /**
+   * Also make the caller its first member, with role ADMIN.
+   *
    * @generated from field: bool join_organization = 2;
    */
   joinOrganization: boolean;
 
   /**
+   * Let people with the caller's verified email domain join.
+   *
    * @generated from field: bool invite_accounts_with_matching_domain = 3;
    */
   inviteAccountsWithMatchingDomain: boolean;
@@ -295,15 +379,21 @@ export declare type CreateOrganizationRequest = Message<"gitpod.v1.CreateOrganiz
 export declare const CreateOrganizationRequestSchema: GenMessage<CreateOrganizationRequest>;
 
 /**
+ * Result of CreateOrganization.
+ *
  * @generated from message gitpod.v1.CreateOrganizationResponse
  */
 export declare type CreateOrganizationResponse = Message<"gitpod.v1.CreateOrganizationResponse"> & {
   /**
+   * The new organization.
+   *
    * @generated from field: gitpod.v1.Organization organization = 1;
    */
   organization?: Organization | undefined;
 
   /**
+   * The caller's membership; set only if it joined.
+   *
    * @generated from field: gitpod.v1.OrganizationMember member = 2;
    */
   member?: OrganizationMember | undefined;
@@ -316,30 +406,42 @@ export declare type CreateOrganizationResponse = Message<"gitpod.v1.CreateOrgani
 export declare const CreateOrganizationResponseSchema: GenMessage<CreateOrganizationResponse>;
 
 /**
+ * Input of CreateSCIMConfiguration.
+ *
  * @generated from message gitpod.v1.CreateSCIMConfigurationRequest
  */
 export declare type CreateSCIMConfigurationRequest = Message<"gitpod.v1.CreateSCIMConfigurationRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * Display name, at most 128 characters. Default "SCIM Configuration".
+   *
    * @generated from field: optional string name = 2;
    */
   name?: string | undefined;
 
   /**
+   * Active SSO configuration of the organization that provisioned people sign in with.
+   *
    * @generated from field: string sso_configuration_id = 3;
    */
   ssoConfigurationId: string;
 
   /**
+   * Lifetime of the token, 1 day to 2 years. Default 365 days.
+   *
    * @generated from field: optional google.protobuf.Duration token_expires_in = 4;
    */
   tokenExpiresIn?: Duration | undefined;
 
   /**
+   * Link existing members by email although the domain is not verified. Default false.
+   *
    * @generated from field: optional bool allow_unverified_email_account_linking = 5;
    */
   allowUnverifiedEmailAccountLinking?: boolean | undefined;
@@ -352,20 +454,28 @@ export declare type CreateSCIMConfigurationRequest = Message<"gitpod.v1.CreateSC
 export declare const CreateSCIMConfigurationRequestSchema: GenMessage<CreateSCIMConfigurationRequest>;
 
 /**
+ * Result of CreateSCIMConfiguration.
+ *
  * @generated from message gitpod.v1.CreateSCIMConfigurationResponse
  */
 export declare type CreateSCIMConfigurationResponse = Message<"gitpod.v1.CreateSCIMConfigurationResponse"> & {
   /**
+   * The new configuration, enabled.
+   *
    * @generated from field: gitpod.v1.SCIMConfiguration scim_configuration = 1;
    */
   scimConfiguration?: SCIMConfiguration | undefined;
 
   /**
+   * The SCIM bearer token, shown only here.
+   *
    * @generated from field: string token = 2;
    */
   token: string;
 
   /**
+   * When the token ends.
+   *
    * @generated from field: google.protobuf.Timestamp token_expires_at = 3;
    */
   tokenExpiresAt?: Timestamp | undefined;
@@ -378,50 +488,70 @@ export declare type CreateSCIMConfigurationResponse = Message<"gitpod.v1.CreateS
 export declare const CreateSCIMConfigurationResponseSchema: GenMessage<CreateSCIMConfigurationResponse>;
 
 /**
+ * Input of CreateSSOConfiguration.
+ *
  * @generated from message gitpod.v1.CreateSSOConfigurationRequest
  */
 export declare type CreateSSOConfigurationRequest = Message<"gitpod.v1.CreateSSOConfigurationRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * Client id at the provider.
+   *
    * @generated from field: string client_id = 2;
    */
   clientId: string;
 
   /**
+   * Client secret at the provider; stored encrypted, never returned.
+   *
    * @generated from field: string client_secret = 3;
    */
   clientSecret: string;
 
   /**
+   * OIDC issuer, https, without query or fragment.
+   *
    * @generated from field: string issuer_url = 4;
    */
   issuerUrl: string;
 
   /**
+   * One email domain; merged with `email_domains`.
+   *
    * @generated from field: optional string email_domain = 5;
    */
   emailDomain?: string | undefined;
 
   /**
+   * Email domains that sign in here, lower-cased. They count once verified.
+   *
    * @generated from field: repeated string email_domains = 6;
    */
   emailDomains: string[];
 
   /**
+   * Name on the login page, at most 128 characters; empty falls back to the issuer's host.
+   *
    * @generated from field: string display_name = 7;
    */
   displayName: string;
 
   /**
+   * Scopes requested besides `openid email profile`, at most 100.
+   *
    * @generated from field: repeated string additional_scopes = 8;
    */
   additionalScopes: string[];
 
   /**
+   * CEL over the map `claims` that must be true to let someone in; empty = everybody.
+   *
    * @generated from field: optional string claims_expression = 9;
    */
   claimsExpression?: string | undefined;
@@ -434,10 +564,14 @@ export declare type CreateSSOConfigurationRequest = Message<"gitpod.v1.CreateSSO
 export declare const CreateSSOConfigurationRequestSchema: GenMessage<CreateSSOConfigurationRequest>;
 
 /**
+ * Result of CreateSSOConfiguration.
+ *
  * @generated from message gitpod.v1.CreateSSOConfigurationResponse
  */
 export declare type CreateSSOConfigurationResponse = Message<"gitpod.v1.CreateSSOConfigurationResponse"> & {
   /**
+   * The new configuration, without its secret.
+   *
    * @generated from field: gitpod.v1.SSOConfiguration sso_configuration = 1;
    */
   ssoConfiguration?: SSOConfiguration | undefined;
@@ -450,30 +584,42 @@ export declare type CreateSSOConfigurationResponse = Message<"gitpod.v1.CreateSS
 export declare const CreateSSOConfigurationResponseSchema: GenMessage<CreateSSOConfigurationResponse>;
 
 /**
+ * The CrowdStrike sensor in environments.
+ *
  * @generated from message gitpod.v1.CrowdStrikeConfig
  */
 export declare type CrowdStrikeConfig = Message<"gitpod.v1.CrowdStrikeConfig"> & {
   /**
+   * Whether it runs; needs `image` and `cid_secret_id`.
+   *
    * @generated from field: bool enabled = 1;
    */
   enabled: boolean;
 
   /**
+   * Image of the sensor.
+   *
    * @generated from field: string image = 2;
    */
   image: string;
 
   /**
+   * Organization secret that holds the customer id.
+   *
    * @generated from field: string cid_secret_id = 3;
    */
   cidSecretId: string;
 
   /**
+   * Tags given to the sensor.
+   *
    * @generated from field: string tags = 4;
    */
   tags: string;
 
   /**
+   * Sensor options by name: upper-case letters, digits and `_`, without the FALCONCTL_OPT_ prefix.
+   *
    * @generated from field: map<string, string> additional_options = 5;
    */
   additionalOptions: { [key: string]: string };
@@ -486,15 +632,21 @@ export declare type CrowdStrikeConfig = Message<"gitpod.v1.CrowdStrikeConfig"> &
 export declare const CrowdStrikeConfigSchema: GenMessage<CrowdStrikeConfig>;
 
 /**
+ * An environment variable filled from a secret.
+ *
  * @generated from message gitpod.v1.CustomAgentEnvMapping
  */
 export declare type CustomAgentEnvMapping = Message<"gitpod.v1.CustomAgentEnvMapping"> & {
   /**
+   * Name of the variable.
+   *
    * @generated from field: string name = 1;
    */
   name: string;
 
   /**
+   * Name of the organization secret with its value; must exist.
+   *
    * @generated from field: string secret_name = 2;
    */
   secretName: string;
@@ -507,46 +659,64 @@ export declare type CustomAgentEnvMapping = Message<"gitpod.v1.CustomAgentEnvMap
 export declare const CustomAgentEnvMappingSchema: GenMessage<CustomAgentEnvMapping>;
 
 /**
+ * The host name at which only one organization is served. One per organization.
+ *
  * @generated from message gitpod.v1.CustomDomain
  */
 export declare type CustomDomain = Message<"gitpod.v1.CustomDomain"> & {
   /**
+   * Id of the custom domain.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 2;
    */
   organizationId: string;
 
   /**
+   * Bare lower-case host name.
+   *
    * @generated from field: string domain_name = 3;
    */
   domainName: string;
 
   /**
+   * Cloud of the account id.
+   *
    * @generated from field: gitpod.v1.CustomDomainProvider provider = 4;
    */
   provider: CustomDomainProvider;
 
   /**
+   * Deprecated copy of `cloud_account_id`, filled for AWS only.
+   *
    * @generated from field: string aws_account_id = 5 [deprecated = true];
    * @deprecated
    */
   awsAccountId: string;
 
   /**
+   * When it was created.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 6;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * When it last changed.
+   *
    * @generated from field: google.protobuf.Timestamp updated_at = 7;
    */
   updatedAt?: Timestamp | undefined;
 
   /**
+   * Cloud account or project recorded with it; may be empty.
+   *
    * @generated from field: string cloud_account_id = 8;
    */
   cloudAccountId: string;
@@ -559,35 +729,49 @@ export declare type CustomDomain = Message<"gitpod.v1.CustomDomain"> & {
 export declare const CustomDomainSchema: GenMessage<CustomDomain>;
 
 /**
+ * A security agent of the organization's own.
+ *
  * @generated from message gitpod.v1.CustomSecurityAgent
  */
 export declare type CustomSecurityAgent = Message<"gitpod.v1.CustomSecurityAgent"> & {
   /**
+   * Id; empty in a request makes a new one.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Whether it runs.
+   *
    * @generated from field: bool enabled = 2;
    */
   enabled: boolean;
 
   /**
+   * Name, required and unique in the list.
+   *
    * @generated from field: string name = 3;
    */
   name: string;
 
   /**
+   * What it is for.
+   *
    * @generated from field: string description = 4;
    */
   description: string;
 
   /**
+   * Command that starts it, required.
+   *
    * @generated from field: string start_command = 5;
    */
   startCommand: string;
 
   /**
+   * Variables it gets from secrets.
+   *
    * @generated from field: repeated gitpod.v1.CustomAgentEnvMapping env_mappings = 6;
    */
   envMappings: CustomAgentEnvMapping[];
@@ -600,10 +784,14 @@ export declare type CustomSecurityAgent = Message<"gitpod.v1.CustomSecurityAgent
 export declare const CustomSecurityAgentSchema: GenMessage<CustomSecurityAgent>;
 
 /**
+ * Input of DeleteCustomDomain.
+ *
  * @generated from message gitpod.v1.DeleteCustomDomainRequest
  */
 export declare type DeleteCustomDomainRequest = Message<"gitpod.v1.DeleteCustomDomainRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
@@ -616,6 +804,8 @@ export declare type DeleteCustomDomainRequest = Message<"gitpod.v1.DeleteCustomD
 export declare const DeleteCustomDomainRequestSchema: GenMessage<DeleteCustomDomainRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.DeleteCustomDomainResponse
  */
 export declare type DeleteCustomDomainResponse = Message<"gitpod.v1.DeleteCustomDomainResponse"> & {
@@ -628,10 +818,14 @@ export declare type DeleteCustomDomainResponse = Message<"gitpod.v1.DeleteCustom
 export declare const DeleteCustomDomainResponseSchema: GenMessage<DeleteCustomDomainResponse>;
 
 /**
+ * Input of DeleteDomainVerification.
+ *
  * @generated from message gitpod.v1.DeleteDomainVerificationRequest
  */
 export declare type DeleteDomainVerificationRequest = Message<"gitpod.v1.DeleteDomainVerificationRequest"> & {
   /**
+   * The domain verification.
+   *
    * @generated from field: string domain_verification_id = 1;
    */
   domainVerificationId: string;
@@ -644,6 +838,8 @@ export declare type DeleteDomainVerificationRequest = Message<"gitpod.v1.DeleteD
 export declare const DeleteDomainVerificationRequestSchema: GenMessage<DeleteDomainVerificationRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.DeleteDomainVerificationResponse
  */
 export declare type DeleteDomainVerificationResponse = Message<"gitpod.v1.DeleteDomainVerificationResponse"> & {
@@ -656,10 +852,14 @@ export declare type DeleteDomainVerificationResponse = Message<"gitpod.v1.Delete
 export declare const DeleteDomainVerificationResponseSchema: GenMessage<DeleteDomainVerificationResponse>;
 
 /**
+ * Input of DeleteOrganization.
+ *
  * @generated from message gitpod.v1.DeleteOrganizationRequest
  */
 export declare type DeleteOrganizationRequest = Message<"gitpod.v1.DeleteOrganizationRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
@@ -672,6 +872,8 @@ export declare type DeleteOrganizationRequest = Message<"gitpod.v1.DeleteOrganiz
 export declare const DeleteOrganizationRequestSchema: GenMessage<DeleteOrganizationRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.DeleteOrganizationResponse
  */
 export declare type DeleteOrganizationResponse = Message<"gitpod.v1.DeleteOrganizationResponse"> & {
@@ -684,10 +886,14 @@ export declare type DeleteOrganizationResponse = Message<"gitpod.v1.DeleteOrgani
 export declare const DeleteOrganizationResponseSchema: GenMessage<DeleteOrganizationResponse>;
 
 /**
+ * Input of DeleteSCIMConfiguration.
+ *
  * @generated from message gitpod.v1.DeleteSCIMConfigurationRequest
  */
 export declare type DeleteSCIMConfigurationRequest = Message<"gitpod.v1.DeleteSCIMConfigurationRequest"> & {
   /**
+   * The SCIM configuration.
+   *
    * @generated from field: string scim_configuration_id = 1;
    */
   scimConfigurationId: string;
@@ -700,6 +906,8 @@ export declare type DeleteSCIMConfigurationRequest = Message<"gitpod.v1.DeleteSC
 export declare const DeleteSCIMConfigurationRequestSchema: GenMessage<DeleteSCIMConfigurationRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.DeleteSCIMConfigurationResponse
  */
 export declare type DeleteSCIMConfigurationResponse = Message<"gitpod.v1.DeleteSCIMConfigurationResponse"> & {
@@ -712,10 +920,14 @@ export declare type DeleteSCIMConfigurationResponse = Message<"gitpod.v1.DeleteS
 export declare const DeleteSCIMConfigurationResponseSchema: GenMessage<DeleteSCIMConfigurationResponse>;
 
 /**
+ * Input of DeleteSSOConfiguration.
+ *
  * @generated from message gitpod.v1.DeleteSSOConfigurationRequest
  */
 export declare type DeleteSSOConfigurationRequest = Message<"gitpod.v1.DeleteSSOConfigurationRequest"> & {
   /**
+   * The SSO configuration.
+   *
    * @generated from field: string sso_configuration_id = 1;
    */
   ssoConfigurationId: string;
@@ -728,6 +940,8 @@ export declare type DeleteSSOConfigurationRequest = Message<"gitpod.v1.DeleteSSO
 export declare const DeleteSSOConfigurationRequestSchema: GenMessage<DeleteSSOConfigurationRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.DeleteSSOConfigurationResponse
  */
 export declare type DeleteSSOConfigurationResponse = Message<"gitpod.v1.DeleteSSOConfigurationResponse"> & {
@@ -740,40 +954,56 @@ export declare type DeleteSSOConfigurationResponse = Message<"gitpod.v1.DeleteSS
 export declare const DeleteSSOConfigurationResponseSchema: GenMessage<DeleteSSOConfigurationResponse>;
 
 /**
+ * The proof that an organization controls a domain.
+ *
  * @generated from message gitpod.v1.DomainVerification
  */
 export declare type DomainVerification = Message<"gitpod.v1.DomainVerification"> & {
   /**
+   * Id of the verification.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 2;
    */
   organizationId: string;
 
   /**
+   * The domain, lower-case; never its subdomains.
+   *
    * @generated from field: string domain = 3;
    */
   domain: string;
 
   /**
+   * Whether the proof succeeded.
+   *
    * @generated from field: gitpod.v1.DomainVerificationState state = 4;
    */
   state: DomainVerificationState;
 
   /**
+   * When it succeeded; absent while pending.
+   *
    * @generated from field: google.protobuf.Timestamp verified_at = 5;
    */
   verifiedAt?: Timestamp | undefined;
 
   /**
+   * Complete value of the DNS TXT record. It never changes; delete and recreate for another.
+   *
    * @generated from field: string verification_token = 6;
    */
   verificationToken: string;
 
   /**
+   * When it was started.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 7;
    */
   createdAt?: Timestamp | undefined;
@@ -786,10 +1016,14 @@ export declare type DomainVerification = Message<"gitpod.v1.DomainVerification">
 export declare const DomainVerificationSchema: GenMessage<DomainVerification>;
 
 /**
+ * Versions of one editor that may be used.
+ *
  * @generated from message gitpod.v1.EditorVersionPolicy
  */
 export declare type EditorVersionPolicy = Message<"gitpod.v1.EditorVersionPolicy"> & {
   /**
+   * Allowed versions; empty = the newest.
+   *
    * @generated from field: repeated string allowed_versions = 1;
    */
   allowedVersions: string[];
@@ -802,15 +1036,21 @@ export declare type EditorVersionPolicy = Message<"gitpod.v1.EditorVersionPolicy
 export declare const EditorVersionPolicySchema: GenMessage<EditorVersionPolicy>;
 
 /**
+ * Why an environment over its lifetime was refused.
+ *
  * @generated from message gitpod.v1.EnvironmentMaxLifetimeExceededDetails
  */
 export declare type EnvironmentMaxLifetimeExceededDetails = Message<"gitpod.v1.EnvironmentMaxLifetimeExceededDetails"> & {
   /**
+   * When its lifetime ended.
+   *
    * @generated from field: google.protobuf.Timestamp expired_at = 1;
    */
   expiredAt?: Timestamp | undefined;
 
   /**
+   * The lifetime limit that applied.
+   *
    * @generated from field: google.protobuf.Duration policy_value = 2;
    */
   policyValue?: Duration | undefined;
@@ -823,10 +1063,14 @@ export declare type EnvironmentMaxLifetimeExceededDetails = Message<"gitpod.v1.E
 export declare const EnvironmentMaxLifetimeExceededDetailsSchema: GenMessage<EnvironmentMaxLifetimeExceededDetails>;
 
 /**
+ * Input of GetAnnouncementBanner.
+ *
  * @generated from message gitpod.v1.GetAnnouncementBannerRequest
  */
 export declare type GetAnnouncementBannerRequest = Message<"gitpod.v1.GetAnnouncementBannerRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
@@ -839,10 +1083,14 @@ export declare type GetAnnouncementBannerRequest = Message<"gitpod.v1.GetAnnounc
 export declare const GetAnnouncementBannerRequestSchema: GenMessage<GetAnnouncementBannerRequest>;
 
 /**
+ * Result of GetAnnouncementBanner.
+ *
  * @generated from message gitpod.v1.GetAnnouncementBannerResponse
  */
 export declare type GetAnnouncementBannerResponse = Message<"gitpod.v1.GetAnnouncementBannerResponse"> & {
   /**
+   * The banner as it is now.
+   *
    * @generated from field: gitpod.v1.AnnouncementBanner banner = 1;
    */
   banner?: AnnouncementBanner | undefined;
@@ -855,10 +1103,14 @@ export declare type GetAnnouncementBannerResponse = Message<"gitpod.v1.GetAnnoun
 export declare const GetAnnouncementBannerResponseSchema: GenMessage<GetAnnouncementBannerResponse>;
 
 /**
+ * Input of GetCustomDomain.
+ *
  * @generated from message gitpod.v1.GetCustomDomainRequest
  */
 export declare type GetCustomDomainRequest = Message<"gitpod.v1.GetCustomDomainRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
@@ -871,10 +1123,14 @@ export declare type GetCustomDomainRequest = Message<"gitpod.v1.GetCustomDomainR
 export declare const GetCustomDomainRequestSchema: GenMessage<GetCustomDomainRequest>;
 
 /**
+ * Result of GetCustomDomain.
+ *
  * @generated from message gitpod.v1.GetCustomDomainResponse
  */
 export declare type GetCustomDomainResponse = Message<"gitpod.v1.GetCustomDomainResponse"> & {
   /**
+   * The custom domain as it is now.
+   *
    * @generated from field: gitpod.v1.CustomDomain custom_domain = 1;
    */
   customDomain?: CustomDomain | undefined;
@@ -887,10 +1143,14 @@ export declare type GetCustomDomainResponse = Message<"gitpod.v1.GetCustomDomain
 export declare const GetCustomDomainResponseSchema: GenMessage<GetCustomDomainResponse>;
 
 /**
+ * Input of GetDomainVerification.
+ *
  * @generated from message gitpod.v1.GetDomainVerificationRequest
  */
 export declare type GetDomainVerificationRequest = Message<"gitpod.v1.GetDomainVerificationRequest"> & {
   /**
+   * The domain verification.
+   *
    * @generated from field: string domain_verification_id = 1;
    */
   domainVerificationId: string;
@@ -903,10 +1163,14 @@ export declare type GetDomainVerificationRequest = Message<"gitpod.v1.GetDomainV
 export declare const GetDomainVerificationRequestSchema: GenMessage<GetDomainVerificationRequest>;
 
 /**
+ * Result of GetDomainVerification.
+ *
  * @generated from message gitpod.v1.GetDomainVerificationResponse
  */
 export declare type GetDomainVerificationResponse = Message<"gitpod.v1.GetDomainVerificationResponse"> & {
   /**
+   * The verification as it is now.
+   *
    * @generated from field: gitpod.v1.DomainVerification domain_verification = 1;
    */
   domainVerification?: DomainVerification | undefined;
@@ -919,10 +1183,14 @@ export declare type GetDomainVerificationResponse = Message<"gitpod.v1.GetDomain
 export declare const GetDomainVerificationResponseSchema: GenMessage<GetDomainVerificationResponse>;
 
 /**
+ * Input of GetOIDCConfig.
+ *
  * @generated from message gitpod.v1.GetOIDCConfigRequest
  */
 export declare type GetOIDCConfigRequest = Message<"gitpod.v1.GetOIDCConfigRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
@@ -935,10 +1203,14 @@ export declare type GetOIDCConfigRequest = Message<"gitpod.v1.GetOIDCConfigReque
 export declare const GetOIDCConfigRequestSchema: GenMessage<GetOIDCConfigRequest>;
 
 /**
+ * Result of GetOIDCConfig.
+ *
  * @generated from message gitpod.v1.GetOIDCConfigResponse
  */
 export declare type GetOIDCConfigResponse = Message<"gitpod.v1.GetOIDCConfigResponse"> & {
   /**
+   * The setting in force.
+   *
    * @generated from field: gitpod.v1.OIDCConfig oidc_config = 1;
    */
   oidcConfig?: OIDCConfig | undefined;
@@ -951,10 +1223,14 @@ export declare type GetOIDCConfigResponse = Message<"gitpod.v1.GetOIDCConfigResp
 export declare const GetOIDCConfigResponseSchema: GenMessage<GetOIDCConfigResponse>;
 
 /**
+ * Input of GetOrganizationInvite.
+ *
  * @generated from message gitpod.v1.GetOrganizationInviteRequest
  */
 export declare type GetOrganizationInviteRequest = Message<"gitpod.v1.GetOrganizationInviteRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
@@ -967,10 +1243,14 @@ export declare type GetOrganizationInviteRequest = Message<"gitpod.v1.GetOrganiz
 export declare const GetOrganizationInviteRequestSchema: GenMessage<GetOrganizationInviteRequest>;
 
 /**
+ * Result of GetOrganizationInvite.
+ *
  * @generated from message gitpod.v1.GetOrganizationInviteResponse
  */
 export declare type GetOrganizationInviteResponse = Message<"gitpod.v1.GetOrganizationInviteResponse"> & {
   /**
+   * The live invite.
+   *
    * @generated from field: gitpod.v1.OrganizationInvite invite = 1;
    */
   invite?: OrganizationInvite | undefined;
@@ -983,10 +1263,14 @@ export declare type GetOrganizationInviteResponse = Message<"gitpod.v1.GetOrgani
 export declare const GetOrganizationInviteResponseSchema: GenMessage<GetOrganizationInviteResponse>;
 
 /**
+ * Input of GetOrganizationInviteSummary.
+ *
  * @generated from message gitpod.v1.GetOrganizationInviteSummaryRequest
  */
 export declare type GetOrganizationInviteSummaryRequest = Message<"gitpod.v1.GetOrganizationInviteSummaryRequest"> & {
   /**
+   * The invite.
+   *
    * @generated from field: string invite_id = 1;
    */
   inviteId: string;
@@ -999,20 +1283,28 @@ export declare type GetOrganizationInviteSummaryRequest = Message<"gitpod.v1.Get
 export declare const GetOrganizationInviteSummaryRequestSchema: GenMessage<GetOrganizationInviteSummaryRequest>;
 
 /**
+ * Result of GetOrganizationInviteSummary.
+ *
  * @generated from message gitpod.v1.GetOrganizationInviteSummaryResponse
  */
 export declare type GetOrganizationInviteSummaryResponse = Message<"gitpod.v1.GetOrganizationInviteSummaryResponse"> & {
   /**
+   * The organization it leads to.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * Its name.
+   *
    * @generated from field: string organization_name = 2;
    */
   organizationName: string;
 
   /**
+   * Number of active members.
+   *
    * @generated from field: int32 organization_member_count = 3;
    */
   organizationMemberCount: number;
@@ -1025,10 +1317,14 @@ export declare type GetOrganizationInviteSummaryResponse = Message<"gitpod.v1.Ge
 export declare const GetOrganizationInviteSummaryResponseSchema: GenMessage<GetOrganizationInviteSummaryResponse>;
 
 /**
+ * Input of GetOrganizationPolicies.
+ *
  * @generated from message gitpod.v1.GetOrganizationPoliciesRequest
  */
 export declare type GetOrganizationPoliciesRequest = Message<"gitpod.v1.GetOrganizationPoliciesRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
@@ -1041,10 +1337,14 @@ export declare type GetOrganizationPoliciesRequest = Message<"gitpod.v1.GetOrgan
 export declare const GetOrganizationPoliciesRequestSchema: GenMessage<GetOrganizationPoliciesRequest>;
 
 /**
+ * Result of GetOrganizationPolicies.
+ *
  * @generated from message gitpod.v1.GetOrganizationPoliciesResponse
  */
 export declare type GetOrganizationPoliciesResponse = Message<"gitpod.v1.GetOrganizationPoliciesResponse"> & {
   /**
+   * The policies in force; a switched-off duration reads `0s`.
+   *
    * @generated from field: gitpod.v1.OrganizationPolicies policies = 1;
    */
   policies?: OrganizationPolicies | undefined;
@@ -1057,10 +1357,14 @@ export declare type GetOrganizationPoliciesResponse = Message<"gitpod.v1.GetOrga
 export declare const GetOrganizationPoliciesResponseSchema: GenMessage<GetOrganizationPoliciesResponse>;
 
 /**
+ * Input of GetOrganization.
+ *
  * @generated from message gitpod.v1.GetOrganizationRequest
  */
 export declare type GetOrganizationRequest = Message<"gitpod.v1.GetOrganizationRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
@@ -1073,10 +1377,14 @@ export declare type GetOrganizationRequest = Message<"gitpod.v1.GetOrganizationR
 export declare const GetOrganizationRequestSchema: GenMessage<GetOrganizationRequest>;
 
 /**
+ * Result of GetOrganization.
+ *
  * @generated from message gitpod.v1.GetOrganizationResponse
  */
 export declare type GetOrganizationResponse = Message<"gitpod.v1.GetOrganizationResponse"> & {
   /**
+   * The organization as it is now.
+   *
    * @generated from field: gitpod.v1.Organization organization = 1;
    */
   organization?: Organization | undefined;
@@ -1089,10 +1397,14 @@ export declare type GetOrganizationResponse = Message<"gitpod.v1.GetOrganization
 export declare const GetOrganizationResponseSchema: GenMessage<GetOrganizationResponse>;
 
 /**
+ * Input of GetSCIMConfiguration.
+ *
  * @generated from message gitpod.v1.GetSCIMConfigurationRequest
  */
 export declare type GetSCIMConfigurationRequest = Message<"gitpod.v1.GetSCIMConfigurationRequest"> & {
   /**
+   * The SCIM configuration.
+   *
    * @generated from field: string scim_configuration_id = 1;
    */
   scimConfigurationId: string;
@@ -1105,10 +1417,14 @@ export declare type GetSCIMConfigurationRequest = Message<"gitpod.v1.GetSCIMConf
 export declare const GetSCIMConfigurationRequestSchema: GenMessage<GetSCIMConfigurationRequest>;
 
 /**
+ * Result of GetSCIMConfiguration.
+ *
  * @generated from message gitpod.v1.GetSCIMConfigurationResponse
  */
 export declare type GetSCIMConfigurationResponse = Message<"gitpod.v1.GetSCIMConfigurationResponse"> & {
   /**
+   * The SCIM configuration as it is now, without its token.
+   *
    * @generated from field: gitpod.v1.SCIMConfiguration scim_configuration = 1;
    */
   scimConfiguration?: SCIMConfiguration | undefined;
@@ -1121,10 +1437,14 @@ export declare type GetSCIMConfigurationResponse = Message<"gitpod.v1.GetSCIMCon
 export declare const GetSCIMConfigurationResponseSchema: GenMessage<GetSCIMConfigurationResponse>;
 
 /**
+ * Input of GetSSOConfiguration.
+ *
  * @generated from message gitpod.v1.GetSSOConfigurationRequest
  */
 export declare type GetSSOConfigurationRequest = Message<"gitpod.v1.GetSSOConfigurationRequest"> & {
   /**
+   * The SSO configuration.
+   *
    * @generated from field: string sso_configuration_id = 1;
    */
   ssoConfigurationId: string;
@@ -1137,10 +1457,14 @@ export declare type GetSSOConfigurationRequest = Message<"gitpod.v1.GetSSOConfig
 export declare const GetSSOConfigurationRequestSchema: GenMessage<GetSSOConfigurationRequest>;
 
 /**
+ * Result of GetSSOConfiguration.
+ *
  * @generated from message gitpod.v1.GetSSOConfigurationResponse
  */
 export declare type GetSSOConfigurationResponse = Message<"gitpod.v1.GetSSOConfigurationResponse"> & {
   /**
+   * The SSO configuration, without its client secret.
+   *
    * @generated from field: gitpod.v1.SSOConfiguration sso_configuration = 1;
    */
   ssoConfiguration?: SSOConfiguration | undefined;
@@ -1153,10 +1477,14 @@ export declare type GetSSOConfigurationResponse = Message<"gitpod.v1.GetSSOConfi
 export declare const GetSSOConfigurationResponseSchema: GenMessage<GetSSOConfigurationResponse>;
 
 /**
+ * Email domains whose people may join without an invite.
+ *
  * @generated from message gitpod.v1.InviteDomains
  */
 export declare type InviteDomains = Message<"gitpod.v1.InviteDomains"> & {
   /**
+   * Exact, lower-cased domains, no public email providers; empty = nobody.
+   *
    * @generated from field: repeated string domains = 1;
    */
   domains: string[];
@@ -1169,20 +1497,28 @@ export declare type InviteDomains = Message<"gitpod.v1.InviteDomains"> & {
 export declare const InviteDomainsSchema: GenMessage<InviteDomains>;
 
 /**
+ * Input of JoinOrganization.
+ *
  * @generated from message gitpod.v1.JoinOrganizationRequest
  */
 export declare type JoinOrganizationRequest = Message<"gitpod.v1.JoinOrganizationRequest"> & {
   /**
+   * How to join; one is required.
+   *
    * @generated from oneof gitpod.v1.JoinOrganizationRequest.join_id
    */
   joinId: {
     /**
+     * Join by verified email domain, or as creator of an organization that never had a user.
+     *
      * @generated from field: string organization_id = 1;
      */
     value: string;
     case: "organizationId";
   } | {
     /**
+     * Join by the organization's live invite.
+     *
      * @generated from field: string invite_id = 2;
      */
     value: string;
@@ -1197,10 +1533,14 @@ export declare type JoinOrganizationRequest = Message<"gitpod.v1.JoinOrganizatio
 export declare const JoinOrganizationRequestSchema: GenMessage<JoinOrganizationRequest>;
 
 /**
+ * Result of JoinOrganization.
+ *
  * @generated from message gitpod.v1.JoinOrganizationResponse
  */
 export declare type JoinOrganizationResponse = Message<"gitpod.v1.JoinOrganizationResponse"> & {
   /**
+   * The caller's membership, new, reactivated or as it was.
+   *
    * @generated from field: gitpod.v1.OrganizationMember member = 1;
    */
   member?: OrganizationMember | undefined;
@@ -1213,10 +1553,14 @@ export declare type JoinOrganizationResponse = Message<"gitpod.v1.JoinOrganizati
 export declare const JoinOrganizationResponseSchema: GenMessage<JoinOrganizationResponse>;
 
 /**
+ * Input of LeaveOrganization.
+ *
  * @generated from message gitpod.v1.LeaveOrganizationRequest
  */
 export declare type LeaveOrganizationRequest = Message<"gitpod.v1.LeaveOrganizationRequest"> & {
   /**
+   * User to remove: the caller's own, or anybody's for an admin.
+   *
    * @generated from field: string user_id = 1;
    */
   userId: string;
@@ -1229,6 +1573,8 @@ export declare type LeaveOrganizationRequest = Message<"gitpod.v1.LeaveOrganizat
 export declare const LeaveOrganizationRequestSchema: GenMessage<LeaveOrganizationRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.LeaveOrganizationResponse
  */
 export declare type LeaveOrganizationResponse = Message<"gitpod.v1.LeaveOrganizationResponse"> & {
@@ -1241,15 +1587,21 @@ export declare type LeaveOrganizationResponse = Message<"gitpod.v1.LeaveOrganiza
 export declare const LeaveOrganizationResponseSchema: GenMessage<LeaveOrganizationResponse>;
 
 /**
+ * Input of ListDomainVerifications.
+ *
  * @generated from message gitpod.v1.ListDomainVerificationsRequest
  */
 export declare type ListDomainVerificationsRequest = Message<"gitpod.v1.ListDomainVerificationsRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * Page size (0 = 25, at most 100) and the token of the page.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 2;
    */
   pagination?: PaginationRequest | undefined;
@@ -1262,15 +1614,21 @@ export declare type ListDomainVerificationsRequest = Message<"gitpod.v1.ListDoma
 export declare const ListDomainVerificationsRequestSchema: GenMessage<ListDomainVerificationsRequest>;
 
 /**
+ * Result of ListDomainVerifications.
+ *
  * @generated from message gitpod.v1.ListDomainVerificationsResponse
  */
 export declare type ListDomainVerificationsResponse = Message<"gitpod.v1.ListDomainVerificationsResponse"> & {
   /**
+   * The verifications of this page.
+   *
    * @generated from field: repeated gitpod.v1.DomainVerification domain_verifications = 1;
    */
   domainVerifications: DomainVerification[];
 
   /**
+   * Token of the next page; empty on the last one.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 2;
    */
   pagination?: PaginationResponse | undefined;
@@ -1283,30 +1641,42 @@ export declare type ListDomainVerificationsResponse = Message<"gitpod.v1.ListDom
 export declare const ListDomainVerificationsResponseSchema: GenMessage<ListDomainVerificationsResponse>;
 
 /**
+ * Input of ListMembers.
+ *
  * @generated from message gitpod.v1.ListMembersRequest
  */
 export declare type ListMembersRequest = Message<"gitpod.v1.ListMembersRequest"> & {
   /**
+   * Page size (0 = 25, at most 100) and the token of the page.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 2;
    */
   organizationId: string;
 
   /**
+   * Which members; absent = active and suspended ones.
+   *
    * @generated from field: gitpod.v1.ListMembersRequest.Filter filter = 3;
    */
   filter?: ListMembersRequest_Filter | undefined;
 
   /**
+   * Order; absent = the caller first, then names ascending.
+   *
    * @generated from field: gitpod.v1.ListMembersRequest.Sort sort = 4;
    */
   sort?: ListMembersRequest_Sort | undefined;
 
   /**
+   * Ask for a total on the first page.
+   *
    * @generated from field: gitpod.v1.CountRequest count = 5;
    */
   count?: CountRequest | undefined;
@@ -1319,35 +1689,49 @@ export declare type ListMembersRequest = Message<"gitpod.v1.ListMembersRequest">
 export declare const ListMembersRequestSchema: GenMessage<ListMembersRequest>;
 
 /**
+ * Conditions that must all hold; values in one list are alternatives.
+ *
  * @generated from message gitpod.v1.ListMembersRequest.Filter
  */
 export declare type ListMembersRequest_Filter = Message<"gitpod.v1.ListMembersRequest.Filter"> & {
   /**
+   * Text in name or email, ignoring case, taken literally.
+   *
    * @generated from field: string search = 1;
    */
   search: string;
 
   /**
+   * Statuses; empty = ACTIVE and SUSPENDED.
+   *
    * @generated from field: repeated gitpod.v1.UserStatus statuses = 2;
    */
   statuses: UserStatus[];
 
   /**
+   * Roles; empty = all.
+   *
    * @generated from field: repeated gitpod.v1.OrganizationRole roles = 3;
    */
   roles: OrganizationRole[];
 
   /**
+   * Users, at most 25; empty = all.
+   *
    * @generated from field: repeated string user_ids = 4;
    */
   userIds: string[];
 
   /**
+   * Leave out members of any of these groups, at most 25.
+   *
    * @generated from field: repeated string exclude_group_ids = 5;
    */
   excludeGroupIds: string[];
 
   /**
+   * Has no effect: there are no teams here.
+   *
    * @generated from field: bool exclude_members_in_any_team = 6;
    */
   excludeMembersInAnyTeam: boolean;
@@ -1360,15 +1744,21 @@ export declare type ListMembersRequest_Filter = Message<"gitpod.v1.ListMembersRe
 export declare const ListMembersRequest_FilterSchema: GenMessage<ListMembersRequest_Filter>;
 
 /**
+ * An explicit order; ties by user id.
+ *
  * @generated from message gitpod.v1.ListMembersRequest.Sort
  */
 export declare type ListMembersRequest_Sort = Message<"gitpod.v1.ListMembersRequest.Sort"> & {
   /**
+   * What to sort by; unspecified = the default order.
+   *
    * @generated from field: gitpod.v1.ListMembersRequest.SortField field = 1;
    */
   field: ListMembersRequest_SortField;
 
   /**
+   * Direction; unspecified = ascending.
+   *
    * @generated from field: gitpod.v1.SortOrder order = 2;
    */
   order: SortOrder;
@@ -1381,20 +1771,28 @@ export declare type ListMembersRequest_Sort = Message<"gitpod.v1.ListMembersRequ
 export declare const ListMembersRequest_SortSchema: GenMessage<ListMembersRequest_Sort>;
 
 /**
+ * What members can be sorted by.
+ *
  * @generated from enum gitpod.v1.ListMembersRequest.SortField
  */
 export enum ListMembersRequest_SortField {
   /**
+   * The caller first, then names.
+   *
    * @generated from enum value: SORT_FIELD_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Name, ignoring case.
+   *
    * @generated from enum value: SORT_FIELD_NAME = 1;
    */
   NAME = 1,
 
   /**
+   * When they joined.
+   *
    * @generated from enum value: SORT_FIELD_DATE_JOINED = 2;
    */
   DATE_JOINED = 2,
@@ -1406,20 +1804,28 @@ export enum ListMembersRequest_SortField {
 export declare const ListMembersRequest_SortFieldSchema: GenEnum<ListMembersRequest_SortField>;
 
 /**
+ * Result of ListMembers.
+ *
  * @generated from message gitpod.v1.ListMembersResponse
  */
 export declare type ListMembersResponse = Message<"gitpod.v1.ListMembersResponse"> & {
   /**
+   * Token of the next page; empty on the last one.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * The members of this page.
+   *
    * @generated from field: repeated gitpod.v1.OrganizationMember members = 2;
    */
   members: OrganizationMember[];
 
   /**
+   * Total if asked for, on the first page only; exact up to 1000.
+   *
    * @generated from field: gitpod.v1.CountResponse count = 3;
    */
   count?: CountResponse | undefined;
@@ -1432,10 +1838,14 @@ export declare type ListMembersResponse = Message<"gitpod.v1.ListMembersResponse
 export declare const ListMembersResponseSchema: GenMessage<ListMembersResponse>;
 
 /**
+ * Input of ListSCIMConfigurations.
+ *
  * @generated from message gitpod.v1.ListSCIMConfigurationsRequest
  */
 export declare type ListSCIMConfigurationsRequest = Message<"gitpod.v1.ListSCIMConfigurationsRequest"> & {
   /**
+   * Page size (0 = 25, at most 100) and the token of the page.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
@@ -1448,15 +1858,21 @@ export declare type ListSCIMConfigurationsRequest = Message<"gitpod.v1.ListSCIMC
 export declare const ListSCIMConfigurationsRequestSchema: GenMessage<ListSCIMConfigurationsRequest>;
 
 /**
+ * Result of ListSCIMConfigurations.
+ *
  * @generated from message gitpod.v1.ListSCIMConfigurationsResponse
  */
 export declare type ListSCIMConfigurationsResponse = Message<"gitpod.v1.ListSCIMConfigurationsResponse"> & {
   /**
+   * Token of the next page; empty on the last one.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * The configurations of this page, without tokens.
+   *
    * @generated from field: repeated gitpod.v1.SCIMConfiguration scim_configurations = 2;
    */
   scimConfigurations: SCIMConfiguration[];
@@ -1469,15 +1885,21 @@ export declare type ListSCIMConfigurationsResponse = Message<"gitpod.v1.ListSCIM
 export declare const ListSCIMConfigurationsResponseSchema: GenMessage<ListSCIMConfigurationsResponse>;
 
 /**
+ * Input of ListSSOConfigurations.
+ *
  * @generated from message gitpod.v1.ListSSOConfigurationsRequest
  */
 export declare type ListSSOConfigurationsRequest = Message<"gitpod.v1.ListSSOConfigurationsRequest"> & {
   /**
+   * Page size (0 = 25, at most 100) and the token of the page.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 2;
    */
   organizationId: string;
@@ -1490,15 +1912,21 @@ export declare type ListSSOConfigurationsRequest = Message<"gitpod.v1.ListSSOCon
 export declare const ListSSOConfigurationsRequestSchema: GenMessage<ListSSOConfigurationsRequest>;
 
 /**
+ * Result of ListSSOConfigurations.
+ *
  * @generated from message gitpod.v1.ListSSOConfigurationsResponse
  */
 export declare type ListSSOConfigurationsResponse = Message<"gitpod.v1.ListSSOConfigurationsResponse"> & {
   /**
+   * Token of the next page; empty on the last one.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * The configurations of this page, without secrets.
+   *
    * @generated from field: repeated gitpod.v1.SSOConfiguration sso_configurations = 2;
    */
   ssoConfigurations: SSOConfiguration[];
@@ -1511,20 +1939,28 @@ export declare type ListSSOConfigurationsResponse = Message<"gitpod.v1.ListSSOCo
 export declare const ListSSOConfigurationsResponseSchema: GenMessage<ListSSOConfigurationsResponse>;
 
 /**
+ * The format of the organization's ID tokens.
+ *
  * @generated from message gitpod.v1.OIDCConfig
  */
 export declare type OIDCConfig = Message<"gitpod.v1.OIDCConfig"> & {
   /**
+   * The format; one is required. New organizations have V3 without extra fields.
+   *
    * @generated from oneof gitpod.v1.OIDCConfig.version
    */
   version: {
     /**
+     * Format 2: `sub` is a path of short ids.
+     *
      * @generated from field: gitpod.v1.OIDCConfigV2 v2 = 1;
      */
     value: OIDCConfigV2;
     case: "v2";
   } | {
     /**
+     * Format 3: `sub` is a list of named fields, which can be extended.
+     *
      * @generated from field: gitpod.v1.OIDCConfigV3 v3 = 2;
      */
     value: OIDCConfigV3;
@@ -1539,6 +1975,8 @@ export declare type OIDCConfig = Message<"gitpod.v1.OIDCConfig"> & {
 export declare const OIDCConfigSchema: GenMessage<OIDCConfig>;
 
 /**
+ * Format 2 of ID tokens. It has no settings.
+ *
  * @generated from message gitpod.v1.OIDCConfigV2
  */
 export declare type OIDCConfigV2 = Message<"gitpod.v1.OIDCConfigV2"> & {
@@ -1551,10 +1989,14 @@ export declare type OIDCConfigV2 = Message<"gitpod.v1.OIDCConfigV2"> & {
 export declare const OIDCConfigV2Schema: GenMessage<OIDCConfigV2>;
 
 /**
+ * Format 3 of ID tokens.
+ *
  * @generated from message gitpod.v1.OIDCConfigV3
  */
 export declare type OIDCConfigV3 = Message<"gitpod.v1.OIDCConfigV3"> & {
   /**
+   * Claims appended to `sub`, at most 50; order does not matter. A key without a value for the caller is skipped.
+   *
    * @generated from field: repeated string extra_sub_fields = 1;
    */
   extraSubFields: string[];
@@ -1567,35 +2009,49 @@ export declare type OIDCConfigV3 = Message<"gitpod.v1.OIDCConfigV3"> & {
 export declare const OIDCConfigV3Schema: GenMessage<OIDCConfigV3>;
 
 /**
+ * A tenant: people, runners, projects and environments that belong together.
+ *
  * @generated from message gitpod.v1.Organization
  */
 export declare type Organization = Message<"gitpod.v1.Organization"> & {
   /**
+   * Id of the organization.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Display name, not unique.
+   *
    * @generated from field: string name = 2;
    */
   name: string;
 
   /**
+   * When it was created.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 3;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * When it last changed.
+   *
    * @generated from field: google.protobuf.Timestamp updated_at = 4;
    */
   updatedAt?: Timestamp | undefined;
 
   /**
+   * Email domains whose people may join; always present, possibly empty.
+   *
    * @generated from field: gitpod.v1.InviteDomains invite_domains = 5;
    */
   inviteDomains?: InviteDomains | undefined;
 
   /**
+   * Always ENTERPRISE: a self-hosted installation has every feature.
+   *
    * @generated from field: gitpod.v1.OrganizationTier tier = 6;
    */
   tier: OrganizationTier;
@@ -1608,10 +2064,14 @@ export declare type Organization = Message<"gitpod.v1.Organization"> & {
 export declare const OrganizationSchema: GenMessage<Organization>;
 
 /**
+ * The one live invite of an organization: no expiry, any number of uses, always role MEMBER.
+ *
  * @generated from message gitpod.v1.OrganizationInvite
  */
 export declare type OrganizationInvite = Message<"gitpod.v1.OrganizationInvite"> & {
   /**
+   * Id of the invite; whoever knows it may join.
+   *
    * @generated from field: string invite_id = 1;
    */
   inviteId: string;
@@ -1624,45 +2084,63 @@ export declare type OrganizationInvite = Message<"gitpod.v1.OrganizationInvite">
 export declare const OrganizationInviteSchema: GenMessage<OrganizationInvite>;
 
 /**
+ * A person in an organization.
+ *
  * @generated from message gitpod.v1.OrganizationMember
  */
 export declare type OrganizationMember = Message<"gitpod.v1.OrganizationMember"> & {
   /**
+   * Id of the person's user in this organization.
+   *
    * @generated from field: string user_id = 1;
    */
   userId: string;
 
   /**
+   * Role in the organization.
+   *
    * @generated from field: gitpod.v1.OrganizationRole role = 2;
    */
   role: OrganizationRole;
 
   /**
+   * When the person joined or last rejoined.
+   *
    * @generated from field: google.protobuf.Timestamp member_since = 3;
    */
   memberSince?: Timestamp | undefined;
 
   /**
+   * Picture; may be empty.
+   *
    * @generated from field: string avatar_url = 4;
    */
   avatarUrl: string;
 
   /**
+   * Name, or the local part of the email.
+   *
    * @generated from field: string full_name = 5;
    */
   fullName: string;
 
   /**
+   * Email address.
+   *
    * @generated from field: string email = 6;
    */
   email: string;
 
   /**
+   * Whether the user is active, suspended or has left.
+   *
    * @generated from field: gitpod.v1.UserStatus status = 7;
    */
   status: UserStatus;
 
   /**
+   * Id of the builtin provider, `custom` for the organization's SSO or SCIM, `local` for an account the operator made.
+   *
    * @generated from field: string login_provider = 8;
    */
   loginProvider: string;
@@ -1675,135 +2153,190 @@ export declare type OrganizationMember = Message<"gitpod.v1.OrganizationMember">
 export declare const OrganizationMemberSchema: GenMessage<OrganizationMember>;
 
 /**
+ * Limits of an organization. A new organization restricts nothing but counts and archiving.
+ *
  * @generated from message gitpod.v1.OrganizationPolicies
  */
 export declare type OrganizationPolicies = Message<"gitpod.v1.OrganizationPolicies"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * Longest inactivity timeout of an environment: 0s = no limit (default), else at least 30 minutes.
+   *
    * @generated from field: google.protobuf.Duration maximum_environment_timeout = 2;
    */
   maximumEnvironmentTimeout?: Duration | undefined;
 
   /**
+   * Non-admins may create environments from projects only. Default false.
+   *
    * @generated from field: bool members_require_projects = 3;
    */
   membersRequireProjects: boolean;
 
   /**
+   * Non-admins may create projects. Default true.
+   *
    * @generated from field: bool members_create_projects = 4;
    */
   membersCreateProjects: boolean;
 
   /**
+   * Editors that may be used, by id or alias; empty = all.
+   *
    * @generated from field: repeated string allowed_editor_ids = 5;
    */
   allowedEditorIds: string[];
 
   /**
+   * Editor used when none is named, one of the allowed ones; empty = the client's choice.
+   *
    * @generated from field: string default_editor_id = 6;
    */
   defaultEditorId: string;
 
   /**
+   * Local runners may be used; false switches all of them off. Default true.
+   *
    * @generated from field: bool allow_local_runners = 7;
    */
   allowLocalRunners: boolean;
 
   /**
+   * Environments one user may have running, 1-10000; 0 = no limit. Default 10.
+   *
    * @generated from field: int64 maximum_running_environments_per_user = 8;
    */
   maximumRunningEnvironmentsPerUser: bigint;
 
   /**
+   * Environments one user may have that are neither archived nor deleted, 1-10000; 0 = no limit. Default 50.
+   *
    * @generated from field: int64 maximum_environments_per_user = 9;
    */
   maximumEnvironmentsPerUser: bigint;
 
   /**
+   * Container image used when the repository names none, at most 1024 characters; may be empty.
+   *
    * @generated from field: string default_environment_image = 10;
    */
   defaultEnvironmentImage: string;
 
   /**
+   * Ports may not be shared at all. Default false.
+   *
    * @generated from field: bool port_sharing_disabled = 11;
    */
   portSharingDisabled: boolean;
 
   /**
+   * Delete environments this long after archiving, up to 28 days; 0s = never (default).
+   *
    * @generated from field: google.protobuf.Duration delete_archived_environments_after = 12;
    */
   deleteArchivedEnvironmentsAfter?: Duration | undefined;
 
   /**
+   * Limits for coding agents.
+   *
    * @generated from field: gitpod.v1.AgentPolicy agent_policy = 13;
    */
   agentPolicy?: AgentPolicy | undefined;
 
   /**
+   * How long an environment may be used after creation, up to 180 days; 0s = no limit (default). Existing ones keep
+   * theirs.
+   *
    * @generated from field: google.protobuf.Duration maximum_environment_lifetime = 14;
    */
   maximumEnvironmentLifetime?: Duration | undefined;
 
   /**
+   * Users and service accounts must come by the custom domain, if there is one. Default false.
+   *
    * @generated from field: bool require_custom_domain_access = 15;
    */
   requireCustomDomainAccess: boolean;
 
   /**
+   * Allowed versions by editor; editors not named are free.
+   *
    * @generated from field: map<string, gitpod.v1.EditorVersionPolicy> editor_version_restrictions = 16;
    */
   editorVersionRestrictions: { [key: string]: EditorVersionPolicy };
 
   /**
+   * Security agents in environments; visible to admins only.
+   *
    * @generated from field: gitpod.v1.SecurityAgentPolicy security_agent_policy = 17;
    */
   securityAgentPolicy?: SecurityAgentPolicy | undefined;
 
   /**
+   * Only SCIM may add people, while a SCIM configuration is enabled. Default false.
+   *
    * @generated from field: bool restrict_account_creation_to_scim = 18;
    */
   restrictAccountCreationToScim: boolean;
 
   /**
+   * Executables that may not run in environments; applied at creation and each start.
+   *
    * @generated from field: gitpod.v1.VetoExecPolicy veto_exec_policy = 20;
    */
   vetoExecPolicy?: VetoExecPolicy | undefined;
 
   /**
+   * Refuse to start environments over their lifetime instead of only warning. Default false.
+   *
    * @generated from field: bool maximum_environment_lifetime_strict = 21;
    */
   maximumEnvironmentLifetimeStrict: boolean;
 
   /**
+   * Widest audience a shared port may have; unspecified = no limit.
+   *
    * @generated from field: gitpod.v1.AdmissionLevel max_port_admission_level = 22;
    */
   maxPortAdmissionLevel: AdmissionLevel;
 
   /**
+   * Environments offer no built-in browser. Default false.
+   *
    * @generated from field: bool web_browser_disabled = 24;
    */
   webBrowserDisabled: boolean;
 
   /**
+   * Non-admins may create environments from a repository or URL only. Default false.
+   *
    * @generated from field: bool disable_from_scratch = 25;
    */
   disableFromScratch: boolean;
 
   /**
+   * Rules for file access in environments; applied at creation and each start.
+   *
    * @generated from field: gitpod.v1.VetoFilePolicy veto_file_policy = 26;
    */
   vetoFilePolicy?: VetoFilePolicy | undefined;
 
   /**
+   * Always empty: security policies are not served here, any id is refused.
+   *
    * @generated from field: string security_policy_id = 27;
    */
   securityPolicyId: string;
 
   /**
+   * Archive environments this long after they stop: 1-30 whole days, default 3 days, cannot be switched off.
+   *
    * @generated from field: google.protobuf.Duration archive_environments_after = 28;
    */
   archiveEnvironmentsAfter?: Duration | undefined;
@@ -1816,15 +2349,21 @@ export declare type OrganizationPolicies = Message<"gitpod.v1.OrganizationPolici
 export declare const OrganizationPoliciesSchema: GenMessage<OrganizationPolicies>;
 
 /**
+ * A refusal for lack of a tier. Never sent: every feature is on.
+ *
  * @generated from message gitpod.v1.OrganizationTierFailedPreconditionDetails
  */
 export declare type OrganizationTierFailedPreconditionDetails = Message<"gitpod.v1.OrganizationTierFailedPreconditionDetails"> & {
   /**
+   * Readable reason.
+   *
    * @generated from field: string message = 1;
    */
   message: string;
 
   /**
+   * Tier that would allow it.
+   *
    * @generated from field: gitpod.v1.OrganizationTier required_tier = 2;
    */
   requiredTier: OrganizationTier;
@@ -1837,24 +2376,34 @@ export declare type OrganizationTierFailedPreconditionDetails = Message<"gitpod.
 export declare const OrganizationTierFailedPreconditionDetailsSchema: GenMessage<OrganizationTierFailedPreconditionDetails>;
 
 /**
+ * Error detail of a call that an organization policy forbids.
+ *
  * @generated from message gitpod.v1.PolicyEnforcedFailedPreconditionDetails
  */
 export declare type PolicyEnforcedFailedPreconditionDetails = Message<"gitpod.v1.PolicyEnforcedFailedPreconditionDetails"> & {
   /**
+   * Readable reason.
+   *
    * @generated from field: string message = 1;
    */
   message: string;
 
   /**
+   * Field name of the policy.
+   *
    * @generated from field: string policy_name = 2;
    */
   policyName: string;
 
   /**
+   * More about it, where there is more to say.
+   *
    * @generated from oneof gitpod.v1.PolicyEnforcedFailedPreconditionDetails.details
    */
   details: {
     /**
+     * The environment is over its lifetime.
+     *
      * @generated from field: gitpod.v1.EnvironmentMaxLifetimeExceededDetails max_lifetime_exceeded = 3;
      */
     value: EnvironmentMaxLifetimeExceededDetails;
@@ -1869,15 +2418,21 @@ export declare type PolicyEnforcedFailedPreconditionDetails = Message<"gitpod.v1
 export declare const PolicyEnforcedFailedPreconditionDetailsSchema: GenMessage<PolicyEnforcedFailedPreconditionDetails>;
 
 /**
+ * Input of RegenerateSCIMToken.
+ *
  * @generated from message gitpod.v1.RegenerateSCIMTokenRequest
  */
 export declare type RegenerateSCIMTokenRequest = Message<"gitpod.v1.RegenerateSCIMTokenRequest"> & {
   /**
+   * The SCIM configuration.
+   *
    * @generated from field: string scim_configuration_id = 1;
    */
   scimConfigurationId: string;
 
   /**
+   * Lifetime of the new token, 1 day to 2 years. Default: the full lifetime given to the previous one.
+   *
    * @generated from field: optional google.protobuf.Duration token_expires_in = 2;
    */
   tokenExpiresIn?: Duration | undefined;
@@ -1890,15 +2445,21 @@ export declare type RegenerateSCIMTokenRequest = Message<"gitpod.v1.RegenerateSC
 export declare const RegenerateSCIMTokenRequestSchema: GenMessage<RegenerateSCIMTokenRequest>;
 
 /**
+ * Result of RegenerateSCIMToken.
+ *
  * @generated from message gitpod.v1.RegenerateSCIMTokenResponse
  */
 export declare type RegenerateSCIMTokenResponse = Message<"gitpod.v1.RegenerateSCIMTokenResponse"> & {
   /**
+   * The new SCIM bearer token, shown only here.
+   *
    * @generated from field: string token = 1;
    */
   token: string;
 
   /**
+   * When it ends.
+   *
    * @generated from field: google.protobuf.Timestamp token_expires_at = 2;
    */
   tokenExpiresAt?: Timestamp | undefined;
@@ -1911,50 +2472,70 @@ export declare type RegenerateSCIMTokenResponse = Message<"gitpod.v1.RegenerateS
 export declare const RegenerateSCIMTokenResponseSchema: GenMessage<RegenerateSCIMTokenResponse>;
 
 /**
+ * SCIM provisioning of users and groups through one SSO configuration.
+ *
  * @generated from message gitpod.v1.SCIMConfiguration
  */
 export declare type SCIMConfiguration = Message<"gitpod.v1.SCIMConfiguration"> & {
   /**
+   * Id of the configuration.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 2;
    */
   organizationId: string;
 
   /**
+   * Display name.
+   *
    * @generated from field: string name = 3;
    */
   name: string;
 
   /**
+   * Whether provisioning is open; while off the endpoint refuses, users and groups keep their state.
+   *
    * @generated from field: bool enabled = 4;
    */
   enabled: boolean;
 
   /**
+   * SSO configuration that provisioned people sign in with.
+   *
    * @generated from field: string sso_configuration_id = 5;
    */
   ssoConfigurationId: string;
 
   /**
+   * When it was created.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 6;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * When it last changed.
+   *
    * @generated from field: google.protobuf.Timestamp updated_at = 7;
    */
   updatedAt?: Timestamp | undefined;
 
   /**
+   * When its token ends.
+   *
    * @generated from field: google.protobuf.Timestamp token_expires_at = 8;
    */
   tokenExpiresAt?: Timestamp | undefined;
 
   /**
+   * Existing members are linked by email although the domain is not verified.
+   *
    * @generated from field: bool allow_unverified_email_account_linking = 9;
    */
   allowUnverifiedEmailAccountLinking: boolean;
@@ -1967,65 +2548,91 @@ export declare type SCIMConfiguration = Message<"gitpod.v1.SCIMConfiguration"> &
 export declare const SCIMConfigurationSchema: GenMessage<SCIMConfiguration>;
 
 /**
+ * An OIDC provider people sign in with.
+ *
  * @generated from message gitpod.v1.SSOConfiguration
  */
 export declare type SSOConfiguration = Message<"gitpod.v1.SSOConfiguration"> & {
   /**
+   * Id of the configuration.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 2;
    */
   organizationId: string;
 
   /**
+   * Client id at the provider; empty for a builtin one.
+   *
    * @generated from field: string client_id = 3;
    */
   clientId: string;
 
   /**
+   * OIDC issuer.
+   *
    * @generated from field: string issuer_url = 4;
    */
   issuerUrl: string;
 
   /**
+   * Whether people can sign in with it.
+   *
    * @generated from field: gitpod.v1.SSOConfigurationState state = 5;
    */
   state: SSOConfigurationState;
 
   /**
+   * Claim name for each of `sub`, `email`, `email_verified`, `name`, `picture`; unnamed ones use the standard claim.
+   *
    * @generated from field: map<string, string> claims = 6;
    */
   claims: { [key: string]: string };
 
   /**
+   * The first of `email_domains`.
+   *
    * @generated from field: string email_domain = 7;
    */
   emailDomain: string;
 
   /**
+   * Who set the provider up.
+   *
    * @generated from field: gitpod.v1.SSOConfiguration.ProviderType provider_type = 8;
    */
   providerType: SSOConfiguration_ProviderType;
 
   /**
+   * Email domains that sign in here; they count once verified.
+   *
    * @generated from field: repeated string email_domains = 9;
    */
   emailDomains: string[];
 
   /**
+   * Name on the login page; empty falls back to the issuer's host.
+   *
    * @generated from field: string display_name = 10;
    */
   displayName: string;
 
   /**
+   * Scopes requested besides `openid email profile`.
+   *
    * @generated from field: repeated string additional_scopes = 11;
    */
   additionalScopes: string[];
 
   /**
+   * CEL over the map `claims` that must be true to let someone in; empty = everybody.
+   *
    * @generated from field: string claims_expression = 12;
    */
   claimsExpression: string;
@@ -2038,20 +2645,28 @@ export declare type SSOConfiguration = Message<"gitpod.v1.SSOConfiguration"> & {
 export declare const SSOConfigurationSchema: GenMessage<SSOConfiguration>;
 
 /**
+ * Who set a provider up.
+ *
  * @generated from enum gitpod.v1.SSOConfiguration.ProviderType
  */
 export enum SSOConfiguration_ProviderType {
   /**
+   * Not used.
+   *
    * @generated from enum value: PROVIDER_TYPE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * The operator, for all organizations; only the state can be changed.
+   *
    * @generated from enum value: PROVIDER_TYPE_BUILTIN = 1;
    */
   BUILTIN = 1,
 
   /**
+   * The organization itself.
+   *
    * @generated from enum value: PROVIDER_TYPE_CUSTOM = 2;
    */
   CUSTOM = 2,
@@ -2063,15 +2678,21 @@ export enum SSOConfiguration_ProviderType {
 export declare const SSOConfiguration_ProviderTypeSchema: GenEnum<SSOConfiguration_ProviderType>;
 
 /**
+ * Security agents that run in environments. A runner that cannot enforce an enabled one refuses the start.
+ *
  * @generated from message gitpod.v1.SecurityAgentPolicy
  */
 export declare type SecurityAgentPolicy = Message<"gitpod.v1.SecurityAgentPolicy"> & {
   /**
+   * The CrowdStrike sensor; absent = not configured.
+   *
    * @generated from field: gitpod.v1.CrowdStrikeConfig crowdstrike = 1;
    */
   crowdstrike?: CrowdStrikeConfig | undefined;
 
   /**
+   * Further agents.
+   *
    * @generated from field: repeated gitpod.v1.CustomSecurityAgent custom_agents = 2;
    */
   customAgents: CustomSecurityAgent[];
@@ -2084,20 +2705,28 @@ export declare type SecurityAgentPolicy = Message<"gitpod.v1.SecurityAgentPolicy
 export declare const SecurityAgentPolicySchema: GenMessage<SecurityAgentPolicy>;
 
 /**
+ * Input of SetRole.
+ *
  * @generated from message gitpod.v1.SetRoleRequest
  */
 export declare type SetRoleRequest = Message<"gitpod.v1.SetRoleRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * The member.
+   *
    * @generated from field: string user_id = 2;
    */
   userId: string;
 
   /**
+   * New role, required.
+   *
    * @generated from field: gitpod.v1.OrganizationRole role = 3;
    */
   role: OrganizationRole;
@@ -2110,6 +2739,8 @@ export declare type SetRoleRequest = Message<"gitpod.v1.SetRoleRequest"> & {
 export declare const SetRoleRequestSchema: GenMessage<SetRoleRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.SetRoleResponse
  */
 export declare type SetRoleResponse = Message<"gitpod.v1.SetRoleResponse"> & {
@@ -2122,20 +2753,28 @@ export declare type SetRoleResponse = Message<"gitpod.v1.SetRoleResponse"> & {
 export declare const SetRoleResponseSchema: GenMessage<SetRoleResponse>;
 
 /**
+ * Input of UpdateAnnouncementBanner.
+ *
  * @generated from message gitpod.v1.UpdateAnnouncementBannerRequest
  */
 export declare type UpdateAnnouncementBannerRequest = Message<"gitpod.v1.UpdateAnnouncementBannerRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * New text, at most 1000 characters; absent = keep.
+   *
    * @generated from field: optional string message = 2;
    */
   message?: string | undefined;
 
   /**
+   * Whether clients show it; absent = keep.
+   *
    * @generated from field: optional bool enabled = 3;
    */
   enabled?: boolean | undefined;
@@ -2148,10 +2787,14 @@ export declare type UpdateAnnouncementBannerRequest = Message<"gitpod.v1.UpdateA
 export declare const UpdateAnnouncementBannerRequestSchema: GenMessage<UpdateAnnouncementBannerRequest>;
 
 /**
+ * Result of UpdateAnnouncementBanner.
+ *
  * @generated from message gitpod.v1.UpdateAnnouncementBannerResponse
  */
 export declare type UpdateAnnouncementBannerResponse = Message<"gitpod.v1.UpdateAnnouncementBannerResponse"> & {
   /**
+   * The banner as it is now.
+   *
    * @generated from field: gitpod.v1.AnnouncementBanner banner = 1;
    */
   banner?: AnnouncementBanner | undefined;
@@ -2164,31 +2807,43 @@ export declare type UpdateAnnouncementBannerResponse = Message<"gitpod.v1.Update
 export declare const UpdateAnnouncementBannerResponseSchema: GenMessage<UpdateAnnouncementBannerResponse>;
 
 /**
+ * Input of UpdateCustomDomain.
+ *
  * @generated from message gitpod.v1.UpdateCustomDomainRequest
  */
 export declare type UpdateCustomDomainRequest = Message<"gitpod.v1.UpdateCustomDomainRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * New host name, required also when it stays the same.
+   *
    * @generated from field: string domain_name = 2;
    */
   domainName: string;
 
   /**
+   * Deprecated alias of `cloud_account_id`, for AWS only; both given must agree.
+   *
    * @generated from field: optional string aws_account_id = 3 [deprecated = true];
    * @deprecated
    */
   awsAccountId?: string | undefined;
 
   /**
+   * New account or project id; absent = keep.
+   *
    * @generated from field: optional string cloud_account_id = 4;
    */
   cloudAccountId?: string | undefined;
 
   /**
+   * New cloud; absent = keep.
+   *
    * @generated from field: optional gitpod.v1.CustomDomainProvider provider = 5;
    */
   provider?: CustomDomainProvider | undefined;
@@ -2201,10 +2856,14 @@ export declare type UpdateCustomDomainRequest = Message<"gitpod.v1.UpdateCustomD
 export declare const UpdateCustomDomainRequestSchema: GenMessage<UpdateCustomDomainRequest>;
 
 /**
+ * Result of UpdateCustomDomain.
+ *
  * @generated from message gitpod.v1.UpdateCustomDomainResponse
  */
 export declare type UpdateCustomDomainResponse = Message<"gitpod.v1.UpdateCustomDomainResponse"> & {
   /**
+   * The custom domain as it is now.
+   *
    * @generated from field: gitpod.v1.CustomDomain custom_domain = 1;
    */
   customDomain?: CustomDomain | undefined;
@@ -2217,15 +2876,21 @@ export declare type UpdateCustomDomainResponse = Message<"gitpod.v1.UpdateCustom
 export declare const UpdateCustomDomainResponseSchema: GenMessage<UpdateCustomDomainResponse>;
 
 /**
+ * Input of UpdateOIDCConfig.
+ *
  * @generated from message gitpod.v1.UpdateOIDCConfigRequest
  */
 export declare type UpdateOIDCConfigRequest = Message<"gitpod.v1.UpdateOIDCConfigRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * New setting; a version is required.
+   *
    * @generated from field: gitpod.v1.OIDCConfig oidc_config = 2;
    */
   oidcConfig?: OIDCConfig | undefined;
@@ -2238,10 +2903,14 @@ export declare type UpdateOIDCConfigRequest = Message<"gitpod.v1.UpdateOIDCConfi
 export declare const UpdateOIDCConfigRequestSchema: GenMessage<UpdateOIDCConfigRequest>;
 
 /**
+ * Result of UpdateOIDCConfig.
+ *
  * @generated from message gitpod.v1.UpdateOIDCConfigResponse
  */
 export declare type UpdateOIDCConfigResponse = Message<"gitpod.v1.UpdateOIDCConfigResponse"> & {
   /**
+   * The setting in force.
+   *
    * @generated from field: gitpod.v1.OIDCConfig oidc_config = 1;
    */
   oidcConfig?: OIDCConfig | undefined;
@@ -2254,135 +2923,191 @@ export declare type UpdateOIDCConfigResponse = Message<"gitpod.v1.UpdateOIDCConf
 export declare const UpdateOIDCConfigResponseSchema: GenMessage<UpdateOIDCConfigResponse>;
 
 /**
+ * Changes of policies. An absent scalar is kept and a present one set, also to false or 0. A list or map with no
+ * message around it is kept when empty, replaced otherwise, and cleared by a single empty string or key.
+ *
  * @generated from message gitpod.v1.UpdateOrganizationPoliciesRequest
  */
 export declare type UpdateOrganizationPoliciesRequest = Message<"gitpod.v1.UpdateOrganizationPoliciesRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * Longest inactivity timeout of an environment: 0s = no limit (default), else at least 30 minutes.
+   *
    * @generated from field: optional google.protobuf.Duration maximum_environment_timeout = 2;
    */
   maximumEnvironmentTimeout?: Duration | undefined;
 
   /**
+   * Non-admins may create environments from projects only. Default false.
+   *
    * @generated from field: optional bool members_require_projects = 3;
    */
   membersRequireProjects?: boolean | undefined;
 
   /**
+   * Non-admins may create projects. Default true.
+   *
    * @generated from field: optional bool members_create_projects = 4;
    */
   membersCreateProjects?: boolean | undefined;
 
   /**
+   * Editors that may be used, by id or alias; empty = all.
+   *
    * @generated from field: repeated string allowed_editor_ids = 5;
    */
   allowedEditorIds: string[];
 
   /**
+   * Editor used when none is named, one of the allowed ones; empty = the client's choice.
+   *
    * @generated from field: optional string default_editor_id = 6;
    */
   defaultEditorId?: string | undefined;
 
   /**
+   * Local runners may be used; false switches all of them off. Default true.
+   *
    * @generated from field: optional bool allow_local_runners = 7;
    */
   allowLocalRunners?: boolean | undefined;
 
   /**
+   * Environments one user may have running, 1-10000; 0 = no limit. Default 10.
+   *
    * @generated from field: optional int64 maximum_running_environments_per_user = 8;
    */
   maximumRunningEnvironmentsPerUser?: bigint | undefined;
 
   /**
+   * Environments one user may have that are neither archived nor deleted, 1-10000; 0 = no limit. Default 50.
+   *
    * @generated from field: optional int64 maximum_environments_per_user = 9;
    */
   maximumEnvironmentsPerUser?: bigint | undefined;
 
   /**
+   * Container image used when the repository names none, at most 1024 characters; may be empty.
+   *
    * @generated from field: optional string default_environment_image = 10;
    */
   defaultEnvironmentImage?: string | undefined;
 
   /**
+   * Ports may not be shared at all. Default false.
+   *
    * @generated from field: optional bool port_sharing_disabled = 11;
    */
   portSharingDisabled?: boolean | undefined;
 
   /**
+   * Delete environments this long after archiving, up to 28 days; 0s = never (default).
+   *
    * @generated from field: optional google.protobuf.Duration delete_archived_environments_after = 12;
    */
   deleteArchivedEnvironmentsAfter?: Duration | undefined;
 
   /**
+   * Changes of the limits for coding agents.
+   *
    * @generated from field: optional gitpod.v1.UpdateOrganizationPoliciesRequest.UpdateAgentPolicy agent_policy = 13;
    */
   agentPolicy?: UpdateOrganizationPoliciesRequest_UpdateAgentPolicy | undefined;
 
   /**
+   * How long an environment may be used after creation, up to 180 days; 0s = no limit (default). Existing ones keep
+   * theirs.
+   *
    * @generated from field: optional google.protobuf.Duration maximum_environment_lifetime = 14;
    */
   maximumEnvironmentLifetime?: Duration | undefined;
 
   /**
+   * Users and service accounts must come by the custom domain, if there is one. Default false.
+   *
    * @generated from field: optional bool require_custom_domain_access = 15;
    */
   requireCustomDomainAccess?: boolean | undefined;
 
   /**
+   * Allowed versions by editor; editors not named are free.
+   *
    * @generated from field: map<string, gitpod.v1.EditorVersionPolicy> editor_version_restrictions = 16;
    */
   editorVersionRestrictions: { [key: string]: EditorVersionPolicy };
 
   /**
+   * Changes of the security agents.
+   *
    * @generated from field: optional gitpod.v1.UpdateOrganizationPoliciesRequest.UpdateSecurityAgentPolicy security_agent_policy = 17;
    */
   securityAgentPolicy?: UpdateOrganizationPoliciesRequest_UpdateSecurityAgentPolicy | undefined;
 
   /**
+   * Only SCIM may add people, while a SCIM configuration is enabled. Default false.
+   *
    * @generated from field: optional bool restrict_account_creation_to_scim = 18;
    */
   restrictAccountCreationToScim?: boolean | undefined;
 
   /**
+   * Replaces the executables that may not run; absent = keep.
+   *
    * @generated from field: optional gitpod.v1.VetoExecPolicy veto_exec_policy = 20;
    */
   vetoExecPolicy?: VetoExecPolicy | undefined;
 
   /**
+   * Refuse to start environments over their lifetime instead of only warning. Default false.
+   *
    * @generated from field: optional bool maximum_environment_lifetime_strict = 21;
    */
   maximumEnvironmentLifetimeStrict?: boolean | undefined;
 
   /**
+   * Widest audience a shared port may have; unspecified = no limit.
+   *
    * @generated from field: optional gitpod.v1.AdmissionLevel max_port_admission_level = 22;
    */
   maxPortAdmissionLevel?: AdmissionLevel | undefined;
 
   /**
+   * Environments offer no built-in browser. Default false.
+   *
    * @generated from field: optional bool web_browser_disabled = 24;
    */
   webBrowserDisabled?: boolean | undefined;
 
   /**
+   * Non-admins may create environments from a repository or URL only. Default false.
+   *
    * @generated from field: optional bool disable_from_scratch = 25;
    */
   disableFromScratch?: boolean | undefined;
 
   /**
+   * Replaces the rules for file access; absent = keep.
+   *
    * @generated from field: optional gitpod.v1.VetoFilePolicy veto_file_policy = 26;
    */
   vetoFilePolicy?: VetoFilePolicy | undefined;
 
   /**
+   * Only empty is accepted: security policies are not served here.
+   *
    * @generated from field: optional string security_policy_id = 27;
    */
   securityPolicyId?: string | undefined;
 
   /**
+   * Archive environments this long after they stop: 1-30 whole days, default 3 days, cannot be switched off.
+   *
    * @generated from field: optional google.protobuf.Duration archive_environments_after = 28;
    */
   archiveEnvironmentsAfter?: Duration | undefined;
@@ -2395,66 +3120,92 @@ export declare type UpdateOrganizationPoliciesRequest = Message<"gitpod.v1.Updat
 export declare const UpdateOrganizationPoliciesRequestSchema: GenMessage<UpdateOrganizationPoliciesRequest>;
 
 /**
+ * Changes of the limits for coding agents; absent scalars are kept.
+ *
  * @generated from message gitpod.v1.UpdateOrganizationPoliciesRequest.UpdateAgentPolicy
  */
 export declare type UpdateOrganizationPoliciesRequest_UpdateAgentPolicy = Message<"gitpod.v1.UpdateOrganizationPoliciesRequest.UpdateAgentPolicy"> & {
   /**
+   * Agents may not use MCP servers. Default false.
+   *
    * @generated from field: optional bool mcp_disabled = 1;
    */
   mcpDisabled?: boolean | undefined;
 
   /**
+   * Commands agents may not run, at most 1000 entries of 1024 characters; empty = keep, one empty string clears.
+   *
    * @generated from field: repeated string command_deny_list = 2;
    */
   commandDenyList: string[];
 
   /**
+   * Agents may not use source-control tools. Default false.
+   *
    * @generated from field: optional bool scm_tools_disabled = 3;
    */
   scmToolsDisabled?: boolean | undefined;
 
   /**
+   * Group that may use source-control tools; empty = everybody.
+   *
    * @generated from field: optional string scm_tools_allowed_group_id = 4;
    */
   scmToolsAllowedGroupId?: string | undefined;
 
   /**
+   * Who conversations may be shared with. Default DISABLED.
+   *
    * @generated from field: optional gitpod.v1.ConversationSharingPolicy conversation_sharing_policy = 5;
    */
   conversationSharingPolicy?: ConversationSharingPolicy | undefined;
 
   /**
+   * Sub-agents per environment, 0-10; 0 means the default of 5.
+   *
    * @generated from field: optional int32 max_subagents_per_environment = 6;
    */
   maxSubagentsPerEnvironment?: number | undefined;
 
   /**
+   * Agents that may be used; always replaced, empty = all.
+   *
    * @generated from field: repeated string allowed_agent_ids = 7;
    */
   allowedAgentIds: string[];
 
   /**
+   * Codex models that may be used; empty = keep. Deprecated: ignored when `codex_model_policy` is sent too.
+   *
    * @generated from field: repeated gitpod.v1.CodexOpenAIModel allowed_codex_models = 8 [deprecated = true];
    * @deprecated
    */
   allowedCodexModels: CodexOpenAIModel[];
 
   /**
+   * Codex reasoning efforts that may be used; always replaced, empty = all.
+   *
    * @generated from field: repeated gitpod.v1.CodexReasoningEffort allowed_codex_reasoning_efforts = 9;
    */
   allowedCodexReasoningEfforts: CodexReasoningEffort[];
 
   /**
+   * Codex service tiers that may be used; always replaced, empty = all.
+   *
    * @generated from field: repeated gitpod.v1.CodexServiceTier allowed_codex_service_tiers = 10;
    */
   allowedCodexServiceTiers: CodexServiceTier[];
 
   /**
+   * Agents may not use goal mode. Default false.
+   *
    * @generated from field: optional bool goal_mode_disabled = 11;
    */
   goalModeDisabled?: boolean | undefined;
 
   /**
+   * Replaces the switched-off Codex models; absent = keep, empty = none.
+   *
    * @generated from field: gitpod.v1.CodexModelPolicy codex_model_policy = 12;
    */
   codexModelPolicy?: CodexModelPolicy | undefined;
@@ -2467,30 +3218,42 @@ export declare type UpdateOrganizationPoliciesRequest_UpdateAgentPolicy = Messag
 export declare const UpdateOrganizationPoliciesRequest_UpdateAgentPolicySchema: GenMessage<UpdateOrganizationPoliciesRequest_UpdateAgentPolicy>;
 
 /**
+ * Changes of the CrowdStrike sensor; absent scalars are kept.
+ *
  * @generated from message gitpod.v1.UpdateOrganizationPoliciesRequest.UpdateCrowdStrikeConfig
  */
 export declare type UpdateOrganizationPoliciesRequest_UpdateCrowdStrikeConfig = Message<"gitpod.v1.UpdateOrganizationPoliciesRequest.UpdateCrowdStrikeConfig"> & {
   /**
+   * Whether it runs; needs `image` and `cid_secret_id`.
+   *
    * @generated from field: optional bool enabled = 1;
    */
   enabled?: boolean | undefined;
 
   /**
+   * Image of the sensor.
+   *
    * @generated from field: optional string image = 2;
    */
   image?: string | undefined;
 
   /**
+   * Organization secret that holds the customer id.
+   *
    * @generated from field: optional string cid_secret_id = 3;
    */
   cidSecretId?: string | undefined;
 
   /**
+   * Tags given to the sensor.
+   *
    * @generated from field: optional string tags = 4;
    */
   tags?: string | undefined;
 
   /**
+   * Sensor options by name without the FALCONCTL_OPT_ prefix; empty = keep, a single empty key clears.
+   *
    * @generated from field: map<string, string> additional_options = 5;
    */
   additionalOptions: { [key: string]: string };
@@ -2503,15 +3266,21 @@ export declare type UpdateOrganizationPoliciesRequest_UpdateCrowdStrikeConfig = 
 export declare const UpdateOrganizationPoliciesRequest_UpdateCrowdStrikeConfigSchema: GenMessage<UpdateOrganizationPoliciesRequest_UpdateCrowdStrikeConfig>;
 
 /**
+ * Changes of the security agents.
+ *
  * @generated from message gitpod.v1.UpdateOrganizationPoliciesRequest.UpdateSecurityAgentPolicy
  */
 export declare type UpdateOrganizationPoliciesRequest_UpdateSecurityAgentPolicy = Message<"gitpod.v1.UpdateOrganizationPoliciesRequest.UpdateSecurityAgentPolicy"> & {
   /**
+   * Changes of the CrowdStrike sensor; absent = keep.
+   *
    * @generated from field: optional gitpod.v1.UpdateOrganizationPoliciesRequest.UpdateCrowdStrikeConfig crowdstrike = 1;
    */
   crowdstrike?: UpdateOrganizationPoliciesRequest_UpdateCrowdStrikeConfig | undefined;
 
   /**
+   * Further agents; always replaced, possibly by none.
+   *
    * @generated from field: repeated gitpod.v1.CustomSecurityAgent custom_agents = 2;
    */
   customAgents: CustomSecurityAgent[];
@@ -2524,6 +3293,8 @@ export declare type UpdateOrganizationPoliciesRequest_UpdateSecurityAgentPolicy 
 export declare const UpdateOrganizationPoliciesRequest_UpdateSecurityAgentPolicySchema: GenMessage<UpdateOrganizationPoliciesRequest_UpdateSecurityAgentPolicy>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.UpdateOrganizationPoliciesResponse
  */
 export declare type UpdateOrganizationPoliciesResponse = Message<"gitpod.v1.UpdateOrganizationPoliciesResponse"> & {
@@ -2536,20 +3307,28 @@ export declare type UpdateOrganizationPoliciesResponse = Message<"gitpod.v1.Upda
 export declare const UpdateOrganizationPoliciesResponseSchema: GenMessage<UpdateOrganizationPoliciesResponse>;
 
 /**
+ * Input of UpdateOrganization.
+ *
  * @generated from message gitpod.v1.UpdateOrganizationRequest
  */
 export declare type UpdateOrganizationRequest = Message<"gitpod.v1.UpdateOrganizationRequest"> & {
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * New name, 3-255 characters after trimming; absent = keep.
+   *
    * @generated from field: optional string name = 2;
    */
   name?: string | undefined;
 
   /**
+   * Replaces the domains; absent = keep, an empty list = nobody joins by domain.
+   *
    * @generated from field: optional gitpod.v1.InviteDomains invite_domains = 3;
    */
   inviteDomains?: InviteDomains | undefined;
@@ -2562,10 +3341,14 @@ export declare type UpdateOrganizationRequest = Message<"gitpod.v1.UpdateOrganiz
 export declare const UpdateOrganizationRequestSchema: GenMessage<UpdateOrganizationRequest>;
 
 /**
+ * Result of UpdateOrganization.
+ *
  * @generated from message gitpod.v1.UpdateOrganizationResponse
  */
 export declare type UpdateOrganizationResponse = Message<"gitpod.v1.UpdateOrganizationResponse"> & {
   /**
+   * The organization as it is now.
+   *
    * @generated from field: gitpod.v1.Organization organization = 1;
    */
   organization?: Organization | undefined;
@@ -2578,30 +3361,42 @@ export declare type UpdateOrganizationResponse = Message<"gitpod.v1.UpdateOrgani
 export declare const UpdateOrganizationResponseSchema: GenMessage<UpdateOrganizationResponse>;
 
 /**
+ * Input of UpdateSCIMConfiguration.
+ *
  * @generated from message gitpod.v1.UpdateSCIMConfigurationRequest
  */
 export declare type UpdateSCIMConfigurationRequest = Message<"gitpod.v1.UpdateSCIMConfigurationRequest"> & {
   /**
+   * The SCIM configuration.
+   *
    * @generated from field: string scim_configuration_id = 1;
    */
   scimConfigurationId: string;
 
   /**
+   * New display name; absent = keep.
+   *
    * @generated from field: optional string name = 2;
    */
   name?: string | undefined;
 
   /**
+   * Whether provisioning is open; absent = keep.
+   *
    * @generated from field: optional bool enabled = 3;
    */
   enabled?: boolean | undefined;
 
   /**
+   * Another active SSO configuration; absent = keep.
+   *
    * @generated from field: optional string sso_configuration_id = 4;
    */
   ssoConfigurationId?: string | undefined;
 
   /**
+   * Link by unverified email; absent = keep.
+   *
    * @generated from field: optional bool allow_unverified_email_account_linking = 5;
    */
   allowUnverifiedEmailAccountLinking?: boolean | undefined;
@@ -2614,10 +3409,14 @@ export declare type UpdateSCIMConfigurationRequest = Message<"gitpod.v1.UpdateSC
 export declare const UpdateSCIMConfigurationRequestSchema: GenMessage<UpdateSCIMConfigurationRequest>;
 
 /**
+ * Result of UpdateSCIMConfiguration.
+ *
  * @generated from message gitpod.v1.UpdateSCIMConfigurationResponse
  */
 export declare type UpdateSCIMConfigurationResponse = Message<"gitpod.v1.UpdateSCIMConfigurationResponse"> & {
   /**
+   * The SCIM configuration as it is now, without its token.
+   *
    * @generated from field: gitpod.v1.SCIMConfiguration scim_configuration = 1;
    */
   scimConfiguration?: SCIMConfiguration | undefined;
@@ -2630,60 +3429,84 @@ export declare type UpdateSCIMConfigurationResponse = Message<"gitpod.v1.UpdateS
 export declare const UpdateSCIMConfigurationResponseSchema: GenMessage<UpdateSCIMConfigurationResponse>;
 
 /**
+ * Input of UpdateSSOConfiguration.
+ *
  * @generated from message gitpod.v1.UpdateSSOConfigurationRequest
  */
 export declare type UpdateSSOConfigurationRequest = Message<"gitpod.v1.UpdateSSOConfigurationRequest"> & {
   /**
+   * The SSO configuration.
+   *
    * @generated from field: string sso_configuration_id = 1;
    */
   ssoConfigurationId: string;
 
   /**
+   * New client id, which needs a new secret; absent = keep.
+   *
    * @generated from field: optional string client_id = 2;
    */
   clientId?: string | undefined;
 
   /**
+   * New client secret; absent = keep.
+   *
    * @generated from field: optional string client_secret = 3;
    */
   clientSecret?: string | undefined;
 
   /**
+   * New issuer; another origin needs a new secret; absent = keep.
+   *
    * @generated from field: optional string issuer_url = 4;
    */
   issuerUrl?: string | undefined;
 
   /**
+   * New state; switching on runs discovery again; absent = keep.
+   *
    * @generated from field: optional gitpod.v1.SSOConfigurationState state = 5;
    */
   state?: SSOConfigurationState | undefined;
 
   /**
+   * Replaces the claim names (keys `sub`, `email`, `email_verified`, `name`, `picture`; dots descend); empty = keep.
+   *
    * @generated from field: map<string, string> claims = 6;
    */
   claims: { [key: string]: string };
 
   /**
+   * First email domain; see `email_domains`.
+   *
    * @generated from field: optional string email_domain = 7;
    */
   emailDomain?: string | undefined;
 
   /**
+   * Together with `email_domain` replaces the email domains; both empty = keep.
+   *
    * @generated from field: repeated string email_domains = 9;
    */
   emailDomains: string[];
 
   /**
+   * New name on the login page; absent = keep.
+   *
    * @generated from field: optional string display_name = 10;
    */
   displayName?: string | undefined;
 
   /**
+   * Replaces the extra scopes; absent = keep.
+   *
    * @generated from field: optional gitpod.v1.AdditionalScopesUpdate additional_scopes = 11;
    */
   additionalScopes?: AdditionalScopesUpdate | undefined;
 
   /**
+   * New CEL condition; absent = keep, empty clears.
+   *
    * @generated from field: optional string claims_expression = 12;
    */
   claimsExpression?: string | undefined;
@@ -2696,6 +3519,8 @@ export declare type UpdateSSOConfigurationRequest = Message<"gitpod.v1.UpdateSSO
 export declare const UpdateSSOConfigurationRequestSchema: GenMessage<UpdateSSOConfigurationRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.UpdateSSOConfigurationResponse
  */
 export declare type UpdateSSOConfigurationResponse = Message<"gitpod.v1.UpdateSSOConfigurationResponse"> & {
@@ -2708,10 +3533,14 @@ export declare type UpdateSSOConfigurationResponse = Message<"gitpod.v1.UpdateSS
 export declare const UpdateSSOConfigurationResponseSchema: GenMessage<UpdateSSOConfigurationResponse>;
 
 /**
+ * Input of VerifyDomain.
+ *
  * @generated from message gitpod.v1.VerifyDomainRequest
  */
 export declare type VerifyDomainRequest = Message<"gitpod.v1.VerifyDomainRequest"> & {
   /**
+   * The domain verification.
+   *
    * @generated from field: string domain_verification_id = 1;
    */
   domainVerificationId: string;
@@ -2724,10 +3553,14 @@ export declare type VerifyDomainRequest = Message<"gitpod.v1.VerifyDomainRequest
 export declare const VerifyDomainRequestSchema: GenMessage<VerifyDomainRequest>;
 
 /**
+ * Result of VerifyDomain.
+ *
  * @generated from message gitpod.v1.VerifyDomainResponse
  */
 export declare type VerifyDomainResponse = Message<"gitpod.v1.VerifyDomainResponse"> & {
   /**
+   * The verification as it is now.
+   *
    * @generated from field: gitpod.v1.DomainVerification domain_verification = 1;
    */
   domainVerification?: DomainVerification | undefined;
@@ -2740,25 +3573,35 @@ export declare type VerifyDomainResponse = Message<"gitpod.v1.VerifyDomainRespon
 export declare const VerifyDomainResponseSchema: GenMessage<VerifyDomainResponse>;
 
 /**
+ * Executables that may not run in environments. A runner that cannot enforce it refuses the start.
+ *
  * @generated from message gitpod.v1.VetoExecPolicy
  */
 export declare type VetoExecPolicy = Message<"gitpod.v1.VetoExecPolicy"> & {
   /**
+   * Whether it applies.
+   *
    * @generated from field: bool enabled = 1;
    */
   enabled: boolean;
 
   /**
+   * Executables it is about, at most 1000.
+   *
    * @generated from field: repeated string executables = 2;
    */
   executables: string[];
 
   /**
+   * What happens; unspecified = BLOCK.
+   *
    * @generated from field: gitpod.v1.KernelControlsAction action = 3;
    */
   action: KernelControlsAction;
 
   /**
+   * Executables that are never blocked. Output only: built in, ignored in requests.
+   *
    * @generated from field: repeated string safelist = 4;
    */
   safelist: string[];
@@ -2771,20 +3614,28 @@ export declare type VetoExecPolicy = Message<"gitpod.v1.VetoExecPolicy"> & {
 export declare const VetoExecPolicySchema: GenMessage<VetoExecPolicy>;
 
 /**
+ * Rules for file access in environments. A runner that cannot enforce it refuses the start.
+ *
  * @generated from message gitpod.v1.VetoFilePolicy
  */
 export declare type VetoFilePolicy = Message<"gitpod.v1.VetoFilePolicy"> & {
   /**
+   * Whether it applies.
+   *
    * @generated from field: bool enabled = 1;
    */
   enabled: boolean;
 
   /**
+   * Rules for paths.
+   *
    * @generated from field: gitpod.v1.VetoFilePathPolicy paths = 2;
    */
   paths?: VetoFilePathPolicy | undefined;
 
   /**
+   * Rule for block devices.
+   *
    * @generated from field: gitpod.v1.VetoFileBlockDevicesPolicy block_devices = 3;
    */
   blockDevices?: VetoFileBlockDevicesPolicy | undefined;
@@ -2797,20 +3648,28 @@ export declare type VetoFilePolicy = Message<"gitpod.v1.VetoFilePolicy"> & {
 export declare const VetoFilePolicySchema: GenMessage<VetoFilePolicy>;
 
 /**
+ * Whether a Codex model may be used.
+ *
  * @generated from enum gitpod.v1.CodexModelPolicyState
  */
 export enum CodexModelPolicyState {
   /**
+   * Not set: the model may be used.
+   *
    * @generated from enum value: CODEX_MODEL_POLICY_STATE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * The model may be used.
+   *
    * @generated from enum value: CODEX_MODEL_POLICY_STATE_ALLOWED = 1;
    */
   ALLOWED = 1,
 
   /**
+   * The model may not be used.
+   *
    * @generated from enum value: CODEX_MODEL_POLICY_STATE_DISABLED = 2;
    */
   DISABLED = 2,
@@ -2822,20 +3681,28 @@ export enum CodexModelPolicyState {
 export declare const CodexModelPolicyStateSchema: GenEnum<CodexModelPolicyState>;
 
 /**
+ * Who agent conversations may be shared with.
+ *
  * @generated from enum gitpod.v1.ConversationSharingPolicy
  */
 export enum ConversationSharingPolicy {
   /**
+   * Not set: the default, DISABLED.
+   *
    * @generated from enum value: CONVERSATION_SHARING_POLICY_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Nobody.
+   *
    * @generated from enum value: CONVERSATION_SHARING_POLICY_DISABLED = 1;
    */
   DISABLED = 1,
 
   /**
+   * Everybody in the organization.
+   *
    * @generated from enum value: CONVERSATION_SHARING_POLICY_ORGANIZATION = 2;
    */
   ORGANIZATION = 2,
@@ -2847,20 +3714,28 @@ export enum ConversationSharingPolicy {
 export declare const ConversationSharingPolicySchema: GenEnum<ConversationSharingPolicy>;
 
 /**
+ * Cloud of the account recorded with a custom domain.
+ *
  * @generated from enum gitpod.v1.CustomDomainProvider
  */
 export enum CustomDomainProvider {
   /**
+   * Not known.
+   *
    * @generated from enum value: CUSTOM_DOMAIN_PROVIDER_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Amazon Web Services.
+   *
    * @generated from enum value: CUSTOM_DOMAIN_PROVIDER_AWS = 1;
    */
   AWS = 1,
 
   /**
+   * Google Cloud.
+   *
    * @generated from enum value: CUSTOM_DOMAIN_PROVIDER_GCP = 2;
    */
   GCP = 2,
@@ -2872,20 +3747,28 @@ export enum CustomDomainProvider {
 export declare const CustomDomainProviderSchema: GenEnum<CustomDomainProvider>;
 
 /**
+ * Whether control of a domain is proved.
+ *
  * @generated from enum gitpod.v1.DomainVerificationState
  */
 export enum DomainVerificationState {
   /**
+   * Not used.
+   *
    * @generated from enum value: DOMAIN_VERIFICATION_STATE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Not proved yet, or taken over by another organization.
+   *
    * @generated from enum value: DOMAIN_VERIFICATION_STATE_PENDING = 1;
    */
   PENDING = 1,
 
   /**
+   * Proved.
+   *
    * @generated from enum value: DOMAIN_VERIFICATION_STATE_VERIFIED = 2;
    */
   VERIFIED = 2,
@@ -2897,20 +3780,28 @@ export enum DomainVerificationState {
 export declare const DomainVerificationStateSchema: GenEnum<DomainVerificationState>;
 
 /**
+ * Role of a user in an organization.
+ *
  * @generated from enum gitpod.v1.OrganizationRole
  */
 export enum OrganizationRole {
   /**
+   * Not a role; refused in requests.
+   *
    * @generated from enum value: ORGANIZATION_ROLE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Manages the organization.
+   *
    * @generated from enum value: ORGANIZATION_ROLE_ADMIN = 1;
    */
   ADMIN = 1,
 
   /**
+   * Works in it.
+   *
    * @generated from enum value: ORGANIZATION_ROLE_MEMBER = 2;
    */
   MEMBER = 2,
@@ -2922,30 +3813,42 @@ export enum OrganizationRole {
 export declare const OrganizationRoleSchema: GenEnum<OrganizationRole>;
 
 /**
+ * Tier of an organization. Here every organization is ENTERPRISE.
+ *
  * @generated from enum gitpod.v1.OrganizationTier
  */
 export enum OrganizationTier {
   /**
+   * Not used.
+   *
    * @generated from enum value: ORGANIZATION_TIER_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Never returned here.
+   *
    * @generated from enum value: ORGANIZATION_TIER_FREE = 1;
    */
   FREE = 1,
 
   /**
+   * Every feature; the only tier here.
+   *
    * @generated from enum value: ORGANIZATION_TIER_ENTERPRISE = 2;
    */
   ENTERPRISE = 2,
 
   /**
+   * Never returned here.
+   *
    * @generated from enum value: ORGANIZATION_TIER_CORE = 3;
    */
   CORE = 3,
 
   /**
+   * Never returned here.
+   *
    * @generated from enum value: ORGANIZATION_TIER_FREE_ONA = 4;
    */
   FREE_ONA = 4,
@@ -2957,20 +3860,28 @@ export enum OrganizationTier {
 export declare const OrganizationTierSchema: GenEnum<OrganizationTier>;
 
 /**
+ * Whether people can sign in with an SSO configuration.
+ *
  * @generated from enum gitpod.v1.SSOConfigurationState
  */
 export enum SSOConfigurationState {
   /**
+   * Not a state; refused in requests.
+   *
    * @generated from enum value: SSO_CONFIGURATION_STATE_UNSPECIFIED = 0;
    */
   SSO_CONFIGURATION_STATE_UNSPECIFIED = 0,
 
   /**
+   * No new logins; running ones end in their own time.
+   *
    * @generated from enum value: SSO_CONFIGURATION_STATE_INACTIVE = 1;
    */
   SSO_CONFIGURATION_STATE_INACTIVE = 1,
 
   /**
+   * People can sign in.
+   *
    * @generated from enum value: SSO_CONFIGURATION_STATE_ACTIVE = 2;
    */
   SSO_CONFIGURATION_STATE_ACTIVE = 2,
@@ -2982,10 +3893,19 @@ export enum SSOConfigurationState {
 export declare const SSOConfigurationStateSchema: GenEnum<SSOConfigurationState>;
 
 /**
+ * Organizations, their members, invites, policies, domains, SSO and SCIM. "Admin" is an active user with role ADMIN or
+ * a principal in a group that holds the organization admin role; "member" is any active user or service account. An
+ * organization or resource the caller cannot see is NOT_FOUND; one it sees but may not change is PERMISSION_DENIED.
+ * Reads are safe to repeat.
+ *
  * @generated from service gitpod.v1.OrganizationService
  */
 export declare const OrganizationService: GenService<{
   /**
+   * Creates an organization with default policies. Any account may call it unless the operator reserves creation or an
+   * organization owns the account (both PERMISSION_DENIED). FAILED_PRECONDITION when matching-domain invites are asked
+   * for without a verified address on a non-public domain. Not idempotent: each call makes another one.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.CreateOrganization
    */
   createOrganization: {
@@ -2994,6 +3914,11 @@ export declare const OrganizationService: GenService<{
     output: typeof CreateOrganizationResponseSchema;
   },
   /**
+   * Makes the caller's account a member by invite or by its verified email domain. NOT_FOUND for a dead invite, an
+   * unknown organization or no domain match; PERMISSION_DENIED for a suspended user or an organization-owned account;
+   * FAILED_PRECONDITION when only SCIM may add people. Idempotent: an active member gets the membership back
+   * unchanged.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.JoinOrganization
    */
   joinOrganization: {
@@ -3002,6 +3927,8 @@ export declare const OrganizationService: GenService<{
     output: typeof JoinOrganizationResponseSchema;
   },
   /**
+   * Returns an organization. Callers: its members and environments, and accounts with an active user in it.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.GetOrganization
    */
   getOrganization: {
@@ -3010,6 +3937,9 @@ export declare const OrganizationService: GenService<{
     output: typeof GetOrganizationResponseSchema;
   },
   /**
+   * Changes the name or the domains whose people may join. Admins only. INVALID_ARGUMENT for a public email provider's
+   * domain. Idempotent; removing a domain removes nobody.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.UpdateOrganization
    */
   updateOrganization: {
@@ -3018,6 +3948,9 @@ export declare const OrganizationService: GenService<{
     output: typeof UpdateOrganizationResponseSchema;
   },
   /**
+   * Deletes an organization: its tokens and logins end at once, its environments and data follow in the background.
+   * Only a user with role ADMIN of its own, not through a group. A second call is NOT_FOUND.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.DeleteOrganization
    */
   deleteOrganization: {
@@ -3026,6 +3959,10 @@ export declare const OrganizationService: GenService<{
     output: typeof DeleteOrganizationResponseSchema;
   },
   /**
+   * Lists people with role and status. Any member may call it, and so may an account with an active user there.
+   * Without a sort the caller comes first, then names ascending. INVALID_ARGUMENT for a page token of another filter
+   * or sort.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.ListMembers
    */
   listMembers: {
@@ -3034,6 +3971,9 @@ export declare const OrganizationService: GenService<{
     output: typeof ListMembersResponseSchema;
   },
   /**
+   * Gives a member another role. Admins only. FAILED_PRECONDITION for someone who has left, or when no active user
+   * with role ADMIN would remain. Idempotent.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.SetRole
    */
   setRole: {
@@ -3042,6 +3982,9 @@ export declare const OrganizationService: GenService<{
     output: typeof SetRoleResponseSchema;
   },
   /**
+   * Makes a new invite; the previous one stops working at once. Admins only. Not idempotent: every call replaces the
+   * invite.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.CreateOrganizationInvite
    */
   createOrganizationInvite: {
@@ -3050,6 +3993,9 @@ export declare const OrganizationService: GenService<{
     output: typeof CreateOrganizationInviteResponseSchema;
   },
   /**
+   * Returns the live invite, creating it when there is none, so it counts as a write. Admins only. Repeating it
+   * returns the same invite.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.GetOrganizationInvite
    */
   getOrganizationInvite: {
@@ -3058,6 +4004,9 @@ export declare const OrganizationService: GenService<{
     output: typeof GetOrganizationInviteResponseSchema;
   },
   /**
+   * Shows which organization an invite leads to. Any authenticated caller, member or not. A replaced, unknown or
+   * deleted invite is NOT_FOUND, all alike. Rate-limited per caller and address.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.GetOrganizationInviteSummary
    */
   getOrganizationInviteSummary: {
@@ -3066,6 +4015,10 @@ export declare const OrganizationService: GenService<{
     output: typeof GetOrganizationInviteSummaryResponseSchema;
   },
   /**
+   * Ends a membership: credentials, group memberships and personal data go, environments stop, shared resources stay.
+   * Own user, or an admin for anybody. FAILED_PRECONDITION when no active user with role ADMIN would remain.
+   * Idempotent.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.LeaveOrganization
    */
   leaveOrganization: {
@@ -3074,6 +4027,10 @@ export declare const OrganizationService: GenService<{
     output: typeof LeaveOrganizationResponseSchema;
   },
   /**
+   * Adds an OIDC provider of the organization, active at once. Admins only. FAILED_PRECONDITION when discovery at the
+   * issuer fails, INVALID_ARGUMENT for bad scopes or a bad claims expression, ALREADY_EXISTS for the same issuer and
+   * client id, RESOURCE_EXHAUSTED above 20. Not idempotent.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.CreateSSOConfiguration
    */
   createSSOConfiguration: {
@@ -3082,6 +4039,8 @@ export declare const OrganizationService: GenService<{
     output: typeof CreateSSOConfigurationResponseSchema;
   },
   /**
+   * Returns one SSO configuration. Admins only.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.GetSSOConfiguration
    */
   getSSOConfiguration: {
@@ -3090,6 +4049,8 @@ export declare const OrganizationService: GenService<{
     output: typeof GetSSOConfigurationResponseSchema;
   },
   /**
+   * Lists own and builtin SSO configurations, newest first. Admins only.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.ListSSOConfigurations
    */
   listSSOConfigurations: {
@@ -3098,6 +4059,9 @@ export declare const OrganizationService: GenService<{
     output: typeof ListSSOConfigurationsResponseSchema;
   },
   /**
+   * Removes an SSO configuration; its users stay and running logins end in their own time. Admins only.
+   * FAILED_PRECONDITION for a builtin one or while a SCIM configuration is linked to it. A second call is NOT_FOUND.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.DeleteSSOConfiguration
    */
   deleteSSOConfiguration: {
@@ -3106,6 +4070,10 @@ export declare const OrganizationService: GenService<{
     output: typeof DeleteSSOConfigurationResponseSchema;
   },
   /**
+   * Changes some fields of an SSO configuration. Admins only. Of a builtin one only `state` may change
+   * (FAILED_PRECONDITION); also FAILED_PRECONDITION when discovery fails or when switching off a builtin login would
+   * leave no working one. INVALID_ARGUMENT for a new client id or issuer origin without a new secret. Idempotent.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.UpdateSSOConfiguration
    */
   updateSSOConfiguration: {
@@ -3114,6 +4082,9 @@ export declare const OrganizationService: GenService<{
     output: typeof UpdateSSOConfigurationResponseSchema;
   },
   /**
+   * Opens SCIM provisioning for an SSO configuration and issues its token. Admins only. FAILED_PRECONDITION when that
+   * configuration is builtin or not active, ALREADY_EXISTS when it is already linked. Not idempotent.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.CreateSCIMConfiguration
    */
   createSCIMConfiguration: {
@@ -3122,6 +4093,8 @@ export declare const OrganizationService: GenService<{
     output: typeof CreateSCIMConfigurationResponseSchema;
   },
   /**
+   * Returns one SCIM configuration, never its token. Admins only.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.GetSCIMConfiguration
    */
   getSCIMConfiguration: {
@@ -3130,6 +4103,8 @@ export declare const OrganizationService: GenService<{
     output: typeof GetSCIMConfigurationResponseSchema;
   },
   /**
+   * Lists the SCIM configurations of the caller's organization, newest first. Admins only.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.ListSCIMConfigurations
    */
   listSCIMConfigurations: {
@@ -3138,6 +4113,9 @@ export declare const OrganizationService: GenService<{
     output: typeof ListSCIMConfigurationsResponseSchema;
   },
   /**
+   * Changes some fields of a SCIM configuration. Admins only. A new SSO link is checked as at creation and can be
+   * moved but not removed. Idempotent.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.UpdateSCIMConfiguration
    */
   updateSCIMConfiguration: {
@@ -3146,6 +4124,9 @@ export declare const OrganizationService: GenService<{
     output: typeof UpdateSCIMConfigurationResponseSchema;
   },
   /**
+   * Removes a SCIM configuration: its token dies, provisioned users and groups stay and are no longer managed. Admins
+   * only. A second call is NOT_FOUND.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.DeleteSCIMConfiguration
    */
   deleteSCIMConfiguration: {
@@ -3154,6 +4135,9 @@ export declare const OrganizationService: GenService<{
     output: typeof DeleteSCIMConfigurationResponseSchema;
   },
   /**
+   * Issues a new SCIM token; the old one is refused from then on. Admins only; allowed while disabled or expired. Not
+   * idempotent: every call replaces the token.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.RegenerateSCIMToken
    */
   regenerateSCIMToken: {
@@ -3162,6 +4146,10 @@ export declare const OrganizationService: GenService<{
     output: typeof RegenerateSCIMTokenResponseSchema;
   },
   /**
+   * Starts proving that the organization controls a domain. Admins only. INVALID_ARGUMENT for a public email
+   * provider's domain, ALREADY_EXISTS when the organization has it in any state, RESOURCE_EXHAUSTED above 100. Not
+   * idempotent.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.CreateDomainVerification
    */
   createDomainVerification: {
@@ -3170,6 +4158,8 @@ export declare const OrganizationService: GenService<{
     output: typeof CreateDomainVerificationResponseSchema;
   },
   /**
+   * Returns one domain verification with its token. Admins only.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.GetDomainVerification
    */
   getDomainVerification: {
@@ -3178,6 +4168,8 @@ export declare const OrganizationService: GenService<{
     output: typeof GetDomainVerificationResponseSchema;
   },
   /**
+   * Lists domain verifications of all states, newest first. Admins only.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.ListDomainVerifications
    */
   listDomainVerifications: {
@@ -3186,6 +4178,10 @@ export declare const OrganizationService: GenService<{
     output: typeof ListDomainVerificationsResponseSchema;
   },
   /**
+   * Looks for the DNS record now. Admins only. FAILED_PRECONDITION when it is missing or wrong or another organization
+   * holds the domain, UNAVAILABLE when DNS does not answer, RESOURCE_EXHAUSTED when repeated within 5 s. Idempotent: a
+   * verified domain is returned without a lookup.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.VerifyDomain
    */
   verifyDomain: {
@@ -3194,6 +4190,9 @@ export declare const OrganizationService: GenService<{
     output: typeof VerifyDomainResponseSchema;
   },
   /**
+   * Removes a domain verification in any state. Admins only. FAILED_PRECONDITION while it is verified and an active
+   * SSO configuration lists the domain. A second call is NOT_FOUND.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.DeleteDomainVerification
    */
   deleteDomainVerification: {
@@ -3202,6 +4201,9 @@ export declare const OrganizationService: GenService<{
     output: typeof DeleteDomainVerificationResponseSchema;
   },
   /**
+   * Returns the policies. Callers: members and environments of the organization; only admins see
+   * `security_agent_policy`.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.GetOrganizationPolicies
    */
   getOrganizationPolicies: {
@@ -3210,6 +4212,9 @@ export declare const OrganizationService: GenService<{
     output: typeof GetOrganizationPoliciesResponseSchema;
   },
   /**
+   * Changes the given policies, all or none. Admins only. INVALID_ARGUMENT for a value or combination that is not
+   * accepted. Applies to new actions; idempotent, and a request without fields changes nothing.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.UpdateOrganizationPolicies
    */
   updateOrganizationPolicies: {
@@ -3218,6 +4223,8 @@ export declare const OrganizationService: GenService<{
     output: typeof UpdateOrganizationPoliciesResponseSchema;
   },
   /**
+   * Returns the format of the organization's ID tokens. Any member.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.GetOIDCConfig
    */
   getOIDCConfig: {
@@ -3226,6 +4233,9 @@ export declare const OrganizationService: GenService<{
     output: typeof GetOIDCConfigResponseSchema;
   },
   /**
+   * Replaces the format of the organization's ID tokens; issued ones stay as they are. Admins only. INVALID_ARGUMENT
+   * when no version is set or a key is unknown. Idempotent.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.UpdateOIDCConfig
    */
   updateOIDCConfig: {
@@ -3234,6 +4244,8 @@ export declare const OrganizationService: GenService<{
     output: typeof UpdateOIDCConfigResponseSchema;
   },
   /**
+   * Returns the banner, empty and disabled when never set. Any member.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.GetAnnouncementBanner
    */
   getAnnouncementBanner: {
@@ -3242,6 +4254,9 @@ export declare const OrganizationService: GenService<{
     output: typeof GetAnnouncementBannerResponseSchema;
   },
   /**
+   * Changes the banner; an absent field is kept. Admins only. INVALID_ARGUMENT when the result is enabled with a blank
+   * message. Idempotent.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.UpdateAnnouncementBanner
    */
   updateAnnouncementBanner: {
@@ -3250,6 +4265,10 @@ export declare const OrganizationService: GenService<{
     output: typeof UpdateAnnouncementBannerResponseSchema;
   },
   /**
+   * Sets the host name at which only this organization is served. Admins only. INVALID_ARGUMENT when it is no bare
+   * host name or the account id does not fit the provider; ALREADY_EXISTS when the organization has one or another
+   * uses the name. Not idempotent.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.CreateCustomDomain
    */
   createCustomDomain: {
@@ -3258,6 +4277,8 @@ export declare const OrganizationService: GenService<{
     output: typeof CreateCustomDomainResponseSchema;
   },
   /**
+   * Returns the custom domain, NOT_FOUND when there is none. Any member.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.GetCustomDomain
    */
   getCustomDomain: {
@@ -3266,6 +4287,9 @@ export declare const OrganizationService: GenService<{
     output: typeof GetCustomDomainResponseSchema;
   },
   /**
+   * Changes the custom domain. Admins only. NOT_FOUND when there is none, ALREADY_EXISTS when another organization
+   * uses the name, INVALID_ARGUMENT when provider and account id do not fit. Idempotent.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.UpdateCustomDomain
    */
   updateCustomDomain: {
@@ -3274,6 +4298,8 @@ export declare const OrganizationService: GenService<{
     output: typeof UpdateCustomDomainResponseSchema;
   },
   /**
+   * Removes the custom domain; its host is no longer served. Admins only. NOT_FOUND when there is none.
+   *
    * @generated from rpc gitpod.v1.OrganizationService.DeleteCustomDomain
    */
   deleteCustomDomain: {

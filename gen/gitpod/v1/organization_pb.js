@@ -465,6 +465,8 @@ export const ListMembersRequest_SortFieldSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_organization, 60, 0);
 
 /**
+ * What members can be sorted by.
+ *
  * @generated from enum gitpod.v1.ListMembersRequest.SortField
  */
 export const ListMembersRequest_SortField = /*@__PURE__*/
@@ -603,6 +605,8 @@ export const SSOConfiguration_ProviderTypeSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_organization, 78, 0);
 
 /**
+ * Who set a provider up.
+ *
  * @generated from enum gitpod.v1.SSOConfiguration.ProviderType
  */
 export const SSOConfiguration_ProviderType = /*@__PURE__*/
@@ -783,6 +787,8 @@ export const CodexModelPolicyStateSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_organization, 0);
 
 /**
+ * Whether a Codex model may be used.
+ *
  * @generated from enum gitpod.v1.CodexModelPolicyState
  */
 export const CodexModelPolicyState = /*@__PURE__*/
@@ -795,6 +801,8 @@ export const ConversationSharingPolicySchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_organization, 1);
 
 /**
+ * Who agent conversations may be shared with.
+ *
  * @generated from enum gitpod.v1.ConversationSharingPolicy
  */
 export const ConversationSharingPolicy = /*@__PURE__*/
@@ -807,6 +815,8 @@ export const CustomDomainProviderSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_organization, 2);
 
 /**
+ * Cloud of the account recorded with a custom domain.
+ *
  * @generated from enum gitpod.v1.CustomDomainProvider
  */
 export const CustomDomainProvider = /*@__PURE__*/
@@ -819,6 +829,8 @@ export const DomainVerificationStateSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_organization, 3);
 
 /**
+ * Whether control of a domain is proved.
+ *
  * @generated from enum gitpod.v1.DomainVerificationState
  */
 export const DomainVerificationState = /*@__PURE__*/
@@ -831,6 +843,8 @@ export const OrganizationRoleSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_organization, 4);
 
 /**
+ * Role of a user in an organization.
+ *
  * @generated from enum gitpod.v1.OrganizationRole
  */
 export const OrganizationRole = /*@__PURE__*/
@@ -843,6 +857,8 @@ export const OrganizationTierSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_organization, 5);
 
 /**
+ * Tier of an organization. Here every organization is ENTERPRISE.
+ *
  * @generated from enum gitpod.v1.OrganizationTier
  */
 export const OrganizationTier = /*@__PURE__*/
@@ -855,12 +871,19 @@ export const SSOConfigurationStateSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_organization, 6);
 
 /**
+ * Whether people can sign in with an SSO configuration.
+ *
  * @generated from enum gitpod.v1.SSOConfigurationState
  */
 export const SSOConfigurationState = /*@__PURE__*/
   tsEnum(SSOConfigurationStateSchema);
 
 /**
+ * Organizations, their members, invites, policies, domains, SSO and SCIM. "Admin" is an active user with role ADMIN or
+ * a principal in a group that holds the organization admin role; "member" is any active user or service account. An
+ * organization or resource the caller cannot see is NOT_FOUND; one it sees but may not change is PERMISSION_DENIED.
+ * Reads are safe to repeat.
+ *
  * @generated from service gitpod.v1.OrganizationService
  */
 export const OrganizationService = /*@__PURE__*/

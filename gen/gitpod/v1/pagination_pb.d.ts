@@ -11,15 +11,22 @@ import type { Message } from "@bufbuild/protobuf";
 export declare const file_gitpod_v1_pagination: GenFile;
 
 /**
+ * Which page of a list to return. The URL query `?token=&pageSize=` counts too, and wins.
+ *
  * @generated from message gitpod.v1.PaginationRequest
  */
 export declare type PaginationRequest = Message<"gitpod.v1.PaginationRequest"> & {
   /**
+   * Entries per page, 1-100; 0 = 25.
+   *
    * @generated from field: int32 page_size = 1;
    */
   pageSize: number;
 
   /**
+   * `next_token` of the page before; empty = first page. Valid only for the same caller, filter and sort, else
+   * INVALID_ARGUMENT.
+   *
    * @generated from field: string token = 2;
    */
   token: string;
@@ -32,10 +39,14 @@ export declare type PaginationRequest = Message<"gitpod.v1.PaginationRequest"> &
 export declare const PaginationRequestSchema: GenMessage<PaginationRequest>;
 
 /**
+ * Where a list goes on.
+ *
  * @generated from message gitpod.v1.PaginationResponse
  */
 export declare type PaginationResponse = Message<"gitpod.v1.PaginationResponse"> & {
   /**
+   * Opaque token of the next page; empty on the last one.
+   *
    * @generated from field: string next_token = 1;
    */
   nextToken: string;
@@ -48,15 +59,21 @@ export declare type PaginationResponse = Message<"gitpod.v1.PaginationResponse">
 export declare const PaginationResponseSchema: GenMessage<PaginationResponse>;
 
 /**
+ * Order of a list.
+ *
  * @generated from message gitpod.v1.Sort
  */
 export declare type Sort = Message<"gitpod.v1.Sort"> & {
   /**
+   * What to sort by; the RPC says which names it knows.
+   *
    * @generated from field: string field = 1;
    */
   field: string;
 
   /**
+   * Direction.
+   *
    * @generated from field: gitpod.v1.SortOrder order = 2;
    */
   order: SortOrder;
@@ -69,20 +86,28 @@ export declare type Sort = Message<"gitpod.v1.Sort"> & {
 export declare const SortSchema: GenMessage<Sort>;
 
 /**
+ * Direction of a sort.
+ *
  * @generated from enum gitpod.v1.SortOrder
  */
 export enum SortOrder {
   /**
+   * Not set: the RPC's default.
+   *
    * @generated from enum value: SORT_ORDER_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Smallest, oldest or alphabetically first entry first.
+   *
    * @generated from enum value: SORT_ORDER_ASC = 1;
    */
   ASC = 1,
 
   /**
+   * Largest, newest or alphabetically last entry first.
+   *
    * @generated from enum value: SORT_ORDER_DESC = 2;
    */
   DESC = 2,

@@ -39,6 +39,8 @@ export const SortOrderSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_pagination, 0);
 
 /**
+ * Direction of a sort.
+ *
  * @generated from enum gitpod.v1.SortOrder
  */
 export const SortOrder = /*@__PURE__*/

@@ -14,25 +14,36 @@ import type { PaginationRequest, PaginationResponse } from "./pagination_pb.js";
 export declare const file_gitpod_v1_runner_configuration: GenFile;
 
 /**
+ * The class to add.
+ *
  * @generated from message gitpod.v1.CreateEnvironmentClassRequest
  */
 export declare type CreateEnvironmentClassRequest = Message<"gitpod.v1.CreateEnvironmentClassRequest"> & {
   /**
+   * Runner that offers it.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
 
   /**
+   * Display name, 3 to 127 characters; need not be unique.
+   *
    * @generated from field: string display_name = 2;
    */
   displayName: string;
 
   /**
+   * Description, 3 to 200 characters.
+   *
    * @generated from field: string description = 3;
    */
   description: string;
 
   /**
+   * Values for the class fields of the runner's schema, each key at most once. Stored as sent, without defaults
+   * filled in.
+   *
    * @generated from field: repeated gitpod.v1.FieldValue configuration = 4;
    */
   configuration: FieldValue[];
@@ -45,10 +56,14 @@ export declare type CreateEnvironmentClassRequest = Message<"gitpod.v1.CreateEnv
 export declare const CreateEnvironmentClassRequestSchema: GenMessage<CreateEnvironmentClassRequest>;
 
 /**
+ * The id of the new class.
+ *
  * @generated from message gitpod.v1.CreateEnvironmentClassResponse
  */
 export declare type CreateEnvironmentClassResponse = Message<"gitpod.v1.CreateEnvironmentClassResponse"> & {
   /**
+   * Id of the class.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
@@ -61,56 +76,79 @@ export declare type CreateEnvironmentClassResponse = Message<"gitpod.v1.CreateEn
 export declare const CreateEnvironmentClassResponseSchema: GenMessage<CreateEnvironmentClassResponse>;
 
 /**
+ * The token to store.
+ *
  * @generated from message gitpod.v1.CreateHostAuthenticationTokenRequest
  */
 export declare type CreateHostAuthenticationTokenRequest = Message<"gitpod.v1.CreateHostAuthenticationTokenRequest"> & {
   /**
+   * Runner it is for; not the local-configuration runner.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
 
   /**
+   * Legacy form of subject, for users. Must agree with subject when both are set.
+   *
    * @generated from field: string user_id = 2 [deprecated = true];
    * @deprecated
    */
   userId: string;
 
   /**
+   * Host it is for.
+   *
    * @generated from field: string host = 3;
    */
   host: string;
 
   /**
+   * The secret. Stored encrypted, never returned.
+   *
    * @generated from field: string token = 4;
    */
   token: string;
 
   /**
+   * How it was obtained; required.
+   *
    * @generated from field: gitpod.v1.HostAuthenticationTokenSource source = 5;
    */
   source: HostAuthenticationTokenSource;
 
   /**
+   * When it ends; absent means not known. INVALID_ARGUMENT in the past.
+   *
    * @generated from field: google.protobuf.Timestamp expires_at = 6;
    */
   expiresAt?: Timestamp | undefined;
 
   /**
+   * Secret to renew it with; empty means none. Stored encrypted, never returned.
+   *
    * @generated from field: string refresh_token = 7;
    */
   refreshToken: string;
 
   /**
+   * Integration it belongs to. Empty: filled in when exactly one fits. NOT_FOUND when it is not for this runner and
+   * host.
+   *
    * @generated from field: string integration_id = 8;
    */
   integrationId: string;
 
   /**
+   * Scopes it was granted, at most 100.
+   *
    * @generated from field: repeated string scopes = 9;
    */
   scopes: string[];
 
   /**
+   * Whose token it is: a user or service account. Defaults to the caller.
+   *
    * @generated from field: gitpod.v1.Subject subject = 10;
    */
   subject?: Subject | undefined;
@@ -123,10 +161,14 @@ export declare type CreateHostAuthenticationTokenRequest = Message<"gitpod.v1.Cr
 export declare const CreateHostAuthenticationTokenRequestSchema: GenMessage<CreateHostAuthenticationTokenRequest>;
 
 /**
+ * The stored token.
+ *
  * @generated from message gitpod.v1.CreateHostAuthenticationTokenResponse
  */
 export declare type CreateHostAuthenticationTokenResponse = Message<"gitpod.v1.CreateHostAuthenticationTokenResponse"> & {
   /**
+   * The token without its secrets.
+   *
    * @generated from field: gitpod.v1.HostAuthenticationToken token = 1;
    */
   token?: HostAuthenticationToken | undefined;
@@ -139,45 +181,63 @@ export declare type CreateHostAuthenticationTokenResponse = Message<"gitpod.v1.C
 export declare const CreateHostAuthenticationTokenResponseSchema: GenMessage<CreateHostAuthenticationTokenResponse>;
 
 /**
+ * The integration to add.
+ *
  * @generated from message gitpod.v1.CreateSCMIntegrationRequest
  */
 export declare type CreateSCMIntegrationRequest = Message<"gitpod.v1.CreateSCMIntegrationRequest"> & {
   /**
+   * Runner it is for. On the local-configuration runner it serves all local runners.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
 
   /**
+   * Product of the host, from the runner's schema.
+   *
    * @generated from field: string scm_id = 2;
    */
   scmId: string;
 
   /**
+   * Host name without scheme, user or query; normalized before it is stored.
+   *
    * @generated from field: string host = 3;
    */
   host: string;
 
   /**
+   * OAuth client id; empty or absent means no OAuth. Must come with the secret.
+   *
    * @generated from field: optional string oauth_client_id = 4;
    */
   oauthClientId?: string | undefined;
 
   /**
+   * OAuth client secret in clear. Sealed to the runner's public key before it is stored.
+   *
    * @generated from field: optional string oauth_plaintext_client_secret = 5;
    */
   oauthPlaintextClientSecret?: string | undefined;
 
   /**
+   * Whether personal access tokens are accepted.
+   *
    * @generated from field: bool pat = 6;
    */
   pat: boolean;
 
   /**
+   * https issuer of the OAuth tokens; required for azuredevops_entra with OAuth, an override elsewhere.
+   *
    * @generated from field: optional string issuer_url = 7;
    */
   issuerUrl?: string | undefined;
 
   /**
+   * Path below the host, beginning with "/"; only for azuredevops_server.
+   *
    * @generated from field: optional string virtual_directory = 8;
    */
   virtualDirectory?: string | undefined;
@@ -190,10 +250,14 @@ export declare type CreateSCMIntegrationRequest = Message<"gitpod.v1.CreateSCMIn
 export declare const CreateSCMIntegrationRequestSchema: GenMessage<CreateSCMIntegrationRequest>;
 
 /**
+ * The id of the new integration.
+ *
  * @generated from message gitpod.v1.CreateSCMIntegrationResponse
  */
 export declare type CreateSCMIntegrationResponse = Message<"gitpod.v1.CreateSCMIntegrationResponse"> & {
   /**
+   * Id of the integration.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
@@ -206,10 +270,14 @@ export declare type CreateSCMIntegrationResponse = Message<"gitpod.v1.CreateSCMI
 export declare const CreateSCMIntegrationResponseSchema: GenMessage<CreateSCMIntegrationResponse>;
 
 /**
+ * Which token to delete.
+ *
  * @generated from message gitpod.v1.DeleteHostAuthenticationTokenRequest
  */
 export declare type DeleteHostAuthenticationTokenRequest = Message<"gitpod.v1.DeleteHostAuthenticationTokenRequest"> & {
   /**
+   * The token.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
@@ -222,6 +290,8 @@ export declare type DeleteHostAuthenticationTokenRequest = Message<"gitpod.v1.De
 export declare const DeleteHostAuthenticationTokenRequestSchema: GenMessage<DeleteHostAuthenticationTokenRequest>;
 
 /**
+ * Empty: the token is gone.
+ *
  * @generated from message gitpod.v1.DeleteHostAuthenticationTokenResponse
  */
 export declare type DeleteHostAuthenticationTokenResponse = Message<"gitpod.v1.DeleteHostAuthenticationTokenResponse"> & {
@@ -234,10 +304,14 @@ export declare type DeleteHostAuthenticationTokenResponse = Message<"gitpod.v1.D
 export declare const DeleteHostAuthenticationTokenResponseSchema: GenMessage<DeleteHostAuthenticationTokenResponse>;
 
 /**
+ * Which integration to delete.
+ *
  * @generated from message gitpod.v1.DeleteSCMIntegrationRequest
  */
 export declare type DeleteSCMIntegrationRequest = Message<"gitpod.v1.DeleteSCMIntegrationRequest"> & {
   /**
+   * The integration.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
@@ -250,6 +324,8 @@ export declare type DeleteSCMIntegrationRequest = Message<"gitpod.v1.DeleteSCMIn
 export declare const DeleteSCMIntegrationRequestSchema: GenMessage<DeleteSCMIntegrationRequest>;
 
 /**
+ * Empty: the integration and its tokens are gone.
+ *
  * @generated from message gitpod.v1.DeleteSCMIntegrationResponse
  */
 export declare type DeleteSCMIntegrationResponse = Message<"gitpod.v1.DeleteSCMIntegrationResponse"> & {
@@ -262,35 +338,49 @@ export declare type DeleteSCMIntegrationResponse = Message<"gitpod.v1.DeleteSCMI
 export declare const DeleteSCMIntegrationResponseSchema: GenMessage<DeleteSCMIntegrationResponse>;
 
 /**
+ * A machine shape that environments on a runner can have.
+ *
  * @generated from message gitpod.v1.EnvironmentClass
  */
 export declare type EnvironmentClass = Message<"gitpod.v1.EnvironmentClass"> & {
   /**
+   * Id of the class.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Display name.
+   *
    * @generated from field: string display_name = 2;
    */
   displayName: string;
 
   /**
+   * Description.
+   *
    * @generated from field: string description = 3;
    */
   description: string;
 
   /**
+   * Values of the class fields, as given when it was created.
+   *
    * @generated from field: repeated gitpod.v1.FieldValue configuration = 4;
    */
   configuration: FieldValue[];
 
   /**
+   * Runner that offers it.
+   *
    * @generated from field: string runner_id = 5;
    */
   runnerId: string;
 
   /**
+   * Whether new environments may use it.
+   *
    * @generated from field: bool enabled = 6;
    */
   enabled: boolean;
@@ -303,25 +393,35 @@ export declare type EnvironmentClass = Message<"gitpod.v1.EnvironmentClass"> & {
 export declare const EnvironmentClassSchema: GenMessage<EnvironmentClass>;
 
 /**
+ * What is wrong with a class.
+ *
  * @generated from message gitpod.v1.EnvironmentClassValidationResult
  */
 export declare type EnvironmentClassValidationResult = Message<"gitpod.v1.EnvironmentClassValidationResult"> & {
   /**
+   * Whether no fault was found.
+   *
    * @generated from field: bool valid = 1;
    */
   valid: boolean;
 
   /**
+   * Fault of the display name; absent when fine.
+   *
    * @generated from field: optional string display_name_error = 2;
    */
   displayNameError?: string | undefined;
 
   /**
+   * Fault of the description; absent when fine.
+   *
    * @generated from field: optional string description_error = 3;
    */
   descriptionError?: string | undefined;
 
   /**
+   * Faults of configuration values.
+   *
    * @generated from field: repeated gitpod.v1.FieldValidationError configuration_errors = 4;
    */
   configurationErrors: FieldValidationError[];
@@ -334,15 +434,21 @@ export declare type EnvironmentClassValidationResult = Message<"gitpod.v1.Enviro
 export declare const EnvironmentClassValidationResultSchema: GenMessage<EnvironmentClassValidationResult>;
 
 /**
+ * A fault of one configuration value.
+ *
  * @generated from message gitpod.v1.FieldValidationError
  */
 export declare type FieldValidationError = Message<"gitpod.v1.FieldValidationError"> & {
   /**
+   * Key of the field.
+   *
    * @generated from field: string key = 1;
    */
   key: string;
 
   /**
+   * What is wrong with it.
+   *
    * @generated from field: string error = 2;
    */
   error: string;
@@ -355,15 +461,21 @@ export declare type FieldValidationError = Message<"gitpod.v1.FieldValidationErr
 export declare const FieldValidationErrorSchema: GenMessage<FieldValidationError>;
 
 /**
+ * The value of one field.
+ *
  * @generated from message gitpod.v1.FieldValue
  */
 export declare type FieldValue = Message<"gitpod.v1.FieldValue"> & {
   /**
+   * Id of the field in the schema.
+   *
    * @generated from field: string key = 1;
    */
   key: string;
 
   /**
+   * Its value as text: digits for numbers, true or false for booleans, the title for enums.
+   *
    * @generated from field: string value = 2;
    */
   value: string;
@@ -376,10 +488,14 @@ export declare type FieldValue = Message<"gitpod.v1.FieldValue"> & {
 export declare const FieldValueSchema: GenMessage<FieldValue>;
 
 /**
+ * Which class to return.
+ *
  * @generated from message gitpod.v1.GetEnvironmentClassRequest
  */
 export declare type GetEnvironmentClassRequest = Message<"gitpod.v1.GetEnvironmentClassRequest"> & {
   /**
+   * The class.
+   *
    * @generated from field: string environment_class_id = 2;
    */
   environmentClassId: string;
@@ -392,10 +508,14 @@ export declare type GetEnvironmentClassRequest = Message<"gitpod.v1.GetEnvironme
 export declare const GetEnvironmentClassRequestSchema: GenMessage<GetEnvironmentClassRequest>;
 
 /**
+ * The class asked for.
+ *
  * @generated from message gitpod.v1.GetEnvironmentClassResponse
  */
 export declare type GetEnvironmentClassResponse = Message<"gitpod.v1.GetEnvironmentClassResponse"> & {
   /**
+   * The class.
+   *
    * @generated from field: gitpod.v1.EnvironmentClass environment_class = 1;
    */
   environmentClass?: EnvironmentClass | undefined;
@@ -408,10 +528,14 @@ export declare type GetEnvironmentClassResponse = Message<"gitpod.v1.GetEnvironm
 export declare const GetEnvironmentClassResponseSchema: GenMessage<GetEnvironmentClassResponse>;
 
 /**
+ * Which token to return.
+ *
  * @generated from message gitpod.v1.GetHostAuthenticationTokenRequest
  */
 export declare type GetHostAuthenticationTokenRequest = Message<"gitpod.v1.GetHostAuthenticationTokenRequest"> & {
   /**
+   * The token.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
@@ -424,10 +548,14 @@ export declare type GetHostAuthenticationTokenRequest = Message<"gitpod.v1.GetHo
 export declare const GetHostAuthenticationTokenRequestSchema: GenMessage<GetHostAuthenticationTokenRequest>;
 
 /**
+ * The token asked for.
+ *
  * @generated from message gitpod.v1.GetHostAuthenticationTokenResponse
  */
 export declare type GetHostAuthenticationTokenResponse = Message<"gitpod.v1.GetHostAuthenticationTokenResponse"> & {
   /**
+   * The token without its secrets.
+   *
    * @generated from field: gitpod.v1.HostAuthenticationToken token = 1;
    */
   token?: HostAuthenticationToken | undefined;
@@ -440,10 +568,14 @@ export declare type GetHostAuthenticationTokenResponse = Message<"gitpod.v1.GetH
 export declare const GetHostAuthenticationTokenResponseSchema: GenMessage<GetHostAuthenticationTokenResponse>;
 
 /**
+ * Whose schema to return.
+ *
  * @generated from message gitpod.v1.GetRunnerConfigurationSchemaRequest
  */
 export declare type GetRunnerConfigurationSchemaRequest = Message<"gitpod.v1.GetRunnerConfigurationSchemaRequest"> & {
   /**
+   * The runner.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
@@ -456,10 +588,14 @@ export declare type GetRunnerConfigurationSchemaRequest = Message<"gitpod.v1.Get
 export declare const GetRunnerConfigurationSchemaRequestSchema: GenMessage<GetRunnerConfigurationSchemaRequest>;
 
 /**
+ * The schema asked for.
+ *
  * @generated from message gitpod.v1.GetRunnerConfigurationSchemaResponse
  */
 export declare type GetRunnerConfigurationSchemaResponse = Message<"gitpod.v1.GetRunnerConfigurationSchemaResponse"> & {
   /**
+   * The schema.
+   *
    * @generated from field: gitpod.v1.RunnerConfigurationSchema schema = 1;
    */
   schema?: RunnerConfigurationSchema | undefined;
@@ -472,10 +608,14 @@ export declare type GetRunnerConfigurationSchemaResponse = Message<"gitpod.v1.Ge
 export declare const GetRunnerConfigurationSchemaResponseSchema: GenMessage<GetRunnerConfigurationSchemaResponse>;
 
 /**
+ * Which integration to return.
+ *
  * @generated from message gitpod.v1.GetSCMIntegrationRequest
  */
 export declare type GetSCMIntegrationRequest = Message<"gitpod.v1.GetSCMIntegrationRequest"> & {
   /**
+   * The integration.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
@@ -488,10 +628,14 @@ export declare type GetSCMIntegrationRequest = Message<"gitpod.v1.GetSCMIntegrat
 export declare const GetSCMIntegrationRequestSchema: GenMessage<GetSCMIntegrationRequest>;
 
 /**
+ * The integration asked for.
+ *
  * @generated from message gitpod.v1.GetSCMIntegrationResponse
  */
 export declare type GetSCMIntegrationResponse = Message<"gitpod.v1.GetSCMIntegrationResponse"> & {
   /**
+   * The integration.
+   *
    * @generated from field: gitpod.v1.SCMIntegration integration = 1;
    */
   integration?: SCMIntegration | undefined;
@@ -504,51 +648,71 @@ export declare type GetSCMIntegrationResponse = Message<"gitpod.v1.GetSCMIntegra
 export declare const GetSCMIntegrationResponseSchema: GenMessage<GetSCMIntegrationResponse>;
 
 /**
+ * A credential that a subject holds for a source-control host on a runner, without its secrets.
+ *
  * @generated from message gitpod.v1.HostAuthenticationToken
  */
 export declare type HostAuthenticationToken = Message<"gitpod.v1.HostAuthenticationToken"> & {
   /**
+   * Id of the token.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Runner it is for.
+   *
    * @generated from field: string runner_id = 2;
    */
   runnerId: string;
 
   /**
+   * Id of the subject when that is a user; otherwise empty.
+   *
    * @generated from field: string user_id = 3 [deprecated = true];
    * @deprecated
    */
   userId: string;
 
   /**
+   * Host it is for, normalized.
+   *
    * @generated from field: string host = 4;
    */
   host: string;
 
   /**
+   * How it was obtained.
+   *
    * @generated from field: gitpod.v1.HostAuthenticationTokenSource source = 5;
    */
   source: HostAuthenticationTokenSource;
 
   /**
+   * When it ends; unset when not known. Without a refresh token it is no longer used then, and removed 30 days later.
+   *
    * @generated from field: google.protobuf.Timestamp expires_at = 6;
    */
   expiresAt?: Timestamp | undefined;
 
   /**
+   * Integration it belongs to; empty for a host without one.
+   *
    * @generated from field: string integration_id = 7;
    */
   integrationId: string;
 
   /**
+   * Scopes it was granted.
+   *
    * @generated from field: repeated string scopes = 8;
    */
   scopes: string[];
 
   /**
+   * User or service account it belongs to.
+   *
    * @generated from field: gitpod.v1.Subject subject = 9;
    */
   subject?: Subject | undefined;
@@ -561,15 +725,21 @@ export declare type HostAuthenticationToken = Message<"gitpod.v1.HostAuthenticat
 export declare const HostAuthenticationTokenSchema: GenMessage<HostAuthenticationToken>;
 
 /**
+ * Which classes to list.
+ *
  * @generated from message gitpod.v1.ListEnvironmentClassesRequest
  */
 export declare type ListEnvironmentClassesRequest = Message<"gitpod.v1.ListEnvironmentClassesRequest"> & {
   /**
+   * Page size and token.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Narrows the list; absent means all visible classes.
+   *
    * @generated from field: gitpod.v1.ListEnvironmentClassesRequest.Filter filter = 2;
    */
   filter?: ListEnvironmentClassesRequest_Filter | undefined;
@@ -582,30 +752,43 @@ export declare type ListEnvironmentClassesRequest = Message<"gitpod.v1.ListEnvir
 export declare const ListEnvironmentClassesRequestSchema: GenMessage<ListEnvironmentClassesRequest>;
 
 /**
+ * Conditions: all fields must hold, any value within a field does. Empty fields do not filter.
+ *
  * @generated from message gitpod.v1.ListEnvironmentClassesRequest.Filter
  */
 export declare type ListEnvironmentClassesRequest_Filter = Message<"gitpod.v1.ListEnvironmentClassesRequest.Filter"> & {
   /**
+   * Offered by one of these runners, at most 25.
+   *
    * @generated from field: repeated string runner_ids = 1;
    */
   runnerIds: string[];
 
   /**
+   * Only enabled (true) or disabled (false) ones; absent means both.
+   *
    * @generated from field: optional bool enabled = 2;
    */
   enabled?: boolean | undefined;
 
   /**
+   * true: only classes the caller can create an environment with right now (enabled, usable, runner in contact,
+   * values fit the schema); false: only the others; absent: both.
+   *
    * @generated from field: optional bool can_create_environments = 3;
    */
   canCreateEnvironments?: boolean | undefined;
 
   /**
+   * On a runner of one of these kinds, at most 25.
+   *
    * @generated from field: repeated gitpod.v1.RunnerKind runner_kinds = 4;
    */
   runnerKinds: RunnerKind[];
 
   /**
+   * On a runner with one of these providers, at most 25.
+   *
    * @generated from field: repeated gitpod.v1.RunnerProvider runner_providers = 5;
    */
   runnerProviders: RunnerProvider[];
@@ -618,15 +801,21 @@ export declare type ListEnvironmentClassesRequest_Filter = Message<"gitpod.v1.Li
 export declare const ListEnvironmentClassesRequest_FilterSchema: GenMessage<ListEnvironmentClassesRequest_Filter>;
 
 /**
+ * One page of classes.
+ *
  * @generated from message gitpod.v1.ListEnvironmentClassesResponse
  */
 export declare type ListEnvironmentClassesResponse = Message<"gitpod.v1.ListEnvironmentClassesResponse"> & {
   /**
+   * Token of the next page.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * The classes, newest first.
+   *
    * @generated from field: repeated gitpod.v1.EnvironmentClass environment_classes = 2;
    */
   environmentClasses: EnvironmentClass[];
@@ -639,15 +828,21 @@ export declare type ListEnvironmentClassesResponse = Message<"gitpod.v1.ListEnvi
 export declare const ListEnvironmentClassesResponseSchema: GenMessage<ListEnvironmentClassesResponse>;
 
 /**
+ * Which tokens to list.
+ *
  * @generated from message gitpod.v1.ListHostAuthenticationTokensRequest
  */
 export declare type ListHostAuthenticationTokensRequest = Message<"gitpod.v1.ListHostAuthenticationTokensRequest"> & {
   /**
+   * Page size and token.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Narrows the list; absent means all visible tokens.
+   *
    * @generated from field: gitpod.v1.ListHostAuthenticationTokensRequest.Filter filter = 2;
    */
   filter?: ListHostAuthenticationTokensRequest_Filter | undefined;
@@ -660,21 +855,29 @@ export declare type ListHostAuthenticationTokensRequest = Message<"gitpod.v1.Lis
 export declare const ListHostAuthenticationTokensRequestSchema: GenMessage<ListHostAuthenticationTokensRequest>;
 
 /**
+ * Conditions that must all hold; absent ones do not filter.
+ *
  * @generated from message gitpod.v1.ListHostAuthenticationTokensRequest.Filter
  */
 export declare type ListHostAuthenticationTokensRequest_Filter = Message<"gitpod.v1.ListHostAuthenticationTokensRequest.Filter"> & {
   /**
+   * For this runner.
+   *
    * @generated from field: optional string runner_id = 1;
    */
   runnerId?: string | undefined;
 
   /**
+   * Legacy form of subject_id. INVALID_ARGUMENT when both are set and differ.
+   *
    * @generated from field: optional string user_id = 2 [deprecated = true];
    * @deprecated
    */
   userId?: string | undefined;
 
   /**
+   * Belonging to this user or service account.
+   *
    * @generated from field: optional string subject_id = 3;
    */
   subjectId?: string | undefined;
@@ -687,15 +890,21 @@ export declare type ListHostAuthenticationTokensRequest_Filter = Message<"gitpod
 export declare const ListHostAuthenticationTokensRequest_FilterSchema: GenMessage<ListHostAuthenticationTokensRequest_Filter>;
 
 /**
+ * One page of tokens.
+ *
  * @generated from message gitpod.v1.ListHostAuthenticationTokensResponse
  */
 export declare type ListHostAuthenticationTokensResponse = Message<"gitpod.v1.ListHostAuthenticationTokensResponse"> & {
   /**
+   * Token of the next page.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * The tokens without their secrets, newest first.
+   *
    * @generated from field: repeated gitpod.v1.HostAuthenticationToken tokens = 2;
    */
   tokens: HostAuthenticationToken[];
@@ -708,15 +917,21 @@ export declare type ListHostAuthenticationTokensResponse = Message<"gitpod.v1.Li
 export declare const ListHostAuthenticationTokensResponseSchema: GenMessage<ListHostAuthenticationTokensResponse>;
 
 /**
+ * Which integrations to list.
+ *
  * @generated from message gitpod.v1.ListSCMIntegrationsRequest
  */
 export declare type ListSCMIntegrationsRequest = Message<"gitpod.v1.ListSCMIntegrationsRequest"> & {
   /**
+   * Page size and token.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Narrows the list; absent means all visible runners.
+   *
    * @generated from field: gitpod.v1.ListSCMIntegrationsRequest.Filter filter = 2;
    */
   filter?: ListSCMIntegrationsRequest_Filter | undefined;
@@ -729,10 +944,14 @@ export declare type ListSCMIntegrationsRequest = Message<"gitpod.v1.ListSCMInteg
 export declare const ListSCMIntegrationsRequestSchema: GenMessage<ListSCMIntegrationsRequest>;
 
 /**
+ * Conditions for the list; empty fields do not filter.
+ *
  * @generated from message gitpod.v1.ListSCMIntegrationsRequest.Filter
  */
 export declare type ListSCMIntegrationsRequest_Filter = Message<"gitpod.v1.ListSCMIntegrationsRequest.Filter"> & {
   /**
+   * Of one of these runners, at most 25.
+   *
    * @generated from field: repeated string runner_ids = 1;
    */
   runnerIds: string[];
@@ -745,15 +964,21 @@ export declare type ListSCMIntegrationsRequest_Filter = Message<"gitpod.v1.ListS
 export declare const ListSCMIntegrationsRequest_FilterSchema: GenMessage<ListSCMIntegrationsRequest_Filter>;
 
 /**
+ * One page of integrations.
+ *
  * @generated from message gitpod.v1.ListSCMIntegrationsResponse
  */
 export declare type ListSCMIntegrationsResponse = Message<"gitpod.v1.ListSCMIntegrationsResponse"> & {
   /**
+   * Token of the next page.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * The integrations, newest first.
+   *
    * @generated from field: repeated gitpod.v1.SCMIntegration integrations = 2;
    */
   integrations: SCMIntegration[];
@@ -766,25 +991,35 @@ export declare type ListSCMIntegrationsResponse = Message<"gitpod.v1.ListSCMInte
 export declare const ListSCMIntegrationsResponseSchema: GenMessage<ListSCMIntegrationsResponse>;
 
 /**
+ * What can be configured on a runner, for building forms and checking values.
+ *
  * @generated from message gitpod.v1.RunnerConfigurationSchema
  */
 export declare type RunnerConfigurationSchema = Message<"gitpod.v1.RunnerConfigurationSchema"> & {
   /**
+   * Version of the schema: a hash of its content, or "0" where none was ever published.
+   *
    * @generated from field: string version = 1;
    */
   version: string;
 
   /**
+   * Fields of the runner itself; the Linux-host runner has none.
+   *
    * @generated from field: repeated gitpod.v1.RunnerConfigurationSchema.Field runner_config = 2;
    */
   runnerConfig: RunnerConfigurationSchema_Field[];
 
   /**
+   * Fields of its environment classes.
+   *
    * @generated from field: repeated gitpod.v1.RunnerConfigurationSchema.Field environment_classes = 3;
    */
   environmentClasses: RunnerConfigurationSchema_Field[];
 
   /**
+   * Source-control products it knows.
+   *
    * @generated from field: repeated gitpod.v1.RunnerConfigurationSchema.SCMConfigSchema scm = 4;
    */
   scm: RunnerConfigurationSchema_SCMConfigSchema[];
@@ -797,10 +1032,14 @@ export declare type RunnerConfigurationSchema = Message<"gitpod.v1.RunnerConfigu
 export declare const RunnerConfigurationSchemaSchema: GenMessage<RunnerConfigurationSchema>;
 
 /**
+ * A field that is true or false.
+ *
  * @generated from message gitpod.v1.RunnerConfigurationSchema.BoolField
  */
 export declare type RunnerConfigurationSchema_BoolField = Message<"gitpod.v1.RunnerConfigurationSchema.BoolField"> & {
   /**
+   * Value that a form starts with, and that applies when an optional field is missing.
+   *
    * @generated from field: bool default = 1;
    */
   default: boolean;
@@ -813,10 +1052,14 @@ export declare type RunnerConfigurationSchema_BoolField = Message<"gitpod.v1.Run
 export declare const RunnerConfigurationSchema_BoolFieldSchema: GenMessage<RunnerConfigurationSchema_BoolField>;
 
 /**
+ * A read-only field; a value for it is refused.
+ *
  * @generated from message gitpod.v1.RunnerConfigurationSchema.DisplayField
  */
 export declare type RunnerConfigurationSchema_DisplayField = Message<"gitpod.v1.RunnerConfigurationSchema.DisplayField"> & {
   /**
+   * Text to show.
+   *
    * @generated from field: string default = 1;
    */
   default: string;
@@ -829,27 +1072,37 @@ export declare type RunnerConfigurationSchema_DisplayField = Message<"gitpod.v1.
 export declare const RunnerConfigurationSchema_DisplayFieldSchema: GenMessage<RunnerConfigurationSchema_DisplayField>;
 
 /**
+ * A field with a fixed choice of values.
+ *
  * @generated from message gitpod.v1.RunnerConfigurationSchema.EnumField
  */
 export declare type RunnerConfigurationSchema_EnumField = Message<"gitpod.v1.RunnerConfigurationSchema.EnumField"> & {
   /**
+   * Title of the default value; same as default_value.
+   *
    * @generated from field: string default = 1 [deprecated = true];
    * @deprecated
    */
   default: string;
 
   /**
+   * Titles of the values; same as possible_values.
+   *
    * @generated from field: repeated string values = 2 [deprecated = true];
    * @deprecated
    */
   values: string[];
 
   /**
+   * Value that a form starts with, and that applies when an optional field is missing.
+   *
    * @generated from field: gitpod.v1.RunnerConfigurationSchema.EnumField.Value default_value = 3;
    */
   defaultValue?: RunnerConfigurationSchema_EnumField_Value | undefined;
 
   /**
+   * The values to choose from.
+   *
    * @generated from field: repeated gitpod.v1.RunnerConfigurationSchema.EnumField.Value possible_values = 4;
    */
   possibleValues: RunnerConfigurationSchema_EnumField_Value[];
@@ -862,20 +1115,28 @@ export declare type RunnerConfigurationSchema_EnumField = Message<"gitpod.v1.Run
 export declare const RunnerConfigurationSchema_EnumFieldSchema: GenMessage<RunnerConfigurationSchema_EnumField>;
 
 /**
+ * A value to choose.
+ *
  * @generated from message gitpod.v1.RunnerConfigurationSchema.EnumField.Value
  */
 export declare type RunnerConfigurationSchema_EnumField_Value = Message<"gitpod.v1.RunnerConfigurationSchema.EnumField.Value"> & {
   /**
+   * Its name, also the text stored as the value.
+   *
    * @generated from field: string title = 1;
    */
   title: string;
 
   /**
+   * Short addition for display.
+   *
    * @generated from field: string subtitle = 2;
    */
   subtitle: string;
 
   /**
+   * Longer text for display.
+   *
    * @generated from field: string detail = 3;
    */
   detail: string;
@@ -888,63 +1149,87 @@ export declare type RunnerConfigurationSchema_EnumField_Value = Message<"gitpod.
 export declare const RunnerConfigurationSchema_EnumField_ValueSchema: GenMessage<RunnerConfigurationSchema_EnumField_Value>;
 
 /**
+ * A field that can be configured.
+ *
  * @generated from message gitpod.v1.RunnerConfigurationSchema.Field
  */
 export declare type RunnerConfigurationSchema_Field = Message<"gitpod.v1.RunnerConfigurationSchema.Field"> & {
   /**
+   * Key of the field in configuration values.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Display name.
+   *
    * @generated from field: string name = 2;
    */
   name: string;
 
   /**
+   * Description for display.
+   *
    * @generated from field: string description = 3;
    */
   description: string;
 
   /**
+   * Whether a value must be given; its default then only pre-fills forms.
+   *
    * @generated from field: bool required = 4;
    */
   required: boolean;
 
   /**
+   * Whether the value is a secret: sealed when stored and returned empty.
+   *
    * @generated from field: bool secret = 5;
    */
   secret: boolean;
 
   /**
+   * Kind of value, with its default and bounds.
+   *
    * @generated from oneof gitpod.v1.RunnerConfigurationSchema.Field.type
    */
   type: {
     /**
+     * Text.
+     *
      * @generated from field: gitpod.v1.RunnerConfigurationSchema.StringField string = 6;
      */
     value: RunnerConfigurationSchema_StringField;
     case: "string";
   } | {
     /**
+     * true or false.
+     *
      * @generated from field: gitpod.v1.RunnerConfigurationSchema.BoolField bool = 7;
      */
     value: RunnerConfigurationSchema_BoolField;
     case: "bool";
   } | {
     /**
+     * A whole number.
+     *
      * @generated from field: gitpod.v1.RunnerConfigurationSchema.IntField int = 8;
      */
     value: RunnerConfigurationSchema_IntField;
     case: "int";
   } | {
     /**
+     * One of several values.
+     *
      * @generated from field: gitpod.v1.RunnerConfigurationSchema.EnumField enum = 9;
      */
     value: RunnerConfigurationSchema_EnumField;
     case: "enum";
   } | {
     /**
+     * Text that is only shown.
+     *
      * @generated from field: gitpod.v1.RunnerConfigurationSchema.DisplayField display = 10;
      */
     value: RunnerConfigurationSchema_DisplayField;
@@ -959,20 +1244,29 @@ export declare type RunnerConfigurationSchema_Field = Message<"gitpod.v1.RunnerC
 export declare const RunnerConfigurationSchema_FieldSchema: GenMessage<RunnerConfigurationSchema_Field>;
 
 /**
+ * A field with a whole number of 32 bits.
+ *
  * @generated from message gitpod.v1.RunnerConfigurationSchema.IntField
  */
 export declare type RunnerConfigurationSchema_IntField = Message<"gitpod.v1.RunnerConfigurationSchema.IntField"> & {
   /**
+   * Value that a form starts with, and that applies when an optional field is missing. Counts only within the
+   * bounds.
+   *
    * @generated from field: int32 default = 1;
    */
   default: number;
 
   /**
+   * Smallest allowed value. With min and max both 0 the number is unbounded.
+   *
    * @generated from field: int32 min = 2;
    */
   min: number;
 
   /**
+   * Largest allowed value.
+   *
    * @generated from field: int32 max = 3;
    */
   max: number;
@@ -985,10 +1279,14 @@ export declare type RunnerConfigurationSchema_IntField = Message<"gitpod.v1.Runn
 export declare const RunnerConfigurationSchema_IntFieldSchema: GenMessage<RunnerConfigurationSchema_IntField>;
 
 /**
+ * Tells that a product offers sign-in by OAuth.
+ *
  * @generated from message gitpod.v1.RunnerConfigurationSchema.OAuth
  */
 export declare type RunnerConfigurationSchema_OAuth = Message<"gitpod.v1.RunnerConfigurationSchema.OAuth"> & {
   /**
+   * Redirect address to enter when registering the OAuth client on the host.
+   *
    * @generated from field: string callback_url = 1;
    */
   callbackUrl: string;
@@ -1001,15 +1299,21 @@ export declare type RunnerConfigurationSchema_OAuth = Message<"gitpod.v1.RunnerC
 export declare const RunnerConfigurationSchema_OAuthSchema: GenMessage<RunnerConfigurationSchema_OAuth>;
 
 /**
+ * Tells that a product offers sign-in by personal access token.
+ *
  * @generated from message gitpod.v1.RunnerConfigurationSchema.PersonalAccessToken
  */
 export declare type RunnerConfigurationSchema_PersonalAccessToken = Message<"gitpod.v1.RunnerConfigurationSchema.PersonalAccessToken"> & {
   /**
+   * What to know about such tokens, for display.
+   *
    * @generated from field: string description = 1;
    */
   description: string;
 
   /**
+   * Help page; may be empty.
+   *
    * @generated from field: string docs_link = 2;
    */
   docsLink: string;
@@ -1022,30 +1326,42 @@ export declare type RunnerConfigurationSchema_PersonalAccessToken = Message<"git
 export declare const RunnerConfigurationSchema_PersonalAccessTokenSchema: GenMessage<RunnerConfigurationSchema_PersonalAccessToken>;
 
 /**
+ * A source-control product that a runner knows.
+ *
  * @generated from message gitpod.v1.RunnerConfigurationSchema.SCMConfigSchema
  */
 export declare type RunnerConfigurationSchema_SCMConfigSchema = Message<"gitpod.v1.RunnerConfigurationSchema.SCMConfigSchema"> & {
   /**
+   * Id of the product, such as "github", "gitlab" or "git".
+   *
    * @generated from field: string scm_id = 1;
    */
   scmId: string;
 
   /**
+   * Display name.
+   *
    * @generated from field: string name = 2;
    */
   name: string;
 
   /**
+   * Its public hosts; empty for products that are only self-hosted.
+   *
    * @generated from field: repeated string default_hosts = 3;
    */
   defaultHosts: string[];
 
   /**
+   * Set when OAuth can be configured.
+   *
    * @generated from field: gitpod.v1.RunnerConfigurationSchema.OAuth oauth = 4;
    */
   oauth?: RunnerConfigurationSchema_OAuth | undefined;
 
   /**
+   * Set when personal access tokens can be accepted.
+   *
    * @generated from field: gitpod.v1.RunnerConfigurationSchema.PersonalAccessToken pat = 5;
    */
   pat?: RunnerConfigurationSchema_PersonalAccessToken | undefined;
@@ -1058,15 +1374,21 @@ export declare type RunnerConfigurationSchema_SCMConfigSchema = Message<"gitpod.
 export declare const RunnerConfigurationSchema_SCMConfigSchemaSchema: GenMessage<RunnerConfigurationSchema_SCMConfigSchema>;
 
 /**
+ * A text field.
+ *
  * @generated from message gitpod.v1.RunnerConfigurationSchema.StringField
  */
 export declare type RunnerConfigurationSchema_StringField = Message<"gitpod.v1.RunnerConfigurationSchema.StringField"> & {
   /**
+   * Value that a form starts with, and that applies when an optional field is missing.
+   *
    * @generated from field: string default = 1;
    */
   default: string;
 
   /**
+   * Regular expression that the whole value must match; empty means any text.
+   *
    * @generated from field: string pattern = 2;
    */
   pattern: string;
@@ -1079,40 +1401,56 @@ export declare type RunnerConfigurationSchema_StringField = Message<"gitpod.v1.R
 export declare const RunnerConfigurationSchema_StringFieldSchema: GenMessage<RunnerConfigurationSchema_StringField>;
 
 /**
+ * How a runner reaches and signs in to a source-control host.
+ *
  * @generated from message gitpod.v1.SCMIntegration
  */
 export declare type SCMIntegration = Message<"gitpod.v1.SCMIntegration"> & {
   /**
+   * Id of the integration.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Product of the host.
+   *
    * @generated from field: string scm_id = 2;
    */
   scmId: string;
 
   /**
+   * Host name, normalized.
+   *
    * @generated from field: string host = 3;
    */
   host: string;
 
   /**
+   * OAuth settings; unset when OAuth is off.
+   *
    * @generated from field: optional gitpod.v1.SCMIntegrationOAuthConfig oauth = 4;
    */
   oauth?: SCMIntegrationOAuthConfig | undefined;
 
   /**
+   * Whether personal access tokens are accepted.
+   *
    * @generated from field: bool pat = 5;
    */
   pat: boolean;
 
   /**
+   * Runner it belongs to.
+   *
    * @generated from field: string runner_id = 6;
    */
   runnerId: string;
 
   /**
+   * Path below the host, for azuredevops_server only.
+   *
    * @generated from field: optional string virtual_directory = 7;
    */
   virtualDirectory?: string | undefined;
@@ -1125,20 +1463,28 @@ export declare type SCMIntegration = Message<"gitpod.v1.SCMIntegration"> & {
 export declare const SCMIntegrationSchema: GenMessage<SCMIntegration>;
 
 /**
+ * OAuth settings of an integration.
+ *
  * @generated from message gitpod.v1.SCMIntegrationOAuthConfig
  */
 export declare type SCMIntegrationOAuthConfig = Message<"gitpod.v1.SCMIntegrationOAuthConfig"> & {
   /**
+   * OAuth client id.
+   *
    * @generated from field: string client_id = 1;
    */
   clientId: string;
 
   /**
+   * OAuth client secret, sealed to the runner's public key. Empty for callers without the admin role.
+   *
    * @generated from field: bytes encrypted_client_secret = 2;
    */
   encryptedClientSecret: Uint8Array;
 
   /**
+   * Issuer of the OAuth tokens; empty means the product's usual one.
+   *
    * @generated from field: string issuer_url = 3;
    */
   issuerUrl: string;
@@ -1151,30 +1497,42 @@ export declare type SCMIntegrationOAuthConfig = Message<"gitpod.v1.SCMIntegratio
 export declare const SCMIntegrationOAuthConfigSchema: GenMessage<SCMIntegrationOAuthConfig>;
 
 /**
+ * What is wrong with an integration.
+ *
  * @generated from message gitpod.v1.SCMIntegrationValidationResult
  */
 export declare type SCMIntegrationValidationResult = Message<"gitpod.v1.SCMIntegrationValidationResult"> & {
   /**
+   * Whether no fault was found.
+   *
    * @generated from field: bool valid = 1;
    */
   valid: boolean;
 
   /**
+   * The product is not in the runner's schema; absent when fine.
+   *
    * @generated from field: optional string scm_id_error = 2;
    */
   scmIdError?: string | undefined;
 
   /**
+   * The host is malformed, blocked, unreachable or not that product; absent when fine.
+   *
    * @generated from field: optional string host_error = 3;
    */
   hostError?: string | undefined;
 
   /**
+   * OAuth is half configured, not offered, or the host refuses the client; absent when fine.
+   *
    * @generated from field: optional string oauth_error = 4;
    */
   oauthError?: string | undefined;
 
   /**
+   * The product offers no personal access tokens; absent when fine.
+   *
    * @generated from field: optional string pat_error = 5;
    */
   patError?: string | undefined;
@@ -1187,25 +1545,35 @@ export declare type SCMIntegrationValidationResult = Message<"gitpod.v1.SCMInteg
 export declare const SCMIntegrationValidationResultSchema: GenMessage<SCMIntegrationValidationResult>;
 
 /**
+ * What to change; absent fields stay.
+ *
  * @generated from message gitpod.v1.UpdateEnvironmentClassRequest
  */
 export declare type UpdateEnvironmentClassRequest = Message<"gitpod.v1.UpdateEnvironmentClassRequest"> & {
   /**
+   * Class to change.
+   *
    * @generated from field: string environment_class_id = 1;
    */
   environmentClassId: string;
 
   /**
+   * New display name, 3 to 127 characters.
+   *
    * @generated from field: optional string display_name = 2;
    */
   displayName?: string | undefined;
 
   /**
+   * New description, 3 to 200 characters.
+   *
    * @generated from field: optional string description = 3;
    */
   description?: string | undefined;
 
   /**
+   * Whether new environments may use it.
+   *
    * @generated from field: optional bool enabled = 4;
    */
   enabled?: boolean | undefined;
@@ -1218,6 +1586,8 @@ export declare type UpdateEnvironmentClassRequest = Message<"gitpod.v1.UpdateEnv
 export declare const UpdateEnvironmentClassRequestSchema: GenMessage<UpdateEnvironmentClassRequest>;
 
 /**
+ * Empty: the change is stored.
+ *
  * @generated from message gitpod.v1.UpdateEnvironmentClassResponse
  */
 export declare type UpdateEnvironmentClassResponse = Message<"gitpod.v1.UpdateEnvironmentClassResponse"> & {
@@ -1230,30 +1600,42 @@ export declare type UpdateEnvironmentClassResponse = Message<"gitpod.v1.UpdateEn
 export declare const UpdateEnvironmentClassResponseSchema: GenMessage<UpdateEnvironmentClassResponse>;
 
 /**
+ * What to change; absent fields stay.
+ *
  * @generated from message gitpod.v1.UpdateHostAuthenticationTokenRequest
  */
 export declare type UpdateHostAuthenticationTokenRequest = Message<"gitpod.v1.UpdateHostAuthenticationTokenRequest"> & {
   /**
+   * Token to change.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * New secret. Clears the old expiry unless expires_at is given too.
+   *
    * @generated from field: optional string token = 5;
    */
   token?: string | undefined;
 
   /**
+   * New end of life.
+   *
    * @generated from field: optional google.protobuf.Timestamp expires_at = 6;
    */
   expiresAt?: Timestamp | undefined;
 
   /**
+   * New refresh secret; empty removes it.
+   *
    * @generated from field: optional string refresh_token = 7;
    */
   refreshToken?: string | undefined;
 
   /**
+   * New scopes; empty leaves them as they are.
+   *
    * @generated from field: repeated string scopes = 8;
    */
   scopes: string[];
@@ -1266,6 +1648,8 @@ export declare type UpdateHostAuthenticationTokenRequest = Message<"gitpod.v1.Up
 export declare const UpdateHostAuthenticationTokenRequestSchema: GenMessage<UpdateHostAuthenticationTokenRequest>;
 
 /**
+ * Empty: the change is stored.
+ *
  * @generated from message gitpod.v1.UpdateHostAuthenticationTokenResponse
  */
 export declare type UpdateHostAuthenticationTokenResponse = Message<"gitpod.v1.UpdateHostAuthenticationTokenResponse"> & {
@@ -1278,35 +1662,49 @@ export declare type UpdateHostAuthenticationTokenResponse = Message<"gitpod.v1.U
 export declare const UpdateHostAuthenticationTokenResponseSchema: GenMessage<UpdateHostAuthenticationTokenResponse>;
 
 /**
+ * What to change; absent fields stay.
+ *
  * @generated from message gitpod.v1.UpdateSCMIntegrationRequest
  */
 export declare type UpdateSCMIntegrationRequest = Message<"gitpod.v1.UpdateSCMIntegrationRequest"> & {
   /**
+   * Integration to change.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * New OAuth client id, which needs its secret too. Empty turns OAuth off and deletes the tokens made with it.
+   *
    * @generated from field: optional string oauth_client_id = 2;
    */
   oauthClientId?: string | undefined;
 
   /**
+   * New OAuth client secret in clear, sealed before it is stored. Ignored when OAuth is turned off.
+   *
    * @generated from field: optional string oauth_plaintext_client_secret = 3;
    */
   oauthPlaintextClientSecret?: string | undefined;
 
   /**
+   * Whether personal access tokens are accepted. Turning it off deletes those stored for the host.
+   *
    * @generated from field: optional bool pat = 4;
    */
   pat?: boolean | undefined;
 
   /**
+   * New issuer, https; empty clears it.
+   *
    * @generated from field: optional string issuer_url = 5;
    */
   issuerUrl?: string | undefined;
 
   /**
+   * New path below the host; empty clears it.
+   *
    * @generated from field: optional string virtual_directory = 6;
    */
   virtualDirectory?: string | undefined;
@@ -1319,6 +1717,8 @@ export declare type UpdateSCMIntegrationRequest = Message<"gitpod.v1.UpdateSCMIn
 export declare const UpdateSCMIntegrationRequestSchema: GenMessage<UpdateSCMIntegrationRequest>;
 
 /**
+ * Empty: the change is stored.
+ *
  * @generated from message gitpod.v1.UpdateSCMIntegrationResponse
  */
 export declare type UpdateSCMIntegrationResponse = Message<"gitpod.v1.UpdateSCMIntegrationResponse"> & {
@@ -1331,25 +1731,35 @@ export declare type UpdateSCMIntegrationResponse = Message<"gitpod.v1.UpdateSCMI
 export declare const UpdateSCMIntegrationResponseSchema: GenMessage<UpdateSCMIntegrationResponse>;
 
 /**
+ * What to validate, for which runner.
+ *
  * @generated from message gitpod.v1.ValidateRunnerConfigurationRequest
  */
 export declare type ValidateRunnerConfigurationRequest = Message<"gitpod.v1.ValidateRunnerConfigurationRequest"> & {
   /**
+   * The runner; required.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
 
   /**
+   * What to validate; one is required.
+   *
    * @generated from oneof gitpod.v1.ValidateRunnerConfigurationRequest.config
    */
   config: {
     /**
+     * A class; its id and runner_id may be empty.
+     *
      * @generated from field: gitpod.v1.EnvironmentClass environment_class = 2;
      */
     value: EnvironmentClass;
     case: "environmentClass";
   } | {
     /**
+     * An integration.
+     *
      * @generated from field: gitpod.v1.ValidateRunnerConfigurationRequest.ValidateSCMIntegration scm_integration = 3;
      */
     value: ValidateRunnerConfigurationRequest_ValidateSCMIntegration;
@@ -1364,40 +1774,56 @@ export declare type ValidateRunnerConfigurationRequest = Message<"gitpod.v1.Vali
 export declare const ValidateRunnerConfigurationRequestSchema: GenMessage<ValidateRunnerConfigurationRequest>;
 
 /**
+ * An integration to validate.
+ *
  * @generated from message gitpod.v1.ValidateRunnerConfigurationRequest.ValidateSCMIntegration
  */
 export declare type ValidateRunnerConfigurationRequest_ValidateSCMIntegration = Message<"gitpod.v1.ValidateRunnerConfigurationRequest.ValidateSCMIntegration"> & {
   /**
+   * Existing integration whose stored secret is used when none is given; empty for a new one.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Product of the host.
+   *
    * @generated from field: string scm_id = 2;
    */
   scmId: string;
 
   /**
+   * Host name.
+   *
    * @generated from field: string host = 3;
    */
   host: string;
 
   /**
+   * OAuth client id; empty or absent means no OAuth.
+   *
    * @generated from field: optional string oauth_client_id = 4;
    */
   oauthClientId?: string | undefined;
 
   /**
+   * OAuth client secret; absent uses the stored one of id.
+   *
    * @generated from oneof gitpod.v1.ValidateRunnerConfigurationRequest.ValidateSCMIntegration.oauth_client_secret
    */
   oauthClientSecret: {
     /**
+     * The secret in clear. Sealed before it leaves the control plane, never stored.
+     *
      * @generated from field: string oauth_plaintext_client_secret = 5;
      */
     value: string;
     case: "oauthPlaintextClientSecret";
   } | {
     /**
+     * The secret sealed to the runner's public key.
+     *
      * @generated from field: bytes oauth_encrypted_client_secret = 6;
      */
     value: Uint8Array;
@@ -1405,16 +1831,22 @@ export declare type ValidateRunnerConfigurationRequest_ValidateSCMIntegration = 
   } | { case: undefined; value?: undefined };
 
   /**
+   * Whether personal access tokens are accepted.
+   *
    * @generated from field: bool pat = 7;
    */
   pat: boolean;
 
   /**
+   * Issuer of the OAuth tokens.
+   *
    * @generated from field: optional string issuer_url = 8;
    */
   issuerUrl?: string | undefined;
 
   /**
+   * Path below the host.
+   *
    * @generated from field: optional string virtual_directory = 9;
    */
   virtualDirectory?: string | undefined;
@@ -1427,20 +1859,28 @@ export declare type ValidateRunnerConfigurationRequest_ValidateSCMIntegration = 
 export declare const ValidateRunnerConfigurationRequest_ValidateSCMIntegrationSchema: GenMessage<ValidateRunnerConfigurationRequest_ValidateSCMIntegration>;
 
 /**
+ * What was found.
+ *
  * @generated from message gitpod.v1.ValidateRunnerConfigurationResponse
  */
 export declare type ValidateRunnerConfigurationResponse = Message<"gitpod.v1.ValidateRunnerConfigurationResponse"> & {
   /**
+   * The result, of the kind that was validated.
+   *
    * @generated from oneof gitpod.v1.ValidateRunnerConfigurationResponse.result
    */
   result: {
     /**
+     * Result for a class.
+     *
      * @generated from field: gitpod.v1.EnvironmentClassValidationResult environment_class = 1;
      */
     value: EnvironmentClassValidationResult;
     case: "environmentClass";
   } | {
     /**
+     * Result for an integration.
+     *
      * @generated from field: gitpod.v1.SCMIntegrationValidationResult scm_integration = 2;
      */
     value: SCMIntegrationValidationResult;
@@ -1455,20 +1895,28 @@ export declare type ValidateRunnerConfigurationResponse = Message<"gitpod.v1.Val
 export declare const ValidateRunnerConfigurationResponseSchema: GenMessage<ValidateRunnerConfigurationResponse>;
 
 /**
+ * How a host token was obtained.
+ *
  * @generated from enum gitpod.v1.HostAuthenticationTokenSource
  */
 export enum HostAuthenticationTokenSource {
   /**
+   * Not set; refused in requests.
+   *
    * @generated from enum value: HOST_AUTHENTICATION_TOKEN_SOURCE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Sign-in through the host's OAuth pages.
+   *
    * @generated from enum value: HOST_AUTHENTICATION_TOKEN_SOURCE_OAUTH = 1;
    */
   OAUTH = 1,
 
   /**
+   * Personal access token entered by hand.
+   *
    * @generated from enum value: HOST_AUTHENTICATION_TOKEN_SOURCE_PAT = 2;
    */
   PAT = 2,
@@ -1480,25 +1928,36 @@ export enum HostAuthenticationTokenSource {
 export declare const HostAuthenticationTokenSourceSchema: GenEnum<HostAuthenticationTokenSource>;
 
 /**
+ * Whether a runner is local or remote. Visibility and use follow roles, not the kind.
+ *
  * @generated from enum gitpod.v1.RunnerKind
  */
 export enum RunnerKind {
   /**
+   * Not set.
+   *
    * @generated from enum value: RUNNER_KIND_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Local: a Linux host or a desktop. Subject to the organization's switches for local runners.
+   *
    * @generated from enum value: RUNNER_KIND_LOCAL = 1;
    */
   LOCAL = 1,
 
   /**
+   * Remote: in a cloud, or operated elsewhere.
+   *
    * @generated from enum value: RUNNER_KIND_REMOTE = 2;
    */
   REMOTE = 2,
 
   /**
+   * Holds source-control settings and a switch for all local runners; has no process. One per organization, made with
+   * it.
+   *
    * @generated from enum value: RUNNER_KIND_LOCAL_CONFIGURATION = 3;
    */
   LOCAL_CONFIGURATION = 3,
@@ -1510,40 +1969,56 @@ export enum RunnerKind {
 export declare const RunnerKindSchema: GenEnum<RunnerKind>;
 
 /**
+ * Where a runner works.
+ *
  * @generated from enum gitpod.v1.RunnerProvider
  */
 export enum RunnerProvider {
   /**
+   * Not set.
+   *
    * @generated from enum value: RUNNER_PROVIDER_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Amazon EC2; kind REMOTE.
+   *
    * @generated from enum value: RUNNER_PROVIDER_AWS_EC2 = 1;
    */
   AWS_EC2 = 1,
 
   /**
+   * A Linux machine; kind LOCAL. The provider this product ships a runner for.
+   *
    * @generated from enum value: RUNNER_PROVIDER_LINUX_HOST = 2;
    */
   LINUX_HOST = 2,
 
   /**
+   * A Mac desktop; kind LOCAL.
+   *
    * @generated from enum value: RUNNER_PROVIDER_DESKTOP_MAC = 3;
    */
   DESKTOP_MAC = 3,
 
   /**
+   * Operated by a runner manager; kind REMOTE.
+   *
    * @generated from enum value: RUNNER_PROVIDER_MANAGED = 4;
    */
   MANAGED = 4,
 
   /**
+   * Google Cloud; kind REMOTE.
+   *
    * @generated from enum value: RUNNER_PROVIDER_GCP = 5;
    */
   GCP = 5,
 
   /**
+   * A development agent; kind REMOTE.
+   *
    * @generated from enum value: RUNNER_PROVIDER_DEV_AGENT = 6;
    */
   DEV_AGENT = 6,
@@ -1555,10 +2030,19 @@ export enum RunnerProvider {
 export declare const RunnerProviderSchema: GenEnum<RunnerProvider>;
 
 /**
+ * What belongs to a runner: environment classes, source-control integrations and the tokens its users hold for those
+ * hosts. A runner the caller may not read is NOT_FOUND, a role too small PERMISSION_DENIED, and accounts are always
+ * refused. While a runner is being deleted, every change is FAILED_PRECONDITION.
+ *
  * @generated from service gitpod.v1.RunnerConfigurationService
  */
 export declare const RunnerConfigurationService: GenService<{
   /**
+   * Stores a subject's credential for a source-control host on a runner. For the subject itself, and for organization
+   * admins on behalf of a service account; the subject must be able to use the runner, else NOT_FOUND.
+   * FAILED_PRECONDITION when the host's integration does not allow that kind of token. Not idempotent: several may
+   * exist, the newest usable wins.
+   *
    * @generated from rpc gitpod.v1.RunnerConfigurationService.CreateHostAuthenticationToken
    */
   createHostAuthenticationToken: {
@@ -1567,6 +2051,9 @@ export declare const RunnerConfigurationService: GenService<{
     output: typeof CreateHostAuthenticationTokenResponseSchema;
   },
   /**
+   * Returns what is known about a token, never its secret. For its subject and organization admins; NOT_FOUND to
+   * everybody else, runner admins included.
+   *
    * @generated from rpc gitpod.v1.RunnerConfigurationService.GetHostAuthenticationToken
    */
   getHostAuthenticationToken: {
@@ -1575,6 +2062,9 @@ export declare const RunnerConfigurationService: GenService<{
     output: typeof GetHostAuthenticationTokenResponseSchema;
   },
   /**
+   * Lists tokens without their secrets, newest first: the caller's own, or for organization admins all of the
+   * organization.
+   *
    * @generated from rpc gitpod.v1.RunnerConfigurationService.ListHostAuthenticationTokens
    */
   listHostAuthenticationTokens: {
@@ -1583,6 +2073,9 @@ export declare const RunnerConfigurationService: GenService<{
     output: typeof ListHostAuthenticationTokensResponseSchema;
   },
   /**
+   * Replaces parts of a token. For its subject, and for organization admins on behalf of a service account. Absent
+   * fields stay, except that a new token without expires_at drops the old expiry. Repeating it is harmless.
+   *
    * @generated from rpc gitpod.v1.RunnerConfigurationService.UpdateHostAuthenticationToken
    */
   updateHostAuthenticationToken: {
@@ -1591,6 +2084,8 @@ export declare const RunnerConfigurationService: GenService<{
     output: typeof UpdateHostAuthenticationTokenResponseSchema;
   },
   /**
+   * Deletes a token. For its subject and organization admins. The second call is NOT_FOUND.
+   *
    * @generated from rpc gitpod.v1.RunnerConfigurationService.DeleteHostAuthenticationToken
    */
   deleteHostAuthenticationToken: {
@@ -1599,6 +2094,9 @@ export declare const RunnerConfigurationService: GenService<{
     output: typeof DeleteHostAuthenticationTokenResponseSchema;
   },
   /**
+   * Returns which fields the runner's classes have and which source-control products it knows, for everybody who may
+   * read the runner. A built-in schema answers for a runner that has not published one.
+   *
    * @generated from rpc gitpod.v1.RunnerConfigurationService.GetRunnerConfigurationSchema
    */
   getRunnerConfigurationSchema: {
@@ -1607,6 +2105,11 @@ export declare const RunnerConfigurationService: GenService<{
     output: typeof GetRunnerConfigurationSchemaResponseSchema;
   },
   /**
+   * Adds a source-control host to a runner. For runner admins. ALREADY_EXISTS when the runner has one for the host;
+   * INVALID_ARGUMENT for an unknown product, a malformed host or half an OAuth setting; FAILED_PRECONDITION for a
+   * secret while the runner has no public key. Neither OAuth nor personal tokens is allowed and declares the product
+   * only.
+   *
    * @generated from rpc gitpod.v1.RunnerConfigurationService.CreateSCMIntegration
    */
   createSCMIntegration: {
@@ -1615,6 +2118,8 @@ export declare const RunnerConfigurationService: GenService<{
     output: typeof CreateSCMIntegrationResponseSchema;
   },
   /**
+   * Returns one integration, for everybody who may read its runner; the sealed client secret only for runner admins.
+   *
    * @generated from rpc gitpod.v1.RunnerConfigurationService.GetSCMIntegration
    */
   getSCMIntegration: {
@@ -1623,6 +2128,9 @@ export declare const RunnerConfigurationService: GenService<{
     output: typeof GetSCMIntegrationResponseSchema;
   },
   /**
+   * Lists the integrations of the runners visible to the caller, newest first; sealed client secrets only for runner
+   * admins.
+   *
    * @generated from rpc gitpod.v1.RunnerConfigurationService.ListSCMIntegrations
    */
   listSCMIntegrations: {
@@ -1631,6 +2139,11 @@ export declare const RunnerConfigurationService: GenService<{
     output: typeof ListSCMIntegrationsResponseSchema;
   },
   /**
+   * Changes an integration; product, host and runner are fixed. For runner admins; absent fields stay. Turning a
+   * sign-in method off deletes the tokens made with it. INVALID_ARGUMENT for a new client id without a secret, or a
+   * secret without a client; FAILED_PRECONDITION for a secret while the runner has no public key. Repeating it is
+   * harmless.
+   *
    * @generated from rpc gitpod.v1.RunnerConfigurationService.UpdateSCMIntegration
    */
   updateSCMIntegration: {
@@ -1639,6 +2152,9 @@ export declare const RunnerConfigurationService: GenService<{
     output: typeof UpdateSCMIntegrationResponseSchema;
   },
   /**
+   * Deletes an integration and every token for its host on that runner. For runner admins. The second call is
+   * NOT_FOUND.
+   *
    * @generated from rpc gitpod.v1.RunnerConfigurationService.DeleteSCMIntegration
    */
   deleteSCMIntegration: {
@@ -1647,6 +2163,9 @@ export declare const RunnerConfigurationService: GenService<{
     output: typeof DeleteSCMIntegrationResponseSchema;
   },
   /**
+   * Adds a machine shape to a runner, enabled. For runner admins. INVALID_ARGUMENT with one violation for each value
+   * that does not fit the runner's schema; FAILED_PRECONDITION on the local-configuration runner. Not idempotent.
+   *
    * @generated from rpc gitpod.v1.RunnerConfigurationService.CreateEnvironmentClass
    */
   createEnvironmentClass: {
@@ -1655,6 +2174,8 @@ export declare const RunnerConfigurationService: GenService<{
     output: typeof CreateEnvironmentClassResponseSchema;
   },
   /**
+   * Returns one class, disabled ones included, for everybody who may read its runner or see a project that lists it.
+   *
    * @generated from rpc gitpod.v1.RunnerConfigurationService.GetEnvironmentClass
    */
   getEnvironmentClass: {
@@ -1663,6 +2184,8 @@ export declare const RunnerConfigurationService: GenService<{
     output: typeof GetEnvironmentClassResponseSchema;
   },
   /**
+   * Lists the classes visible to the caller, newest first. Same answer as the RPC of that name in EnvironmentService.
+   *
    * @generated from rpc gitpod.v1.RunnerConfigurationService.ListEnvironmentClasses
    */
   listEnvironmentClasses: {
@@ -1671,6 +2194,9 @@ export declare const RunnerConfigurationService: GenService<{
     output: typeof ListEnvironmentClassesResponseSchema;
   },
   /**
+   * Renames, describes, enables or disables a class; its configuration is fixed. For runner admins; absent fields
+   * stay. A disabled class takes no new environments, existing ones may still start. Repeating it is harmless.
+   *
    * @generated from rpc gitpod.v1.RunnerConfigurationService.UpdateEnvironmentClass
    */
   updateEnvironmentClass: {
@@ -1679,6 +2205,11 @@ export declare const RunnerConfigurationService: GenService<{
     output: typeof UpdateEnvironmentClassResponseSchema;
   },
   /**
+   * Tries a class or an integration without storing it. For runner admins. Faults are reported in the result;
+   * INVALID_ARGUMENT only for a bad runner_id or nothing to validate, FAILED_PRECONDITION for a plaintext secret
+   * while the runner has no public key. Integrations get static checks only while the runner is not connected. Safe
+   * to retry.
+   *
    * @generated from rpc gitpod.v1.RunnerConfigurationService.ValidateRunnerConfiguration
    */
   validateRunnerConfiguration: {

@@ -406,6 +406,8 @@ export const HostAuthenticationTokenSourceSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_runner_configuration, 0);
 
 /**
+ * How a host token was obtained.
+ *
  * @generated from enum gitpod.v1.HostAuthenticationTokenSource
  */
 export const HostAuthenticationTokenSource = /*@__PURE__*/
@@ -418,6 +420,8 @@ export const RunnerKindSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_runner_configuration, 1);
 
 /**
+ * Whether a runner is local or remote. Visibility and use follow roles, not the kind.
+ *
  * @generated from enum gitpod.v1.RunnerKind
  */
 export const RunnerKind = /*@__PURE__*/
@@ -430,12 +434,18 @@ export const RunnerProviderSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_runner_configuration, 2);
 
 /**
+ * Where a runner works.
+ *
  * @generated from enum gitpod.v1.RunnerProvider
  */
 export const RunnerProvider = /*@__PURE__*/
   tsEnum(RunnerProviderSchema);
 
 /**
+ * What belongs to a runner: environment classes, source-control integrations and the tokens its users hold for those
+ * hosts. A runner the caller may not read is NOT_FOUND, a role too small PERMISSION_DENIED, and accounts are always
+ * refused. While a runner is being deleted, every change is FAILED_PRECONDITION.
+ *
  * @generated from service gitpod.v1.RunnerConfigurationService
  */
 export const RunnerConfigurationService = /*@__PURE__*/

@@ -17,15 +17,21 @@ import type { Subject } from "./identity_pb.js";
 export declare const file_gitpod_v1_runner: GenFile;
 
 /**
+ * Which host to check, seen from which runner.
+ *
  * @generated from message gitpod.v1.CheckAuthenticationForHostRequest
  */
 export declare type CheckAuthenticationForHostRequest = Message<"gitpod.v1.CheckAuthenticationForHostRequest"> & {
   /**
+   * Runner whose integrations and tokens count.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
 
   /**
+   * Host name, optionally with a port, or with an organization segment as in dev.azure.com/acme.
+   *
    * @generated from field: string host = 2;
    */
   host: string;
@@ -38,42 +44,58 @@ export declare type CheckAuthenticationForHostRequest = Message<"gitpod.v1.Check
 export declare const CheckAuthenticationForHostRequestSchema: GenMessage<CheckAuthenticationForHostRequest>;
 
 /**
+ * Whether the caller is signed in to a host, and the ways to do so.
+ *
  * @generated from message gitpod.v1.CheckAuthenticationForHostResponse
  */
 export declare type CheckAuthenticationForHostResponse = Message<"gitpod.v1.CheckAuthenticationForHostResponse"> & {
   /**
+   * Whether a usable token exists. Also true where the host offers no way to sign in.
+   *
    * @generated from field: bool authenticated = 1;
    */
   authenticated: boolean;
 
   /**
+   * Address to sign in at: the OAuth page, otherwise the page that creates personal access tokens.
+   *
    * @generated from field: string authentication_url = 2 [deprecated = true];
    * @deprecated
    */
   authenticationUrl: string;
 
   /**
+   * Whether personal access tokens are accepted; same as supports_pat being set.
+   *
    * @generated from field: bool pat_supported = 3 [deprecated = true];
    * @deprecated
    */
   patSupported: boolean;
 
   /**
+   * Id of the source-control product, as in the runner's schema, such as "github".
+   *
    * @generated from field: string scm_id = 4;
    */
   scmId: string;
 
   /**
+   * Display name of the product.
+   *
    * @generated from field: string scm_name = 5;
    */
   scmName: string;
 
   /**
+   * Sign-in through the browser; unset when not offered.
+   *
    * @generated from field: gitpod.v1.CheckAuthenticationForHostResponse.AuthenticationMethodOAuth2 supports_oauth2 = 6;
    */
   supportsOauth2?: CheckAuthenticationForHostResponse_AuthenticationMethodOAuth2 | undefined;
 
   /**
+   * Sign-in with a personal access token; unset when not offered.
+   *
    * @generated from field: gitpod.v1.CheckAuthenticationForHostResponse.AuthenticationMethodPersonalAccessToken supports_pat = 7;
    */
   supportsPat?: CheckAuthenticationForHostResponse_AuthenticationMethodPersonalAccessToken | undefined;
@@ -86,15 +108,21 @@ export declare type CheckAuthenticationForHostResponse = Message<"gitpod.v1.Chec
 export declare const CheckAuthenticationForHostResponseSchema: GenMessage<CheckAuthenticationForHostResponse>;
 
 /**
+ * Sign-in through the host's OAuth pages.
+ *
  * @generated from message gitpod.v1.CheckAuthenticationForHostResponse.AuthenticationMethodOAuth2
  */
 export declare type CheckAuthenticationForHostResponse_AuthenticationMethodOAuth2 = Message<"gitpod.v1.CheckAuthenticationForHostResponse.AuthenticationMethodOAuth2"> & {
   /**
+   * Page to open in a browser to start.
+   *
    * @generated from field: string auth_url = 1;
    */
   authUrl: string;
 
   /**
+   * Help page; may be empty.
+   *
    * @generated from field: string docs_url = 2;
    */
   docsUrl: string;
@@ -107,25 +135,35 @@ export declare type CheckAuthenticationForHostResponse_AuthenticationMethodOAuth
 export declare const CheckAuthenticationForHostResponse_AuthenticationMethodOAuth2Schema: GenMessage<CheckAuthenticationForHostResponse_AuthenticationMethodOAuth2>;
 
 /**
+ * Sign-in with a token created on the host.
+ *
  * @generated from message gitpod.v1.CheckAuthenticationForHostResponse.AuthenticationMethodPersonalAccessToken
  */
 export declare type CheckAuthenticationForHostResponse_AuthenticationMethodPersonalAccessToken = Message<"gitpod.v1.CheckAuthenticationForHostResponse.AuthenticationMethodPersonalAccessToken"> & {
   /**
+   * Page of the host where such a token is created.
+   *
    * @generated from field: string create_url = 1;
    */
   createUrl: string;
 
   /**
+   * Help page; may be empty.
+   *
    * @generated from field: string docs_url = 2;
    */
   docsUrl: string;
 
   /**
+   * What such a token looks like, for placeholders.
+   *
    * @generated from field: string example = 3;
    */
   example: string;
 
   /**
+   * Scopes the token needs, in the host's own words.
+   *
    * @generated from field: repeated string required_scopes = 4;
    */
   requiredScopes: string[];
@@ -138,15 +176,21 @@ export declare type CheckAuthenticationForHostResponse_AuthenticationMethodPerso
 export declare const CheckAuthenticationForHostResponse_AuthenticationMethodPersonalAccessTokenSchema: GenMessage<CheckAuthenticationForHostResponse_AuthenticationMethodPersonalAccessToken>;
 
 /**
+ * Which repository to check, seen from which runner.
+ *
  * @generated from message gitpod.v1.CheckRepositoryAccessRequest
  */
 export declare type CheckRepositoryAccessRequest = Message<"gitpod.v1.CheckRepositoryAccessRequest"> & {
   /**
+   * Runner that asks the host.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
 
   /**
+   * Clone or web address; only its repository part counts.
+   *
    * @generated from field: string repository_url = 2;
    */
   repositoryUrl: string;
@@ -159,15 +203,21 @@ export declare type CheckRepositoryAccessRequest = Message<"gitpod.v1.CheckRepos
 export declare const CheckRepositoryAccessRequestSchema: GenMessage<CheckRepositoryAccessRequest>;
 
 /**
+ * Whether the repository can be read.
+ *
  * @generated from message gitpod.v1.CheckRepositoryAccessResponse
  */
 export declare type CheckRepositoryAccessResponse = Message<"gitpod.v1.CheckRepositoryAccessResponse"> & {
   /**
+   * Whether the caller can read the repository.
+   *
    * @generated from field: bool has_access = 1;
    */
   hasAccess: boolean;
 
   /**
+   * Why not; empty with access.
+   *
    * @generated from field: string error_message = 2;
    */
   errorMessage: string;
@@ -180,10 +230,14 @@ export declare type CheckRepositoryAccessResponse = Message<"gitpod.v1.CheckRepo
 export declare const CheckRepositoryAccessResponseSchema: GenMessage<CheckRepositoryAccessResponse>;
 
 /**
+ * For which runner to issue a logs token.
+ *
  * @generated from message gitpod.v1.CreateRunnerLogsTokenRequest
  */
 export declare type CreateRunnerLogsTokenRequest = Message<"gitpod.v1.CreateRunnerLogsTokenRequest"> & {
   /**
+   * The runner.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
@@ -196,10 +250,14 @@ export declare type CreateRunnerLogsTokenRequest = Message<"gitpod.v1.CreateRunn
 export declare const CreateRunnerLogsTokenRequestSchema: GenMessage<CreateRunnerLogsTokenRequest>;
 
 /**
+ * The new logs token.
+ *
  * @generated from message gitpod.v1.CreateRunnerLogsTokenResponse
  */
 export declare type CreateRunnerLogsTokenResponse = Message<"gitpod.v1.CreateRunnerLogsTokenResponse"> & {
   /**
+   * Bearer token for the runner's log_url and support_bundle_url, valid 1 hour.
+   *
    * @generated from field: string access_token = 1;
    */
   accessToken: string;
@@ -212,20 +270,28 @@ export declare type CreateRunnerLogsTokenResponse = Message<"gitpod.v1.CreateRun
 export declare const CreateRunnerLogsTokenResponseSchema: GenMessage<CreateRunnerLogsTokenResponse>;
 
 /**
+ * Which group gets which role on which runner.
+ *
  * @generated from message gitpod.v1.CreateRunnerPolicyRequest
  */
 export declare type CreateRunnerPolicyRequest = Message<"gitpod.v1.CreateRunnerPolicyRequest"> & {
   /**
+   * Runner to share.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
 
   /**
+   * Group that gets the role.
+   *
    * @generated from field: string group_id = 2;
    */
   groupId: string;
 
   /**
+   * The role; required.
+   *
    * @generated from field: gitpod.v1.RunnerRole role = 3;
    */
   role: RunnerRole;
@@ -238,10 +304,14 @@ export declare type CreateRunnerPolicyRequest = Message<"gitpod.v1.CreateRunnerP
 export declare const CreateRunnerPolicyRequestSchema: GenMessage<CreateRunnerPolicyRequest>;
 
 /**
+ * The new policy.
+ *
  * @generated from message gitpod.v1.CreateRunnerPolicyResponse
  */
 export declare type CreateRunnerPolicyResponse = Message<"gitpod.v1.CreateRunnerPolicyResponse"> & {
   /**
+   * The policy as stored.
+   *
    * @generated from field: gitpod.v1.RunnerPolicy policy = 1;
    */
   policy?: RunnerPolicy | undefined;
@@ -254,30 +324,42 @@ export declare type CreateRunnerPolicyResponse = Message<"gitpod.v1.CreateRunner
 export declare const CreateRunnerPolicyResponseSchema: GenMessage<CreateRunnerPolicyResponse>;
 
 /**
+ * The runner to register.
+ *
  * @generated from message gitpod.v1.CreateRunnerRequest
  */
 export declare type CreateRunnerRequest = Message<"gitpod.v1.CreateRunnerRequest"> & {
   /**
+   * Display name, 3 to 127 characters; need not be unique.
+   *
    * @generated from field: string name = 1;
    */
   name: string;
 
   /**
+   * Legacy alternative to provider: REMOTE, or LOCAL for a Linux host. Exactly one of the two must be set.
+   *
    * @generated from field: gitpod.v1.RunnerKind kind = 2;
    */
   kind: RunnerKind;
 
   /**
+   * Initial settings; absent means defaults. Its desired phase may only be ACTIVE or unspecified.
+   *
    * @generated from field: gitpod.v1.RunnerSpec spec = 3;
    */
   spec?: RunnerSpec | undefined;
 
   /**
+   * Where the runner works; decides its kind. Exactly one of kind and provider must be set.
+   *
    * @generated from field: gitpod.v1.RunnerProvider provider = 4;
    */
   provider: RunnerProvider;
 
   /**
+   * Manager of the runner: required for MANAGED, forbidden otherwise. Stored as sent.
+   *
    * @generated from field: string runner_manager_id = 5;
    */
   runnerManagerId: string;
@@ -290,21 +372,29 @@ export declare type CreateRunnerRequest = Message<"gitpod.v1.CreateRunnerRequest
 export declare const CreateRunnerRequestSchema: GenMessage<CreateRunnerRequest>;
 
 /**
+ * The registered runner and its first credential.
+ *
  * @generated from message gitpod.v1.CreateRunnerResponse
  */
 export declare type CreateRunnerResponse = Message<"gitpod.v1.CreateRunnerResponse"> & {
   /**
+   * The runner, in phase CREATED.
+   *
    * @generated from field: gitpod.v1.Runner runner = 1;
    */
   runner?: Runner | undefined;
 
   /**
+   * Always empty; exchange the exchange token for an access token.
+   *
    * @generated from field: string access_token = 2 [deprecated = true];
    * @deprecated
    */
   accessToken: string;
 
   /**
+   * One-time token, valid 24 hours, that the runner process exchanges for its access token. Shown only here.
+   *
    * @generated from field: string exchange_token = 3;
    */
   exchangeToken: string;
@@ -317,10 +407,14 @@ export declare type CreateRunnerResponse = Message<"gitpod.v1.CreateRunnerRespon
 export declare const CreateRunnerResponseSchema: GenMessage<CreateRunnerResponse>;
 
 /**
+ * For which runner to issue an exchange token.
+ *
  * @generated from message gitpod.v1.CreateRunnerTokenRequest
  */
 export declare type CreateRunnerTokenRequest = Message<"gitpod.v1.CreateRunnerTokenRequest"> & {
   /**
+   * The runner.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
@@ -333,16 +427,22 @@ export declare type CreateRunnerTokenRequest = Message<"gitpod.v1.CreateRunnerTo
 export declare const CreateRunnerTokenRequestSchema: GenMessage<CreateRunnerTokenRequest>;
 
 /**
+ * The new exchange token.
+ *
  * @generated from message gitpod.v1.CreateRunnerTokenResponse
  */
 export declare type CreateRunnerTokenResponse = Message<"gitpod.v1.CreateRunnerTokenResponse"> & {
   /**
+   * Always empty; exchange the exchange token for an access token.
+   *
    * @generated from field: string access_token = 1 [deprecated = true];
    * @deprecated
    */
   accessToken: string;
 
   /**
+   * One-time token, valid 24 hours. Shown only here.
+   *
    * @generated from field: string exchange_token = 2;
    */
   exchangeToken: string;
@@ -355,15 +455,21 @@ export declare type CreateRunnerTokenResponse = Message<"gitpod.v1.CreateRunnerT
 export declare const CreateRunnerTokenResponseSchema: GenMessage<CreateRunnerTokenResponse>;
 
 /**
+ * Which group loses its role on which runner.
+ *
  * @generated from message gitpod.v1.DeleteRunnerPolicyRequest
  */
 export declare type DeleteRunnerPolicyRequest = Message<"gitpod.v1.DeleteRunnerPolicyRequest"> & {
   /**
+   * The runner.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
 
   /**
+   * The group.
+   *
    * @generated from field: string group_id = 2;
    */
   groupId: string;
@@ -376,6 +482,8 @@ export declare type DeleteRunnerPolicyRequest = Message<"gitpod.v1.DeleteRunnerP
 export declare const DeleteRunnerPolicyRequestSchema: GenMessage<DeleteRunnerPolicyRequest>;
 
 /**
+ * Empty: the policy is gone.
+ *
  * @generated from message gitpod.v1.DeleteRunnerPolicyResponse
  */
 export declare type DeleteRunnerPolicyResponse = Message<"gitpod.v1.DeleteRunnerPolicyResponse"> & {
@@ -388,15 +496,21 @@ export declare type DeleteRunnerPolicyResponse = Message<"gitpod.v1.DeleteRunner
 export declare const DeleteRunnerPolicyResponseSchema: GenMessage<DeleteRunnerPolicyResponse>;
 
 /**
+ * Which runner to delete, and how.
+ *
  * @generated from message gitpod.v1.DeleteRunnerRequest
  */
 export declare type DeleteRunnerRequest = Message<"gitpod.v1.DeleteRunnerRequest"> & {
   /**
+   * The runner.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
 
   /**
+   * Also deletes every environment on it at once, without waiting for the runner process. Data on it is lost.
+   *
    * @generated from field: bool force = 2;
    */
   force: boolean;
@@ -409,6 +523,8 @@ export declare type DeleteRunnerRequest = Message<"gitpod.v1.DeleteRunnerRequest
 export declare const DeleteRunnerRequestSchema: GenMessage<DeleteRunnerRequest>;
 
 /**
+ * Empty: the deletion is under way or done.
+ *
  * @generated from message gitpod.v1.DeleteRunnerResponse
  */
 export declare type DeleteRunnerResponse = Message<"gitpod.v1.DeleteRunnerResponse"> & {
@@ -421,15 +537,21 @@ export declare type DeleteRunnerResponse = Message<"gitpod.v1.DeleteRunnerRespon
 export declare const DeleteRunnerResponseSchema: GenMessage<DeleteRunnerResponse>;
 
 /**
+ * The gateway a runner uses, as reported by the runner.
+ *
  * @generated from message gitpod.v1.GatewayInfo
  */
 export declare type GatewayInfo = Message<"gitpod.v1.GatewayInfo"> & {
   /**
+   * The gateway.
+   *
    * @generated from field: gitpod.v1.Gateway gateway = 1;
    */
   gateway?: Gateway | undefined;
 
   /**
+   * Latency between runner and gateway.
+   *
    * @generated from field: google.protobuf.Duration latency = 2;
    */
   latency?: Duration | undefined;
@@ -442,10 +564,14 @@ export declare type GatewayInfo = Message<"gitpod.v1.GatewayInfo"> & {
 export declare const GatewayInfoSchema: GenMessage<GatewayInfo>;
 
 /**
+ * Which runner to return.
+ *
  * @generated from message gitpod.v1.GetRunnerRequest
  */
 export declare type GetRunnerRequest = Message<"gitpod.v1.GetRunnerRequest"> & {
   /**
+   * The runner.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
@@ -458,10 +584,14 @@ export declare type GetRunnerRequest = Message<"gitpod.v1.GetRunnerRequest"> & {
 export declare const GetRunnerRequestSchema: GenMessage<GetRunnerRequest>;
 
 /**
+ * The runner asked for.
+ *
  * @generated from message gitpod.v1.GetRunnerResponse
  */
 export declare type GetRunnerResponse = Message<"gitpod.v1.GetRunnerResponse"> & {
   /**
+   * The runner.
+   *
    * @generated from field: gitpod.v1.Runner runner = 1;
    */
   runner?: Runner | undefined;
@@ -474,15 +604,21 @@ export declare type GetRunnerResponse = Message<"gitpod.v1.GetRunnerResponse"> &
 export declare const GetRunnerResponseSchema: GenMessage<GetRunnerResponse>;
 
 /**
+ * Which runner's policies to list.
+ *
  * @generated from message gitpod.v1.ListRunnerPoliciesRequest
  */
 export declare type ListRunnerPoliciesRequest = Message<"gitpod.v1.ListRunnerPoliciesRequest"> & {
   /**
+   * Page size and token.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * The runner.
+   *
    * @generated from field: string runner_id = 2;
    */
   runnerId: string;
@@ -495,15 +631,21 @@ export declare type ListRunnerPoliciesRequest = Message<"gitpod.v1.ListRunnerPol
 export declare const ListRunnerPoliciesRequestSchema: GenMessage<ListRunnerPoliciesRequest>;
 
 /**
+ * One page of policies.
+ *
  * @generated from message gitpod.v1.ListRunnerPoliciesResponse
  */
 export declare type ListRunnerPoliciesResponse = Message<"gitpod.v1.ListRunnerPoliciesResponse"> & {
   /**
+   * Token of the next page.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * The policies, newest first.
+   *
    * @generated from field: repeated gitpod.v1.RunnerPolicy policies = 2;
    */
   policies: RunnerPolicy[];
@@ -516,15 +658,21 @@ export declare type ListRunnerPoliciesResponse = Message<"gitpod.v1.ListRunnerPo
 export declare const ListRunnerPoliciesResponseSchema: GenMessage<ListRunnerPoliciesResponse>;
 
 /**
+ * Which runners to list.
+ *
  * @generated from message gitpod.v1.ListRunnersRequest
  */
 export declare type ListRunnersRequest = Message<"gitpod.v1.ListRunnersRequest"> & {
   /**
+   * Page size and token.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Narrows the list; absent means all visible runners.
+   *
    * @generated from field: gitpod.v1.ListRunnersRequest.Filter filter = 2;
    */
   filter?: ListRunnersRequest_Filter | undefined;
@@ -537,20 +685,28 @@ export declare type ListRunnersRequest = Message<"gitpod.v1.ListRunnersRequest">
 export declare const ListRunnersRequestSchema: GenMessage<ListRunnersRequest>;
 
 /**
+ * Conditions: all fields must hold, any value within a field does. Empty fields do not filter.
+ *
  * @generated from message gitpod.v1.ListRunnersRequest.Filter
  */
 export declare type ListRunnersRequest_Filter = Message<"gitpod.v1.ListRunnersRequest.Filter"> & {
   /**
+   * Created by one of these principals, at most 25.
+   *
    * @generated from field: repeated string creator_ids = 1;
    */
   creatorIds: string[];
 
   /**
+   * Of one of these kinds, at most 25.
+   *
    * @generated from field: repeated gitpod.v1.RunnerKind kinds = 2;
    */
   kinds: RunnerKind[];
 
   /**
+   * With one of these providers, at most 25.
+   *
    * @generated from field: repeated gitpod.v1.RunnerProvider providers = 3;
    */
   providers: RunnerProvider[];
@@ -563,15 +719,21 @@ export declare type ListRunnersRequest_Filter = Message<"gitpod.v1.ListRunnersRe
 export declare const ListRunnersRequest_FilterSchema: GenMessage<ListRunnersRequest_Filter>;
 
 /**
+ * One page of runners.
+ *
  * @generated from message gitpod.v1.ListRunnersResponse
  */
 export declare type ListRunnersResponse = Message<"gitpod.v1.ListRunnersResponse"> & {
   /**
+   * Token of the next page.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * The runners, newest first.
+   *
    * @generated from field: repeated gitpod.v1.Runner runners = 2;
    */
   runners: Runner[];
@@ -584,25 +746,35 @@ export declare type ListRunnersResponse = Message<"gitpod.v1.ListRunnersResponse
 export declare const ListRunnersResponseSchema: GenMessage<ListRunnersResponse>;
 
 /**
+ * Which host's organizations to list.
+ *
  * @generated from message gitpod.v1.ListSCMOrganizationsRequest
  */
 export declare type ListSCMOrganizationsRequest = Message<"gitpod.v1.ListSCMOrganizationsRequest"> & {
   /**
+   * Runner that asks the host.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
 
   /**
+   * Host to ask.
+   *
    * @generated from field: string scm_host = 2;
    */
   scmHost: string;
 
   /**
+   * Search text, passed to GitLab; GitHub and Bitbucket ignore it.
+   *
    * @generated from field: string query = 3;
    */
   query: string;
 
   /**
+   * Page size and token.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 4;
    */
   pagination?: PaginationRequest | undefined;
@@ -615,15 +787,21 @@ export declare type ListSCMOrganizationsRequest = Message<"gitpod.v1.ListSCMOrga
 export declare const ListSCMOrganizationsRequestSchema: GenMessage<ListSCMOrganizationsRequest>;
 
 /**
+ * One page of organizations.
+ *
  * @generated from message gitpod.v1.ListSCMOrganizationsResponse
  */
 export declare type ListSCMOrganizationsResponse = Message<"gitpod.v1.ListSCMOrganizationsResponse"> & {
   /**
+   * The organizations, in the order of the host.
+   *
    * @generated from field: repeated gitpod.v1.ListSCMOrganizationsResponse.SCMOrganization organizations = 1;
    */
   organizations: ListSCMOrganizationsResponse_SCMOrganization[];
 
   /**
+   * Token of the next page.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 2;
    */
   pagination?: PaginationResponse | undefined;
@@ -636,20 +814,28 @@ export declare type ListSCMOrganizationsResponse = Message<"gitpod.v1.ListSCMOrg
 export declare const ListSCMOrganizationsResponseSchema: GenMessage<ListSCMOrganizationsResponse>;
 
 /**
+ * An organization, group, workspace or the like on a source-control host.
+ *
  * @generated from message gitpod.v1.ListSCMOrganizationsResponse.SCMOrganization
  */
 export declare type ListSCMOrganizationsResponse_SCMOrganization = Message<"gitpod.v1.ListSCMOrganizationsResponse.SCMOrganization"> & {
   /**
+   * Its name.
+   *
    * @generated from field: string name = 1;
    */
   name: string;
 
   /**
+   * Its web page.
+   *
    * @generated from field: string url = 2;
    */
   url: string;
 
   /**
+   * Whether the caller administers it; best effort on GitHub, false elsewhere.
+   *
    * @generated from field: bool is_admin = 3 [deprecated = true];
    * @deprecated
    */
@@ -663,35 +849,49 @@ export declare type ListSCMOrganizationsResponse_SCMOrganization = Message<"gitp
 export declare const ListSCMOrganizationsResponse_SCMOrganizationSchema: GenMessage<ListSCMOrganizationsResponse_SCMOrganization>;
 
 /**
+ * Where a runner sends its metrics. Left empty for callers without the admin role.
+ *
  * @generated from message gitpod.v1.MetricsConfiguration
  */
 export declare type MetricsConfiguration = Message<"gitpod.v1.MetricsConfiguration"> & {
   /**
+   * Whether the runner writes metrics to url itself.
+   *
    * @generated from field: bool enabled = 1;
    */
   enabled: boolean;
 
   /**
+   * Remote-write address, http or https; required when enabled.
+   *
    * @generated from field: string url = 2;
    */
   url: string;
 
   /**
+   * User name for url; empty means none.
+   *
    * @generated from field: string username = 3;
    */
   username: string;
 
   /**
+   * Password for url. Stored encrypted and always returned empty.
+   *
    * @generated from field: string password = 4;
    */
   password: string;
 
   /**
+   * Whether the runner also reports metrics to the control plane, which exposes them on its own endpoint.
+   *
    * @generated from field: bool managed_metrics_enabled = 5;
    */
   managedMetricsEnabled: boolean;
 
   /**
+   * Asks for verbose metrics too.
+   *
    * @generated from field: bool include_verbose_metrics = 6;
    */
   includeVerboseMetrics: boolean;
@@ -704,20 +904,28 @@ export declare type MetricsConfiguration = Message<"gitpod.v1.MetricsConfigurati
 export declare const MetricsConfigurationSchema: GenMessage<MetricsConfiguration>;
 
 /**
+ * Error detail of a call that needs the caller to sign in to a source-control host first.
+ *
  * @generated from message gitpod.v1.ParseContextURLPreconditionFailureDetails
  */
 export declare type ParseContextURLPreconditionFailureDetails = Message<"gitpod.v1.ParseContextURLPreconditionFailureDetails"> & {
   /**
+   * Address to sign in at: the OAuth page, otherwise the page that creates personal access tokens.
+   *
    * @generated from field: string authentication_required_url = 1;
    */
   authenticationRequiredUrl: string;
 
   /**
+   * Id of the source-control product.
+   *
    * @generated from field: string scm_id = 2;
    */
   scmId: string;
 
   /**
+   * Runners with a way to sign in to the host; set when the request named no runner.
+   *
    * @generated from field: repeated string runner_ids = 3;
    */
   runnerIds: string[];
@@ -730,15 +938,21 @@ export declare type ParseContextURLPreconditionFailureDetails = Message<"gitpod.
 export declare const ParseContextURLPreconditionFailureDetailsSchema: GenMessage<ParseContextURLPreconditionFailureDetails>;
 
 /**
+ * The address to resolve.
+ *
  * @generated from message gitpod.v1.ParseContextURLRequest
  */
 export declare type ParseContextURLRequest = Message<"gitpod.v1.ParseContextURLRequest"> & {
   /**
+   * Runner that resolves it. Empty: suitable runners are tried, at most 3, those the caller is signed in on first.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
 
   /**
+   * Web or clone address. https or, for known hosts, ssh; http only for hosts the operator allows; no password in it.
+   *
    * @generated from field: string context_url = 2;
    */
   contextUrl: string;
@@ -751,46 +965,64 @@ export declare type ParseContextURLRequest = Message<"gitpod.v1.ParseContextURLR
 export declare const ParseContextURLRequestSchema: GenMessage<ParseContextURLRequest>;
 
 /**
+ * What the address stands for.
+ *
  * @generated from message gitpod.v1.ParseContextURLResponse
  */
 export declare type ParseContextURLResponse = Message<"gitpod.v1.ParseContextURLResponse"> & {
   /**
+   * The address as sent.
+   *
    * @generated from field: string original_context_url = 1;
    */
   originalContextUrl: string;
 
   /**
+   * Repository and revision to check out.
+   *
    * @generated from field: gitpod.v1.ParseContextURLResponse.GitContext git = 2;
    */
   git?: ParseContextURLResponse_GitContext | undefined;
 
   /**
+   * The pull request, in short form; same as pull_request.
+   *
    * @generated from field: gitpod.v1.ParseContextURLResponse.PullRequest pr = 4 [deprecated = true];
    * @deprecated
    */
   pr?: ParseContextURLResponse_PullRequest | undefined;
 
   /**
+   * The issue, when the address names one; git then holds the default branch.
+   *
    * @generated from field: gitpod.v1.ParseContextURLResponse.Issue issue = 5;
    */
   issue?: ParseContextURLResponse_Issue | undefined;
 
   /**
+   * The pull request, when the address names one; git then holds its head side.
+   *
    * @generated from field: gitpod.v1.PullRequest pull_request = 6;
    */
   pullRequest?: PullRequest | undefined;
 
   /**
+   * Projects visible to the caller for this repository, then for its upstream; oldest first, at most 100.
+   *
    * @generated from field: repeated string project_ids = 3;
    */
   projectIds: string[];
 
   /**
+   * Id of the source-control product, such as "github".
+   *
    * @generated from field: string scm_id = 7;
    */
   scmId: string;
 
   /**
+   * Ids of classes the caller can create this environment with, best first.
+   *
    * @generated from field: repeated string recommended_environment_classes = 8;
    */
   recommendedEnvironmentClasses: string[];
@@ -803,45 +1035,64 @@ export declare type ParseContextURLResponse = Message<"gitpod.v1.ParseContextURL
 export declare const ParseContextURLResponseSchema: GenMessage<ParseContextURLResponse>;
 
 /**
+ * A repository and at most one revision of it.
+ *
  * @generated from message gitpod.v1.ParseContextURLResponse.GitContext
  */
 export declare type ParseContextURLResponse_GitContext = Message<"gitpod.v1.ParseContextURLResponse.GitContext"> & {
   /**
+   * https address to clone from.
+   *
    * @generated from field: string clone_url = 1;
    */
   cloneUrl: string;
 
   /**
+   * Branch: the one named, or the default branch when the address names no revision.
+   *
    * @generated from field: string branch = 2;
    */
   branch: string;
 
   /**
+   * Full commit id, 40 hex digits. Set only when the address names a commit, or when the head of a pull request is
+   * gone.
+   *
    * @generated from field: string commit = 3;
    */
   commit: string;
 
   /**
+   * Host name, lower case, with the port unless it is the default.
+   *
    * @generated from field: string host = 4;
    */
   host: string;
 
   /**
+   * Owner: a person, organization or group path.
+   *
    * @generated from field: string owner = 5;
    */
   owner: string;
 
   /**
+   * Name of the repository.
+   *
    * @generated from field: string repo = 6;
    */
   repo: string;
 
   /**
+   * Clone address of the upstream repository when this one is a fork; otherwise empty.
+   *
    * @generated from field: string upstream_remote_url = 7;
    */
   upstreamRemoteUrl: string;
 
   /**
+   * Tag, when the address names one.
+   *
    * @generated from field: string tag = 8;
    */
   tag: string;
@@ -854,15 +1105,21 @@ export declare type ParseContextURLResponse_GitContext = Message<"gitpod.v1.Pars
 export declare const ParseContextURLResponse_GitContextSchema: GenMessage<ParseContextURLResponse_GitContext>;
 
 /**
+ * An issue on the host.
+ *
  * @generated from message gitpod.v1.ParseContextURLResponse.Issue
  */
 export declare type ParseContextURLResponse_Issue = Message<"gitpod.v1.ParseContextURLResponse.Issue"> & {
   /**
+   * Its number or id.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Its title; empty when the host does not tell.
+   *
    * @generated from field: string title = 2;
    */
   title: string;
@@ -875,25 +1132,35 @@ export declare type ParseContextURLResponse_Issue = Message<"gitpod.v1.ParseCont
 export declare const ParseContextURLResponse_IssueSchema: GenMessage<ParseContextURLResponse_Issue>;
 
 /**
+ * A pull request in short form.
+ *
  * @generated from message gitpod.v1.ParseContextURLResponse.PullRequest
  */
 export declare type ParseContextURLResponse_PullRequest = Message<"gitpod.v1.ParseContextURLResponse.PullRequest"> & {
   /**
+   * Its number or id.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Its title.
+   *
    * @generated from field: string title = 2;
    */
   title: string;
 
   /**
+   * Branch with the changes.
+   *
    * @generated from field: string from_branch = 3;
    */
   fromBranch: string;
 
   /**
+   * Branch they are meant for.
+   *
    * @generated from field: string to_branch = 4;
    */
   toBranch: string;
@@ -906,55 +1173,77 @@ export declare type ParseContextURLResponse_PullRequest = Message<"gitpod.v1.Par
 export declare const ParseContextURLResponse_PullRequestSchema: GenMessage<ParseContextURLResponse_PullRequest>;
 
 /**
+ * A place where environments run, its settings and its reported state.
+ *
  * @generated from message gitpod.v1.Runner
  */
 export declare type Runner = Message<"gitpod.v1.Runner"> & {
   /**
+   * Id of the runner.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
 
   /**
+   * When it was registered.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 2;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * When it last changed.
+   *
    * @generated from field: google.protobuf.Timestamp updated_at = 3;
    */
   updatedAt?: Timestamp | undefined;
 
   /**
+   * Display name.
+   *
    * @generated from field: string name = 4;
    */
   name: string;
 
   /**
+   * What is wanted of it.
+   *
    * @generated from field: gitpod.v1.RunnerSpec spec = 5;
    */
   spec?: RunnerSpec | undefined;
 
   /**
+   * What it reports; mostly empty until it connects.
+   *
    * @generated from field: gitpod.v1.RunnerStatus status = 6;
    */
   status?: RunnerStatus | undefined;
 
   /**
+   * Who registered it.
+   *
    * @generated from field: gitpod.v1.Subject creator = 7;
    */
   creator?: Subject | undefined;
 
   /**
+   * Whether it is local or remote; follows from the provider.
+   *
    * @generated from field: gitpod.v1.RunnerKind kind = 8;
    */
   kind: RunnerKind;
 
   /**
+   * Where it works; unspecified for runners registered by kind REMOTE.
+   *
    * @generated from field: gitpod.v1.RunnerProvider provider = 9;
    */
   provider: RunnerProvider;
 
   /**
+   * Its manager; set only for provider MANAGED.
+   *
    * @generated from field: string runner_manager_id = 10;
    */
   runnerManagerId: string;
@@ -967,50 +1256,70 @@ export declare type Runner = Message<"gitpod.v1.Runner"> & {
 export declare const RunnerSchema: GenMessage<Runner>;
 
 /**
+ * Settings delivered to a runner.
+ *
  * @generated from message gitpod.v1.RunnerConfiguration
  */
 export declare type RunnerConfiguration = Message<"gitpod.v1.RunnerConfiguration"> & {
   /**
+   * Free-form hint where the runner is; never required.
+   *
    * @generated from field: string region = 1;
    */
   region: string;
 
   /**
+   * Releases it updates to; unspecified becomes STABLE.
+   *
    * @generated from field: gitpod.v1.RunnerReleaseChannel release_channel = 2;
    */
   releaseChannel: RunnerReleaseChannel;
 
   /**
+   * Whether it updates itself.
+   *
    * @generated from field: bool auto_update = 3;
    */
   autoUpdate: boolean;
 
   /**
+   * Where it sends metrics.
+   *
    * @generated from field: gitpod.v1.MetricsConfiguration metrics = 4;
    */
   metrics?: MetricsConfiguration | undefined;
 
   /**
+   * How much it logs; unspecified becomes INFO.
+   *
    * @generated from field: gitpod.v1.LogLevel log_level = 5;
    */
   logLevel: LogLevel;
 
   /**
+   * Whether it caches dev container images. The Linux-host runner ignores it.
+   *
    * @generated from field: bool devcontainer_image_cache_enabled = 6;
    */
   devcontainerImageCacheEnabled: boolean;
 
   /**
+   * Hours in which it may update itself; unset means any time.
+   *
    * @generated from field: gitpod.v1.UpdateWindow update_window = 7;
    */
   updateWindow?: UpdateWindow | undefined;
 
   /**
+   * Honeycomb API key, sealed to the runner's public key. Ignored on create; only for runner admins.
+   *
    * @generated from field: bytes encrypted_honeycomb_api_key = 8;
    */
   encryptedHoneycombApiKey: Uint8Array;
 
   /**
+   * Whether it profiles itself continuously. The Linux-host runner ignores it.
+   *
    * @generated from field: bool continuous_profiling = 9;
    */
   continuousProfiling: boolean;
@@ -1023,15 +1332,21 @@ export declare type RunnerConfiguration = Message<"gitpod.v1.RunnerConfiguration
 export declare const RunnerConfigurationSchema: GenMessage<RunnerConfiguration>;
 
 /**
+ * A role that a group has on a runner.
+ *
  * @generated from message gitpod.v1.RunnerPolicy
  */
 export declare type RunnerPolicy = Message<"gitpod.v1.RunnerPolicy"> & {
   /**
+   * The group.
+   *
    * @generated from field: string group_id = 1;
    */
   groupId: string;
 
   /**
+   * Its role.
+   *
    * @generated from field: gitpod.v1.RunnerRole role = 2;
    */
   role: RunnerRole;
@@ -1044,20 +1359,28 @@ export declare type RunnerPolicy = Message<"gitpod.v1.RunnerPolicy"> & {
 export declare const RunnerPolicySchema: GenMessage<RunnerPolicy>;
 
 /**
+ * What is wanted of a runner.
+ *
  * @generated from message gitpod.v1.RunnerSpec
  */
 export declare type RunnerSpec = Message<"gitpod.v1.RunnerSpec"> & {
   /**
+   * Phase it should be in: ACTIVE, DELETED once deletion began, and INACTIVE only on the local-configuration runner.
+   *
    * @generated from field: gitpod.v1.RunnerPhase desired_phase = 1;
    */
   desiredPhase: RunnerPhase;
 
   /**
+   * Its settings.
+   *
    * @generated from field: gitpod.v1.RunnerConfiguration configuration = 2;
    */
   configuration?: RunnerConfiguration | undefined;
 
   /**
+   * Edition of the runner; unspecified becomes STANDARD.
+   *
    * @generated from field: gitpod.v1.RunnerVariant variant = 3;
    */
   variant: RunnerVariant;
@@ -1070,70 +1393,98 @@ export declare type RunnerSpec = Message<"gitpod.v1.RunnerSpec"> & {
 export declare const RunnerSpecSchema: GenMessage<RunnerSpec>;
 
 /**
+ * What a runner reports about itself. The control plane decides the phase.
+ *
  * @generated from message gitpod.v1.RunnerStatus
  */
 export declare type RunnerStatus = Message<"gitpod.v1.RunnerStatus"> & {
   /**
+   * When the control plane last heard from it.
+   *
    * @generated from field: google.protobuf.Timestamp updated_at = 1;
    */
   updatedAt?: Timestamp | undefined;
 
   /**
+   * Version of the runner program.
+   *
    * @generated from field: string version = 2;
    */
   version: string;
 
   /**
+   * Text about the machine it runs on. Only for runner admins.
+   *
    * @generated from field: string system_details = 3;
    */
   systemDetails: string;
 
   /**
+   * Where it is in its life.
+   *
    * @generated from field: gitpod.v1.RunnerPhase phase = 4;
    */
   phase: RunnerPhase;
 
   /**
+   * Address of its own log, opened with a logs token.
+   *
    * @generated from field: string log_url = 5;
    */
   logUrl: string;
 
   /**
+   * Explanation of the phase, such as why it is degraded or since when it is silent.
+   *
    * @generated from field: string message = 6;
    */
   message: string;
 
   /**
+   * Region it reports.
+   *
    * @generated from field: string region = 7;
    */
   region: string;
 
   /**
+   * Further facts for display, such as its limits.
+   *
    * @generated from field: repeated gitpod.v1.FieldValue additional_info = 8;
    */
   additionalInfo: FieldValue[];
 
   /**
+   * Features it implements. Values unknown to this version are kept.
+   *
    * @generated from field: repeated gitpod.v1.RunnerCapability capabilities = 9;
    */
   capabilities: RunnerCapability[];
 
   /**
+   * Gateway it uses. Left unset by the Linux-host runner.
+   *
    * @generated from field: gitpod.v1.GatewayInfo gateway_info = 10;
    */
   gatewayInfo?: GatewayInfo | undefined;
 
   /**
+   * Address of its language-model endpoint. Left unset by the Linux-host runner.
+   *
    * @generated from field: string llm_url = 11;
    */
   llmUrl: string;
 
   /**
+   * X25519 public key that secrets for this runner are sealed to, 32 bytes. Unset until it first connects.
+   *
    * @generated from field: bytes public_key = 12;
    */
   publicKey: Uint8Array;
 
   /**
+   * Address of its support bundle, opened with a logs token. Only for runner admins.
+   *
    * @generated from field: string support_bundle_url = 13;
    */
   supportBundleUrl: string;
@@ -1146,36 +1497,50 @@ export declare type RunnerStatus = Message<"gitpod.v1.RunnerStatus"> & {
 export declare const RunnerStatusSchema: GenMessage<RunnerStatus>;
 
 /**
+ * What to search for, and where.
+ *
  * @generated from message gitpod.v1.SearchRepositoriesRequest
  */
 export declare type SearchRepositoriesRequest = Message<"gitpod.v1.SearchRepositoriesRequest"> & {
   /**
+   * Runner that asks the hosts.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
 
   /**
+   * Search text. Empty lists reachable repositories, beginning with the most recently active.
+   *
    * @generated from field: string search_string = 2;
    */
   searchString: string;
 
   /**
+   * Page size when pagination gives none, 1 to 100.
+   *
    * @generated from field: int32 limit = 3 [deprecated = true];
    * @deprecated
    */
   limit: number;
 
   /**
+   * Page size, default 25. The token is NEXT/TOTAL_PAGES/TOTAL as returned, or just a page number from 1.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 4;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Restricts the search to one host; empty searches every host signed in to.
+   *
    * @generated from field: string scm_host = 5;
    */
   scmHost: string;
 
   /**
+   * How search_string is read; unspecified means KEYWORD.
+   *
    * @generated from field: gitpod.v1.SearchMode search_mode = 6;
    */
   searchMode: SearchMode;
@@ -1188,20 +1553,28 @@ export declare type SearchRepositoriesRequest = Message<"gitpod.v1.SearchReposit
 export declare const SearchRepositoriesRequestSchema: GenMessage<SearchRepositoriesRequest>;
 
 /**
+ * One page of repositories.
+ *
  * @generated from message gitpod.v1.SearchRepositoriesResponse
  */
 export declare type SearchRepositoriesResponse = Message<"gitpod.v1.SearchRepositoriesResponse"> & {
   /**
+   * The repositories, sorted by name within the page: case ignored, digits by value.
+   *
    * @generated from field: repeated gitpod.v1.SearchRepositoriesResponse.Repository repositories = 1;
    */
   repositories: SearchRepositoriesResponse_Repository[];
 
   /**
+   * Token of the next page, NEXT/TOTAL_PAGES/TOTAL with -1 for an unknown total; empty on the last page.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 2;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * Number of pages; 0 when unknown.
+   *
    * @generated from field: int32 last_page = 3 [deprecated = true];
    * @deprecated
    */
@@ -1215,15 +1588,21 @@ export declare type SearchRepositoriesResponse = Message<"gitpod.v1.SearchReposi
 export declare const SearchRepositoriesResponseSchema: GenMessage<SearchRepositoriesResponse>;
 
 /**
+ * A repository on a source-control host.
+ *
  * @generated from message gitpod.v1.SearchRepositoriesResponse.Repository
  */
 export declare type SearchRepositoriesResponse_Repository = Message<"gitpod.v1.SearchRepositoriesResponse.Repository"> & {
   /**
+   * Its name.
+   *
    * @generated from field: string name = 1;
    */
   name: string;
 
   /**
+   * Its address.
+   *
    * @generated from field: string url = 2;
    */
   url: string;
@@ -1236,20 +1615,28 @@ export declare type SearchRepositoriesResponse_Repository = Message<"gitpod.v1.S
 export declare const SearchRepositoriesResponse_RepositorySchema: GenMessage<SearchRepositoriesResponse_Repository>;
 
 /**
+ * Which group gets which role instead.
+ *
  * @generated from message gitpod.v1.UpdateRunnerPolicyRequest
  */
 export declare type UpdateRunnerPolicyRequest = Message<"gitpod.v1.UpdateRunnerPolicyRequest"> & {
   /**
+   * The runner.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
 
   /**
+   * Group whose role changes.
+   *
    * @generated from field: string group_id = 2;
    */
   groupId: string;
 
   /**
+   * The new role; required.
+   *
    * @generated from field: gitpod.v1.RunnerRole role = 3;
    */
   role: RunnerRole;
@@ -1262,10 +1649,14 @@ export declare type UpdateRunnerPolicyRequest = Message<"gitpod.v1.UpdateRunnerP
 export declare const UpdateRunnerPolicyRequestSchema: GenMessage<UpdateRunnerPolicyRequest>;
 
 /**
+ * The changed policy.
+ *
  * @generated from message gitpod.v1.UpdateRunnerPolicyResponse
  */
 export declare type UpdateRunnerPolicyResponse = Message<"gitpod.v1.UpdateRunnerPolicyResponse"> & {
   /**
+   * The policy as stored.
+   *
    * @generated from field: gitpod.v1.RunnerPolicy policy = 1;
    */
   policy?: RunnerPolicy | undefined;
@@ -1278,20 +1669,28 @@ export declare type UpdateRunnerPolicyResponse = Message<"gitpod.v1.UpdateRunner
 export declare const UpdateRunnerPolicyResponseSchema: GenMessage<UpdateRunnerPolicyResponse>;
 
 /**
+ * What to change; absent fields stay.
+ *
  * @generated from message gitpod.v1.UpdateRunnerRequest
  */
 export declare type UpdateRunnerRequest = Message<"gitpod.v1.UpdateRunnerRequest"> & {
   /**
+   * Runner to change.
+   *
    * @generated from field: string runner_id = 1;
    */
   runnerId: string;
 
   /**
+   * New display name, 3 to 127 characters.
+   *
    * @generated from field: optional string name = 2;
    */
   name?: string | undefined;
 
   /**
+   * Changes of the spec.
+   *
    * @generated from field: optional gitpod.v1.UpdateRunnerRequest.Spec spec = 3;
    */
   spec?: UpdateRunnerRequest_Spec | undefined;
@@ -1304,35 +1703,49 @@ export declare type UpdateRunnerRequest = Message<"gitpod.v1.UpdateRunnerRequest
 export declare const UpdateRunnerRequestSchema: GenMessage<UpdateRunnerRequest>;
 
 /**
+ * Changes of the metrics settings; absent fields stay.
+ *
  * @generated from message gitpod.v1.UpdateRunnerRequest.MetricsConfiguration
  */
 export declare type UpdateRunnerRequest_MetricsConfiguration = Message<"gitpod.v1.UpdateRunnerRequest.MetricsConfiguration"> & {
   /**
+   * Whether the runner writes metrics to url itself; needs a url.
+   *
    * @generated from field: optional bool enabled = 1;
    */
   enabled?: boolean | undefined;
 
   /**
+   * Remote-write address, http or https; empty clears it.
+   *
    * @generated from field: optional string url = 2;
    */
   url?: string | undefined;
 
   /**
+   * User name for url; empty clears it.
+   *
    * @generated from field: optional string username = 3;
    */
   username?: string | undefined;
 
   /**
+   * Password for url; empty clears it.
+   *
    * @generated from field: optional string password = 4;
    */
   password?: string | undefined;
 
   /**
+   * Whether the runner also reports metrics to the control plane.
+   *
    * @generated from field: optional bool managed_metrics_enabled = 5;
    */
   managedMetricsEnabled?: boolean | undefined;
 
   /**
+   * Asks for verbose metrics too.
+   *
    * @generated from field: optional bool include_verbose_metrics = 6;
    */
   includeVerboseMetrics?: boolean | undefined;
@@ -1345,45 +1758,63 @@ export declare type UpdateRunnerRequest_MetricsConfiguration = Message<"gitpod.v
 export declare const UpdateRunnerRequest_MetricsConfigurationSchema: GenMessage<UpdateRunnerRequest_MetricsConfiguration>;
 
 /**
+ * Changes of the configuration; absent fields stay.
+ *
  * @generated from message gitpod.v1.UpdateRunnerRequest.RunnerConfiguration
  */
 export declare type UpdateRunnerRequest_RunnerConfiguration = Message<"gitpod.v1.UpdateRunnerRequest.RunnerConfiguration"> & {
   /**
+   * Releases to update to; unspecified is refused.
+   *
    * @generated from field: optional gitpod.v1.RunnerReleaseChannel release_channel = 1;
    */
   releaseChannel?: RunnerReleaseChannel | undefined;
 
   /**
+   * Whether the runner updates itself.
+   *
    * @generated from field: optional bool auto_update = 2;
    */
   autoUpdate?: boolean | undefined;
 
   /**
+   * Changes of the metrics settings.
+   *
    * @generated from field: optional gitpod.v1.UpdateRunnerRequest.MetricsConfiguration metrics = 3;
    */
   metrics?: UpdateRunnerRequest_MetricsConfiguration | undefined;
 
   /**
+   * How much to log; unspecified is refused.
+   *
    * @generated from field: optional gitpod.v1.LogLevel log_level = 4;
    */
   logLevel?: LogLevel | undefined;
 
   /**
+   * Whether to cache dev container images.
+   *
    * @generated from field: optional bool devcontainer_image_cache_enabled = 5;
    */
   devcontainerImageCacheEnabled?: boolean | undefined;
 
   /**
+   * Hours in which the runner may update itself; present but empty removes the window.
+   *
    * @generated from field: optional gitpod.v1.UpdateWindow update_window = 6;
    */
   updateWindow?: UpdateWindow | undefined;
 
   /**
+   * Honeycomb API key in clear. Sealed to the runner's public key before storage; FAILED_PRECONDITION without one.
+   *
    * @generated from field: optional string honeycomb_api_key = 7;
    */
   honeycombApiKey?: string | undefined;
 
   /**
+   * Whether the runner profiles itself continuously.
+   *
    * @generated from field: optional bool continuous_profiling = 8;
    */
   continuousProfiling?: boolean | undefined;
@@ -1396,15 +1827,22 @@ export declare type UpdateRunnerRequest_RunnerConfiguration = Message<"gitpod.v1
 export declare const UpdateRunnerRequest_RunnerConfigurationSchema: GenMessage<UpdateRunnerRequest_RunnerConfiguration>;
 
 /**
+ * Changes of the spec; absent fields stay.
+ *
  * @generated from message gitpod.v1.UpdateRunnerRequest.Spec
  */
 export declare type UpdateRunnerRequest_Spec = Message<"gitpod.v1.UpdateRunnerRequest.Spec"> & {
   /**
+   * Changes of the configuration.
+   *
    * @generated from field: optional gitpod.v1.UpdateRunnerRequest.RunnerConfiguration configuration = 1;
    */
   configuration?: UpdateRunnerRequest_RunnerConfiguration | undefined;
 
   /**
+   * ACTIVE or INACTIVE, on the local-configuration runner only: switches local runners on or off. Elsewhere only
+   * the current value is accepted, and ignored; unspecified counts as absent.
+   *
    * @generated from field: optional gitpod.v1.RunnerPhase desired_phase = 2;
    */
   desiredPhase?: RunnerPhase | undefined;
@@ -1417,6 +1855,8 @@ export declare type UpdateRunnerRequest_Spec = Message<"gitpod.v1.UpdateRunnerRe
 export declare const UpdateRunnerRequest_SpecSchema: GenMessage<UpdateRunnerRequest_Spec>;
 
 /**
+ * Empty: the change is stored and on its way to the runner.
+ *
  * @generated from message gitpod.v1.UpdateRunnerResponse
  */
 export declare type UpdateRunnerResponse = Message<"gitpod.v1.UpdateRunnerResponse"> & {
@@ -1429,15 +1869,21 @@ export declare type UpdateRunnerResponse = Message<"gitpod.v1.UpdateRunnerRespon
 export declare const UpdateRunnerResponseSchema: GenMessage<UpdateRunnerResponse>;
 
 /**
+ * Daily time span for updates, UTC, at least 2 hours; may pass midnight. Returned as sent.
+ *
  * @generated from message gitpod.v1.UpdateWindow
  */
 export declare type UpdateWindow = Message<"gitpod.v1.UpdateWindow"> & {
   /**
+   * First hour, 0 to 23.
+   *
    * @generated from field: optional uint32 start_hour = 1;
    */
   startHour?: number | undefined;
 
   /**
+   * Hour it ends at, 0 to 23; absent means 2 hours after the start. Not allowed without start_hour.
+   *
    * @generated from field: optional uint32 end_hour = 2;
    */
   endHour?: number | undefined;
@@ -1450,30 +1896,42 @@ export declare type UpdateWindow = Message<"gitpod.v1.UpdateWindow"> & {
 export declare const UpdateWindowSchema: GenMessage<UpdateWindow>;
 
 /**
+ * How much a runner logs.
+ *
  * @generated from enum gitpod.v1.LogLevel
  */
 export enum LogLevel {
   /**
+   * Not set: INFO on create, refused on update.
+   *
    * @generated from enum value: LOG_LEVEL_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Everything, details for finding faults included.
+   *
    * @generated from enum value: LOG_LEVEL_DEBUG = 1;
    */
   DEBUG = 1,
 
   /**
+   * Normal operation, and all above it.
+   *
    * @generated from enum value: LOG_LEVEL_INFO = 2;
    */
   INFO = 2,
 
   /**
+   * Warnings and errors.
+   *
    * @generated from enum value: LOG_LEVEL_WARN = 3;
    */
   WARN = 3,
 
   /**
+   * Errors only.
+   *
    * @generated from enum value: LOG_LEVEL_ERROR = 4;
    */
   ERROR = 4,
@@ -1485,95 +1943,134 @@ export enum LogLevel {
 export declare const LogLevelSchema: GenEnum<LogLevel>;
 
 /**
+ * A feature that a runner may implement. Those the Linux-host runner does not report belong to other runners and are
+ * only stored as reported.
+ *
  * @generated from enum gitpod.v1.RunnerCapability
  */
 export enum RunnerCapability {
   /**
+   * No feature.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Applies the integrations of the local-configuration runner. Reported by the Linux-host runner.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_FETCH_LOCAL_SCM_INTEGRATIONS = 1;
    */
   FETCH_LOCAL_SCM_INTEGRATIONS = 1,
 
   /**
+   * Uses secrets as container registry credentials. Reported by the Linux-host runner with a container engine.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_SECRET_CONTAINER_REGISTRY = 2;
    */
   SECRET_CONTAINER_REGISTRY = 2,
 
   /**
+   * Runs agents. Not reported by the Linux-host runner.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_AGENT_EXECUTION = 3;
    */
   AGENT_EXECUTION = 3,
 
   /**
+   * Can hand an environment its own API token. Reported by the Linux-host runner.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_ALLOW_ENV_TOKEN_POPULATION = 4;
    */
   ALLOW_ENV_TOKEN_POPULATION = 4,
 
   /**
+   * Honours a default dev container image. Reported by the Linux-host runner with a container engine.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_DEFAULT_DEV_CONTAINER_IMAGE = 5;
    */
   DEFAULT_DEV_CONTAINER_IMAGE = 5,
 
   /**
+   * Takes snapshots of environments. Not reported by the Linux-host runner.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_ENVIRONMENT_SNAPSHOT = 6;
    */
   ENVIRONMENT_SNAPSHOT = 6,
 
   /**
+   * Fires the before-snapshot trigger in prebuilds. Not reported by the Linux-host runner.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_PREBUILDS_BEFORE_SNAPSHOT_TRIGGER = 7;
    */
   PREBUILDS_BEFORE_SNAPSHOT_TRIGGER = 7,
 
   /**
+   * Answers ListSCMOrganizations. Reported by the Linux-host runner.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_LIST_SCM_ORGANIZATIONS = 8;
    */
   LIST_SCM_ORGANIZATIONS = 8,
 
   /**
+   * Answers CheckRepositoryAccess. Reported by the Linux-host runner.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_CHECK_REPOSITORY_ACCESS = 9;
    */
   CHECK_REPOSITORY_ACCESS = 9,
 
   /**
+   * Hosts agents in the runner itself. Not reported by the Linux-host runner.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_RUNNER_SIDE_AGENT = 10;
    */
   RUNNER_SIDE_AGENT = 10,
 
   /**
+   * Keeps environments ready in advance. Not reported by the Linux-host runner.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_WARM_POOL = 11;
    */
   WARM_POOL = 11,
 
   /**
+   * Keeps a warm pool through an auto-scaling group. Not reported by the Linux-host runner.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_ASG_WARM_POOL = 12;
    */
   ASG_WARM_POOL = 12,
 
   /**
+   * Checks who opens a port address. Reported by the Linux-host runner.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_PORT_AUTHENTICATION = 13;
    */
   PORT_AUTHENTICATION = 13,
 
   /**
+   * Runs as several processes. Not reported by the Linux-host runner.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_HORIZONTAL_SCALING = 14;
    */
   HORIZONTAL_SCALING = 14,
 
   /**
+   * A variant of agent execution. Not reported by the Linux-host runner.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_AGENT_EXECUTION_CNF = 15;
    */
   AGENT_EXECUTION_CNF = 15,
 
   /**
+   * Uses Redis streams. Not reported by the Linux-host runner.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_REDIS_STREAM = 16;
    */
   REDIS_STREAM = 16,
 
   /**
+   * Sets language-model request headers per request. Not reported by the Linux-host runner.
+   *
    * @generated from enum value: RUNNER_CAPABILITY_DYNAMIC_LLM_REQUEST_HEADERS = 18;
    */
   DYNAMIC_LLM_REQUEST_HEADERS = 18,
@@ -1585,40 +2082,57 @@ export enum RunnerCapability {
 export declare const RunnerCapabilitySchema: GenEnum<RunnerCapability>;
 
 /**
+ * Where a runner is in its life.
+ *
  * @generated from enum gitpod.v1.RunnerPhase
  */
 export enum RunnerPhase {
   /**
+   * Not set.
+   *
    * @generated from enum value: RUNNER_PHASE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Registered; no process has signed up yet.
+   *
    * @generated from enum value: RUNNER_PHASE_CREATED = 1;
    */
   CREATED = 1,
 
   /**
+   * Signed up but not in contact: never heard from, lease of 30 seconds expired, signed off, or local runners are
+   * off.
+   *
    * @generated from enum value: RUNNER_PHASE_INACTIVE = 2;
    */
   INACTIVE = 2,
 
   /**
+   * In contact and working.
+   *
    * @generated from enum value: RUNNER_PHASE_ACTIVE = 3;
    */
   ACTIVE = 3,
 
   /**
+   * Being deleted; takes no new environments.
+   *
    * @generated from enum value: RUNNER_PHASE_DELETING = 4;
    */
   DELETING = 4,
 
   /**
+   * Deleted; the API no longer shows it.
+   *
    * @generated from enum value: RUNNER_PHASE_DELETED = 5;
    */
   DELETED = 5,
 
   /**
+   * In contact with a fault of its own, told in the message. New environments are still accepted.
+   *
    * @generated from enum value: RUNNER_PHASE_DEGRADED = 6;
    */
   DEGRADED = 6,
@@ -1630,20 +2144,28 @@ export enum RunnerPhase {
 export declare const RunnerPhaseSchema: GenEnum<RunnerPhase>;
 
 /**
+ * Which releases a runner updates to.
+ *
  * @generated from enum gitpod.v1.RunnerReleaseChannel
  */
 export enum RunnerReleaseChannel {
   /**
+   * Not set: STABLE on create, refused on update.
+   *
    * @generated from enum value: RUNNER_RELEASE_CHANNEL_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Stable releases.
+   *
    * @generated from enum value: RUNNER_RELEASE_CHANNEL_STABLE = 1;
    */
   STABLE = 1,
 
   /**
+   * The newest releases.
+   *
    * @generated from enum value: RUNNER_RELEASE_CHANNEL_LATEST = 2;
    */
   LATEST = 2,
@@ -1655,20 +2177,28 @@ export enum RunnerReleaseChannel {
 export declare const RunnerReleaseChannelSchema: GenEnum<RunnerReleaseChannel>;
 
 /**
+ * What a group may do with a runner.
+ *
  * @generated from enum gitpod.v1.RunnerRole
  */
 export enum RunnerRole {
   /**
+   * Not set; refused in requests.
+   *
    * @generated from enum value: RUNNER_ROLE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Change settings, integrations, classes and sharing, issue tokens and delete; includes USER.
+   *
    * @generated from enum value: RUNNER_ROLE_ADMIN = 1;
    */
   ADMIN = 1,
 
   /**
+   * See the runner and create environments on it.
+   *
    * @generated from enum value: RUNNER_ROLE_USER = 2;
    */
   USER = 2,
@@ -1680,20 +2210,28 @@ export enum RunnerRole {
 export declare const RunnerRoleSchema: GenEnum<RunnerRole>;
 
 /**
+ * Edition of a runner.
+ *
  * @generated from enum gitpod.v1.RunnerVariant
  */
 export enum RunnerVariant {
   /**
+   * Not set; STANDARD on create.
+   *
    * @generated from enum value: RUNNER_VARIANT_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * The standard edition.
+   *
    * @generated from enum value: RUNNER_VARIANT_STANDARD = 1;
    */
   STANDARD = 1,
 
   /**
+   * The enterprise edition.
+   *
    * @generated from enum value: RUNNER_VARIANT_ENTERPRISE = 2;
    */
   ENTERPRISE = 2,
@@ -1705,20 +2243,28 @@ export enum RunnerVariant {
 export declare const RunnerVariantSchema: GenEnum<RunnerVariant>;
 
 /**
+ * How a search text is read.
+ *
  * @generated from enum gitpod.v1.SearchMode
  */
 export enum SearchMode {
   /**
+   * Not set: KEYWORD.
+   *
    * @generated from enum value: SEARCH_MODE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Plain words, translated into a suitable query for each host.
+   *
    * @generated from enum value: SEARCH_MODE_KEYWORD = 1;
    */
   KEYWORD = 1,
 
   /**
+   * The host's own query language, passed on unchanged; one host at a time.
+   *
    * @generated from enum value: SEARCH_MODE_NATIVE = 2;
    */
   NATIVE = 2,
@@ -1730,10 +2276,20 @@ export enum SearchMode {
 export declare const SearchModeSchema: GenEnum<SearchMode>;
 
 /**
+ * Runners: registering them, their settings and life, who may use them, and source-control questions asked through
+ * them. A runner the caller may not read is NOT_FOUND, a role too small PERMISSION_DENIED, and accounts are always
+ * refused. Environments may ask the source-control questions on their own runner, as their creator. While a runner is
+ * being deleted, every change but DeleteRunner is FAILED_PRECONDITION.
+ *
  * @generated from service gitpod.v1.RunnerService
  */
 export declare const RunnerService: GenService<{
   /**
+   * Registers a runner and returns the exchange token its process starts with. For organization admins and holders of
+   * the runners-admin role; the creator becomes an admin of the runner. INVALID_ARGUMENT unless exactly one of kind
+   * and provider is set, or for a bad spec; FAILED_PRECONDITION for a local kind while local runners are off. Not
+   * idempotent.
+   *
    * @generated from rpc gitpod.v1.RunnerService.CreateRunner
    */
   createRunner: {
@@ -1742,6 +2298,9 @@ export declare const RunnerService: GenService<{
     output: typeof CreateRunnerResponseSchema;
   },
   /**
+   * Returns one runner, for everybody who may use it, for itself and for environments on it. Metrics settings, sealed
+   * keys, system details and the support bundle address are left empty for callers without the admin role.
+   *
    * @generated from rpc gitpod.v1.RunnerService.GetRunner
    */
   getRunner: {
@@ -1750,6 +2309,9 @@ export declare const RunnerService: GenService<{
     output: typeof GetRunnerResponseSchema;
   },
   /**
+   * Lists the runners visible to the caller, newest first, the local-configuration runner and runners in deletion
+   * included. Fields are left empty as in GetRunner.
+   *
    * @generated from rpc gitpod.v1.RunnerService.ListRunners
    */
   listRunners: {
@@ -1758,6 +2320,10 @@ export declare const RunnerService: GenService<{
     output: typeof ListRunnersResponseSchema;
   },
   /**
+   * Changes name, configuration or, on the local-configuration runner only, the desired phase. For runner admins;
+   * absent fields stay. FAILED_PRECONDITION for a phase change on any other runner, for other changes on the
+   * local-configuration runner, and for a secret when the runner has no public key yet. Repeating it is harmless.
+   *
    * @generated from rpc gitpod.v1.RunnerService.UpdateRunner
    */
   updateRunner: {
@@ -1766,6 +2332,10 @@ export declare const RunnerService: GenService<{
     output: typeof UpdateRunnerResponseSchema;
   },
   /**
+   * Deletes a runner with its classes, integrations, policies and tokens. For runner admins. FAILED_PRECONDITION for
+   * the local-configuration runner, and without force while environments exist on it. Repeating it during deletion
+   * succeeds; once the runner is gone it is NOT_FOUND.
+   *
    * @generated from rpc gitpod.v1.RunnerService.DeleteRunner
    */
   deleteRunner: {
@@ -1774,6 +2344,9 @@ export declare const RunnerService: GenService<{
     output: typeof DeleteRunnerResponseSchema;
   },
   /**
+   * Issues another one-time exchange token, valid 24 hours; earlier tokens stay valid. For runner admins and the
+   * runner itself. FAILED_PRECONDITION on the local-configuration runner. Each call issues a new one.
+   *
    * @generated from rpc gitpod.v1.RunnerService.CreateRunnerToken
    */
   createRunnerToken: {
@@ -1782,6 +2355,9 @@ export declare const RunnerService: GenService<{
     output: typeof CreateRunnerTokenResponseSchema;
   },
   /**
+   * Issues a token, valid 1 hour, that opens the log and the support bundle of this runner and nothing else. For
+   * runner admins. FAILED_PRECONDITION on the local-configuration runner. Each call issues a new one.
+   *
    * @generated from rpc gitpod.v1.RunnerService.CreateRunnerLogsToken
    */
   createRunnerLogsToken: {
@@ -1790,6 +2366,12 @@ export declare const RunnerService: GenService<{
     output: typeof CreateRunnerLogsTokenResponseSchema;
   },
   /**
+   * Resolves the address of a repository, branch, tag, commit, pull request or issue into what an environment starts
+   * from. With runner_id for users of that runner, otherwise for any user, service account or environment. Safe to
+   * retry. FAILED_PRECONDITION with ParseContextURLPreconditionFailureDetails when the caller must sign in; NOT_FOUND
+   * when the target is missing or hidden; PERMISSION_DENIED when the host refuses the token; RESOURCE_EXHAUSTED at a
+   * rate limit.
+   *
    * @generated from rpc gitpod.v1.RunnerService.ParseContextURL
    */
   parseContextURL: {
@@ -1798,6 +2380,9 @@ export declare const RunnerService: GenService<{
     output: typeof ParseContextURLResponseSchema;
   },
   /**
+   * Searches the repositories the caller reaches on the hosts signed in to, for users of the runner. Empty when
+   * signed in nowhere. INVALID_ARGUMENT for a bad page token, or a native query over several hosts. Safe to retry.
+   *
    * @generated from rpc gitpod.v1.RunnerService.SearchRepositories
    */
   searchRepositories: {
@@ -1806,6 +2391,10 @@ export declare const RunnerService: GenService<{
     output: typeof SearchRepositoriesResponseSchema;
   },
   /**
+   * Lists the caller's organizations or groups on one host, in the order of the host, for users of the runner. Safe
+   * to retry. FAILED_PRECONDITION when sign-in is needed (with the sign-in detail) or the runner lacks the
+   * capability.
+   *
    * @generated from rpc gitpod.v1.RunnerService.ListSCMOrganizations
    */
   listSCMOrganizations: {
@@ -1814,6 +2403,9 @@ export declare const RunnerService: GenService<{
     output: typeof ListSCMOrganizationsResponseSchema;
   },
   /**
+   * Tells whether the caller has a usable token for a host and how to sign in, for users of the runner. Answers from
+   * what is stored and does not contact the host. INVALID_ARGUMENT for an empty or malformed host. Safe to retry.
+   *
    * @generated from rpc gitpod.v1.RunnerService.CheckAuthenticationForHost
    */
   checkAuthenticationForHost: {
@@ -1822,6 +2414,10 @@ export declare const RunnerService: GenService<{
     output: typeof CheckAuthenticationForHostResponseSchema;
   },
   /**
+   * Tells whether the caller can read a repository, for users of the runner. Safe to retry. A refused token is an
+   * answer, not an error; FAILED_PRECONDITION when sign-in is needed (with the sign-in detail) or the runner lacks
+   * the capability; INVALID_ARGUMENT when the address names no repository; UNAVAILABLE when the host is unreachable.
+   *
    * @generated from rpc gitpod.v1.RunnerService.CheckRepositoryAccess
    */
   checkRepositoryAccess: {
@@ -1830,6 +2426,9 @@ export declare const RunnerService: GenService<{
     output: typeof CheckRepositoryAccessResponseSchema;
   },
   /**
+   * Lists which groups were given a role on the runner, newest first; access that follows from organization roles is
+   * not listed. For runner admins. FAILED_PRECONDITION on the local-configuration runner.
+   *
    * @generated from rpc gitpod.v1.RunnerService.ListRunnerPolicies
    */
   listRunnerPolicies: {
@@ -1838,6 +2437,9 @@ export declare const RunnerService: GenService<{
     output: typeof ListRunnerPoliciesResponseSchema;
   },
   /**
+   * Gives a group a role on the runner. For runner admins. NOT_FOUND for a group outside the organization,
+   * ALREADY_EXISTS when the group has a role here, FAILED_PRECONDITION on the local-configuration runner.
+   *
    * @generated from rpc gitpod.v1.RunnerService.CreateRunnerPolicy
    */
   createRunnerPolicy: {
@@ -1846,6 +2448,9 @@ export declare const RunnerService: GenService<{
     output: typeof CreateRunnerPolicyResponseSchema;
   },
   /**
+   * Changes the role of a group, in force from the next request. For runner admins. NOT_FOUND when the group has none
+   * here; the same role again succeeds without effect. FAILED_PRECONDITION on the local-configuration runner.
+   *
    * @generated from rpc gitpod.v1.RunnerService.UpdateRunnerPolicy
    */
   updateRunnerPolicy: {
@@ -1854,6 +2459,9 @@ export declare const RunnerService: GenService<{
     output: typeof UpdateRunnerPolicyResponseSchema;
   },
   /**
+   * Takes the role of a group away; environments already running go on. For runner admins. NOT_FOUND when there is
+   * none, so also on the second call. FAILED_PRECONDITION on the local-configuration runner.
+   *
    * @generated from rpc gitpod.v1.RunnerService.DeleteRunnerPolicy
    */
   deleteRunnerPolicy: {

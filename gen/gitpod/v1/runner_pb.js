@@ -388,6 +388,8 @@ export const LogLevelSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_runner, 0);
 
 /**
+ * How much a runner logs.
+ *
  * @generated from enum gitpod.v1.LogLevel
  */
 export const LogLevel = /*@__PURE__*/
@@ -400,6 +402,9 @@ export const RunnerCapabilitySchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_runner, 1);
 
 /**
+ * A feature that a runner may implement. Those the Linux-host runner does not report belong to other runners and are
+ * only stored as reported.
+ *
  * @generated from enum gitpod.v1.RunnerCapability
  */
 export const RunnerCapability = /*@__PURE__*/
@@ -412,6 +417,8 @@ export const RunnerPhaseSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_runner, 2);
 
 /**
+ * Where a runner is in its life.
+ *
  * @generated from enum gitpod.v1.RunnerPhase
  */
 export const RunnerPhase = /*@__PURE__*/
@@ -424,6 +431,8 @@ export const RunnerReleaseChannelSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_runner, 3);
 
 /**
+ * Which releases a runner updates to.
+ *
  * @generated from enum gitpod.v1.RunnerReleaseChannel
  */
 export const RunnerReleaseChannel = /*@__PURE__*/
@@ -436,6 +445,8 @@ export const RunnerRoleSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_runner, 4);
 
 /**
+ * What a group may do with a runner.
+ *
  * @generated from enum gitpod.v1.RunnerRole
  */
 export const RunnerRole = /*@__PURE__*/
@@ -448,6 +459,8 @@ export const RunnerVariantSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_runner, 5);
 
 /**
+ * Edition of a runner.
+ *
  * @generated from enum gitpod.v1.RunnerVariant
  */
 export const RunnerVariant = /*@__PURE__*/
@@ -460,12 +473,19 @@ export const SearchModeSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_runner, 6);
 
 /**
+ * How a search text is read.
+ *
  * @generated from enum gitpod.v1.SearchMode
  */
 export const SearchMode = /*@__PURE__*/
   tsEnum(SearchModeSchema);
 
 /**
+ * Runners: registering them, their settings and life, who may use them, and source-control questions asked through
+ * them. A runner the caller may not read is NOT_FOUND, a role too small PERMISSION_DENIED, and accounts are always
+ * refused. Environments may ask the source-control questions on their own runner, as their creator. While a runner is
+ * being deleted, every change but DeleteRunner is FAILED_PRECONDITION.
+ *
  * @generated from service gitpod.v1.RunnerService
  */
 export const RunnerService = /*@__PURE__*/

@@ -14,10 +14,14 @@ import type { Subject } from "./identity_pb.js";
 export declare const file_gitpod_v1_service_account: GenFile;
 
 /**
+ * Input of CreateServiceAccountAccessToken.
+ *
  * @generated from message gitpod.v1.CreateServiceAccountAccessTokenRequest
  */
 export declare type CreateServiceAccountAccessTokenRequest = Message<"gitpod.v1.CreateServiceAccountAccessTokenRequest"> & {
   /**
+   * The service account.
+   *
    * @generated from field: string service_account_id = 1;
    */
   serviceAccountId: string;
@@ -30,10 +34,14 @@ export declare type CreateServiceAccountAccessTokenRequest = Message<"gitpod.v1.
 export declare const CreateServiceAccountAccessTokenRequestSchema: GenMessage<CreateServiceAccountAccessTokenRequest>;
 
 /**
+ * Result of CreateServiceAccountAccessToken.
+ *
  * @generated from message gitpod.v1.CreateServiceAccountAccessTokenResponse
  */
 export declare type CreateServiceAccountAccessTokenResponse = Message<"gitpod.v1.CreateServiceAccountAccessTokenResponse"> & {
   /**
+   * The token text, shown only here; ends after 30 minutes or with the service account.
+   *
    * @generated from field: string token = 1;
    */
   token: string;
@@ -46,20 +54,28 @@ export declare type CreateServiceAccountAccessTokenResponse = Message<"gitpod.v1
 export declare const CreateServiceAccountAccessTokenResponseSchema: GenMessage<CreateServiceAccountAccessTokenResponse>;
 
 /**
+ * Input of CreateServiceAccount.
+ *
  * @generated from message gitpod.v1.CreateServiceAccountRequest
  */
 export declare type CreateServiceAccountRequest = Message<"gitpod.v1.CreateServiceAccountRequest"> & {
   /**
+   * Name, 1-64 characters, not unique.
+   *
    * @generated from field: string name = 1;
    */
   name: string;
 
   /**
+   * What it is for, at most 500 characters.
+   *
    * @generated from field: string description = 2;
    */
   description: string;
 
   /**
+   * When it ends, in the future; cannot be changed later.
+   *
    * @generated from field: google.protobuf.Timestamp valid_until = 3;
    */
   validUntil?: Timestamp | undefined;
@@ -72,10 +88,14 @@ export declare type CreateServiceAccountRequest = Message<"gitpod.v1.CreateServi
 export declare const CreateServiceAccountRequestSchema: GenMessage<CreateServiceAccountRequest>;
 
 /**
+ * Result of CreateServiceAccount.
+ *
  * @generated from message gitpod.v1.CreateServiceAccountResponse
  */
 export declare type CreateServiceAccountResponse = Message<"gitpod.v1.CreateServiceAccountResponse"> & {
   /**
+   * The new service account.
+   *
    * @generated from field: gitpod.v1.ServiceAccount service_account = 1;
    */
   serviceAccount?: ServiceAccount | undefined;
@@ -88,15 +108,21 @@ export declare type CreateServiceAccountResponse = Message<"gitpod.v1.CreateServ
 export declare const CreateServiceAccountResponseSchema: GenMessage<CreateServiceAccountResponse>;
 
 /**
+ * Input of CreateServiceAccountToken.
+ *
  * @generated from message gitpod.v1.CreateServiceAccountTokenRequest
  */
 export declare type CreateServiceAccountTokenRequest = Message<"gitpod.v1.CreateServiceAccountTokenRequest"> & {
   /**
+   * What it is for.
+   *
    * @generated from field: string description = 1;
    */
   description: string;
 
   /**
+   * Lifetime, at most 2,524,608,000 s and never past the service account's end; 0 or absent = 90 days.
+   *
    * @generated from field: google.protobuf.Duration valid_for = 2;
    */
   validFor?: Duration | undefined;
@@ -109,15 +135,21 @@ export declare type CreateServiceAccountTokenRequest = Message<"gitpod.v1.Create
 export declare const CreateServiceAccountTokenRequestSchema: GenMessage<CreateServiceAccountTokenRequest>;
 
 /**
+ * Result of CreateServiceAccountToken.
+ *
  * @generated from message gitpod.v1.CreateServiceAccountTokenResponse
  */
 export declare type CreateServiceAccountTokenResponse = Message<"gitpod.v1.CreateServiceAccountTokenResponse"> & {
   /**
+   * The token text, shown only here.
+   *
    * @generated from field: string token = 1;
    */
   token: string;
 
   /**
+   * The token's metadata.
+   *
    * @generated from field: gitpod.v1.ServiceAccountToken service_account_token = 2;
    */
   serviceAccountToken?: ServiceAccountToken | undefined;
@@ -130,10 +162,14 @@ export declare type CreateServiceAccountTokenResponse = Message<"gitpod.v1.Creat
 export declare const CreateServiceAccountTokenResponseSchema: GenMessage<CreateServiceAccountTokenResponse>;
 
 /**
+ * Input of DeleteServiceAccount.
+ *
  * @generated from message gitpod.v1.DeleteServiceAccountRequest
  */
 export declare type DeleteServiceAccountRequest = Message<"gitpod.v1.DeleteServiceAccountRequest"> & {
   /**
+   * The service account.
+   *
    * @generated from field: string service_account_id = 1;
    */
   serviceAccountId: string;
@@ -146,6 +182,8 @@ export declare type DeleteServiceAccountRequest = Message<"gitpod.v1.DeleteServi
 export declare const DeleteServiceAccountRequestSchema: GenMessage<DeleteServiceAccountRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.DeleteServiceAccountResponse
  */
 export declare type DeleteServiceAccountResponse = Message<"gitpod.v1.DeleteServiceAccountResponse"> & {
@@ -158,10 +196,14 @@ export declare type DeleteServiceAccountResponse = Message<"gitpod.v1.DeleteServ
 export declare const DeleteServiceAccountResponseSchema: GenMessage<DeleteServiceAccountResponse>;
 
 /**
+ * Input of DeleteServiceAccountToken.
+ *
  * @generated from message gitpod.v1.DeleteServiceAccountTokenRequest
  */
 export declare type DeleteServiceAccountTokenRequest = Message<"gitpod.v1.DeleteServiceAccountTokenRequest"> & {
   /**
+   * The token's metadata id, never its text.
+   *
    * @generated from field: string service_account_token_id = 1;
    */
   serviceAccountTokenId: string;
@@ -174,6 +216,8 @@ export declare type DeleteServiceAccountTokenRequest = Message<"gitpod.v1.Delete
 export declare const DeleteServiceAccountTokenRequestSchema: GenMessage<DeleteServiceAccountTokenRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.DeleteServiceAccountTokenResponse
  */
 export declare type DeleteServiceAccountTokenResponse = Message<"gitpod.v1.DeleteServiceAccountTokenResponse"> & {
@@ -186,10 +230,14 @@ export declare type DeleteServiceAccountTokenResponse = Message<"gitpod.v1.Delet
 export declare const DeleteServiceAccountTokenResponseSchema: GenMessage<DeleteServiceAccountTokenResponse>;
 
 /**
+ * Input of GetServiceAccount.
+ *
  * @generated from message gitpod.v1.GetServiceAccountRequest
  */
 export declare type GetServiceAccountRequest = Message<"gitpod.v1.GetServiceAccountRequest"> & {
   /**
+   * The service account.
+   *
    * @generated from field: string service_account_id = 1;
    */
   serviceAccountId: string;
@@ -202,10 +250,14 @@ export declare type GetServiceAccountRequest = Message<"gitpod.v1.GetServiceAcco
 export declare const GetServiceAccountRequestSchema: GenMessage<GetServiceAccountRequest>;
 
 /**
+ * Result of GetServiceAccount.
+ *
  * @generated from message gitpod.v1.GetServiceAccountResponse
  */
 export declare type GetServiceAccountResponse = Message<"gitpod.v1.GetServiceAccountResponse"> & {
   /**
+   * The service account.
+   *
    * @generated from field: gitpod.v1.ServiceAccount service_account = 1;
    */
   serviceAccount?: ServiceAccount | undefined;
@@ -218,10 +270,14 @@ export declare type GetServiceAccountResponse = Message<"gitpod.v1.GetServiceAcc
 export declare const GetServiceAccountResponseSchema: GenMessage<GetServiceAccountResponse>;
 
 /**
+ * Input of GetServiceAccountToken.
+ *
  * @generated from message gitpod.v1.GetServiceAccountTokenRequest
  */
 export declare type GetServiceAccountTokenRequest = Message<"gitpod.v1.GetServiceAccountTokenRequest"> & {
   /**
+   * The token's metadata id, never its text.
+   *
    * @generated from field: string service_account_token_id = 1;
    */
   serviceAccountTokenId: string;
@@ -234,10 +290,14 @@ export declare type GetServiceAccountTokenRequest = Message<"gitpod.v1.GetServic
 export declare const GetServiceAccountTokenRequestSchema: GenMessage<GetServiceAccountTokenRequest>;
 
 /**
+ * Result of GetServiceAccountToken.
+ *
  * @generated from message gitpod.v1.GetServiceAccountTokenResponse
  */
 export declare type GetServiceAccountTokenResponse = Message<"gitpod.v1.GetServiceAccountTokenResponse"> & {
   /**
+   * The token's metadata.
+   *
    * @generated from field: gitpod.v1.ServiceAccountToken token = 1;
    */
   token?: ServiceAccountToken | undefined;
@@ -250,10 +310,14 @@ export declare type GetServiceAccountTokenResponse = Message<"gitpod.v1.GetServi
 export declare const GetServiceAccountTokenResponseSchema: GenMessage<GetServiceAccountTokenResponse>;
 
 /**
+ * Input of ListServiceAccountTokens.
+ *
  * @generated from message gitpod.v1.ListServiceAccountTokensRequest
  */
 export declare type ListServiceAccountTokensRequest = Message<"gitpod.v1.ListServiceAccountTokensRequest"> & {
   /**
+   * Page size (0 = 25, at most 100) and the token of the page.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
@@ -266,15 +330,21 @@ export declare type ListServiceAccountTokensRequest = Message<"gitpod.v1.ListSer
 export declare const ListServiceAccountTokensRequestSchema: GenMessage<ListServiceAccountTokensRequest>;
 
 /**
+ * Result of ListServiceAccountTokens.
+ *
  * @generated from message gitpod.v1.ListServiceAccountTokensResponse
  */
 export declare type ListServiceAccountTokensResponse = Message<"gitpod.v1.ListServiceAccountTokensResponse"> & {
   /**
+   * Metadata of the tokens of this page.
+   *
    * @generated from field: repeated gitpod.v1.ServiceAccountToken tokens = 1;
    */
   tokens: ServiceAccountToken[];
 
   /**
+   * Token of the next page; empty on the last one.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 2;
    */
   pagination?: PaginationResponse | undefined;
@@ -287,15 +357,21 @@ export declare type ListServiceAccountTokensResponse = Message<"gitpod.v1.ListSe
 export declare const ListServiceAccountTokensResponseSchema: GenMessage<ListServiceAccountTokensResponse>;
 
 /**
+ * Input of ListServiceAccounts.
+ *
  * @generated from message gitpod.v1.ListServiceAccountsRequest
  */
 export declare type ListServiceAccountsRequest = Message<"gitpod.v1.ListServiceAccountsRequest"> & {
   /**
+   * Page size (0 = 25, at most 100) and the token of the page.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Which service accounts; absent = all that are not suspended.
+   *
    * @generated from field: gitpod.v1.ListServiceAccountsRequest.Filter filter = 2;
    */
   filter?: ListServiceAccountsRequest_Filter | undefined;
@@ -308,20 +384,28 @@ export declare type ListServiceAccountsRequest = Message<"gitpod.v1.ListServiceA
 export declare const ListServiceAccountsRequestSchema: GenMessage<ListServiceAccountsRequest>;
 
 /**
+ * Conditions that must all hold.
+ *
  * @generated from message gitpod.v1.ListServiceAccountsRequest.Filter
  */
 export declare type ListServiceAccountsRequest_Filter = Message<"gitpod.v1.ListServiceAccountsRequest.Filter"> & {
   /**
+   * Also return suspended ones.
+   *
    * @generated from field: bool include_suspended = 1;
    */
   includeSuspended: boolean;
 
   /**
+   * Only these, at most 25; unknown ids match nothing.
+   *
    * @generated from field: repeated string service_account_ids = 2;
    */
   serviceAccountIds: string[];
 
   /**
+   * Text in name, description or id, ignoring case, taken literally.
+   *
    * @generated from field: string search = 3;
    */
   search: string;
@@ -334,15 +418,21 @@ export declare type ListServiceAccountsRequest_Filter = Message<"gitpod.v1.ListS
 export declare const ListServiceAccountsRequest_FilterSchema: GenMessage<ListServiceAccountsRequest_Filter>;
 
 /**
+ * Result of ListServiceAccounts.
+ *
  * @generated from message gitpod.v1.ListServiceAccountsResponse
  */
 export declare type ListServiceAccountsResponse = Message<"gitpod.v1.ListServiceAccountsResponse"> & {
   /**
+   * Token of the next page; empty on the last one.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * The service accounts of this page.
+   *
    * @generated from field: repeated gitpod.v1.ServiceAccount service_accounts = 2;
    */
   serviceAccounts: ServiceAccount[];
@@ -355,50 +445,70 @@ export declare type ListServiceAccountsResponse = Message<"gitpod.v1.ListService
 export declare const ListServiceAccountsResponseSchema: GenMessage<ListServiceAccountsResponse>;
 
 /**
+ * A member of an organization without a person.
+ *
  * @generated from message gitpod.v1.ServiceAccount
  */
 export declare type ServiceAccount = Message<"gitpod.v1.ServiceAccount"> & {
   /**
+   * Id of the service account.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 2;
    */
   organizationId: string;
 
   /**
+   * Name, not unique.
+   *
    * @generated from field: string name = 3;
    */
   name: string;
 
   /**
+   * What it is for.
+   *
    * @generated from field: string description = 4;
    */
   description: string;
 
   /**
+   * Who made it.
+   *
    * @generated from field: gitpod.v1.Subject creator = 5;
    */
   creator?: Subject | undefined;
 
   /**
+   * When it was made.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 6;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * When it ends; its tokens are refused afterwards.
+   *
    * @generated from field: google.protobuf.Timestamp valid_until = 7;
    */
   validUntil?: Timestamp | undefined;
 
   /**
+   * Whether it was deleted or switched off; its tokens are refused.
+   *
    * @generated from field: bool suspended = 8;
    */
   suspended: boolean;
 
   /**
+   * Whether the system manages it; it can then be neither changed nor deleted.
+   *
    * @generated from field: bool system_managed = 9;
    */
   systemManaged: boolean;
@@ -411,40 +521,56 @@ export declare type ServiceAccount = Message<"gitpod.v1.ServiceAccount"> & {
 export declare const ServiceAccountSchema: GenMessage<ServiceAccount>;
 
 /**
+ * What is known about a token besides its text.
+ *
  * @generated from message gitpod.v1.ServiceAccountToken
  */
 export declare type ServiceAccountToken = Message<"gitpod.v1.ServiceAccountToken"> & {
   /**
+   * Id of the metadata.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Service account the token acts as.
+   *
    * @generated from field: string service_account_id = 2;
    */
   serviceAccountId: string;
 
   /**
+   * What it is for.
+   *
    * @generated from field: string description = 3;
    */
   description: string;
 
   /**
+   * The person behind the request that made it.
+   *
    * @generated from field: gitpod.v1.Subject creator = 4;
    */
   creator?: Subject | undefined;
 
   /**
+   * When it was made.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 5;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * When it ends.
+   *
    * @generated from field: google.protobuf.Timestamp expires_at = 6;
    */
   expiresAt?: Timestamp | undefined;
 
   /**
+   * When it was last used, to about a minute; absent = never.
+   *
    * @generated from field: google.protobuf.Timestamp last_used = 7;
    */
   lastUsed?: Timestamp | undefined;
@@ -457,20 +583,28 @@ export declare type ServiceAccountToken = Message<"gitpod.v1.ServiceAccountToken
 export declare const ServiceAccountTokenSchema: GenMessage<ServiceAccountToken>;
 
 /**
+ * Input of UpdateServiceAccount.
+ *
  * @generated from message gitpod.v1.UpdateServiceAccountRequest
  */
 export declare type UpdateServiceAccountRequest = Message<"gitpod.v1.UpdateServiceAccountRequest"> & {
   /**
+   * The service account.
+   *
    * @generated from field: string service_account_id = 1;
    */
   serviceAccountId: string;
 
   /**
+   * New name, 1-64 characters; absent = keep.
+   *
    * @generated from field: optional string name = 2;
    */
   name?: string | undefined;
 
   /**
+   * New description, at most 500 characters; absent = keep.
+   *
    * @generated from field: optional string description = 3;
    */
   description?: string | undefined;
@@ -483,10 +617,14 @@ export declare type UpdateServiceAccountRequest = Message<"gitpod.v1.UpdateServi
 export declare const UpdateServiceAccountRequestSchema: GenMessage<UpdateServiceAccountRequest>;
 
 /**
+ * Result of UpdateServiceAccount.
+ *
  * @generated from message gitpod.v1.UpdateServiceAccountResponse
  */
 export declare type UpdateServiceAccountResponse = Message<"gitpod.v1.UpdateServiceAccountResponse"> & {
   /**
+   * The service account as it is now.
+   *
    * @generated from field: gitpod.v1.ServiceAccount service_account = 1;
    */
   serviceAccount?: ServiceAccount | undefined;
@@ -499,10 +637,16 @@ export declare type UpdateServiceAccountResponse = Message<"gitpod.v1.UpdateServ
 export declare const UpdateServiceAccountResponseSchema: GenMessage<UpdateServiceAccountResponse>;
 
 /**
+ * Service accounts (members of an organization without a person) and their tokens. "Admin" is an organization admin.
+ * One the caller cannot see is NOT_FOUND, one it may not change PERMISSION_DENIED. Reads are safe to repeat.
+ *
  * @generated from service gitpod.v1.ServiceAccountService
  */
 export declare const ServiceAccountService: GenService<{
   /**
+   * Creates a service account in the caller's organization. Admins only. INVALID_ARGUMENT when `valid_until` is not in
+   * the future, RESOURCE_EXHAUSTED above 500 live ones. Not idempotent: names need not be unique.
+   *
    * @generated from rpc gitpod.v1.ServiceAccountService.CreateServiceAccount
    */
   createServiceAccount: {
@@ -511,6 +655,8 @@ export declare const ServiceAccountService: GenService<{
     output: typeof CreateServiceAccountResponseSchema;
   },
   /**
+   * Lists service accounts, newest first. Any member.
+   *
    * @generated from rpc gitpod.v1.ServiceAccountService.ListServiceAccounts
    */
   listServiceAccounts: {
@@ -519,6 +665,8 @@ export declare const ServiceAccountService: GenService<{
     output: typeof ListServiceAccountsResponseSchema;
   },
   /**
+   * Returns a service account, also a suspended one. Any member.
+   *
    * @generated from rpc gitpod.v1.ServiceAccountService.GetServiceAccount
    */
   getServiceAccount: {
@@ -527,6 +675,9 @@ export declare const ServiceAccountService: GenService<{
     output: typeof GetServiceAccountResponseSchema;
   },
   /**
+   * Changes name or description; the end date never changes. Admins only. FAILED_PRECONDITION for a system-managed or
+   * suspended one. Idempotent.
+   *
    * @generated from rpc gitpod.v1.ServiceAccountService.UpdateServiceAccount
    */
   updateServiceAccount: {
@@ -535,6 +686,9 @@ export declare const ServiceAccountService: GenService<{
     output: typeof UpdateServiceAccountResponseSchema;
   },
   /**
+   * Suspends a service account for good: tokens, secrets, memberships and shares go, its environments stop. Admins
+   * only. FAILED_PRECONDITION for a system-managed one. Idempotent.
+   *
    * @generated from rpc gitpod.v1.ServiceAccountService.DeleteServiceAccount
    */
   deleteServiceAccount: {
@@ -543,6 +697,9 @@ export declare const ServiceAccountService: GenService<{
     output: typeof DeleteServiceAccountResponseSchema;
   },
   /**
+   * Issues a 30-minute token that acts as the service account and may manage its tokens. Admins and holders of the
+   * service accounts admin role. FAILED_PRECONDITION when the account is suspended or expired. Not idempotent.
+   *
    * @generated from rpc gitpod.v1.ServiceAccountService.CreateServiceAccountAccessToken
    */
   createServiceAccountAccessToken: {
@@ -551,6 +708,10 @@ export declare const ServiceAccountService: GenService<{
     output: typeof CreateServiceAccountAccessTokenResponseSchema;
   },
   /**
+   * Issues a long-lived token of the calling service account; its text is shown only here. Needs a token of
+   * CreateServiceAccountAccessToken, any other gets PERMISSION_DENIED. RESOURCE_EXHAUSTED above 50 unexpired ones. Not
+   * idempotent.
+   *
    * @generated from rpc gitpod.v1.ServiceAccountService.CreateServiceAccountToken
    */
   createServiceAccountToken: {
@@ -559,6 +720,9 @@ export declare const ServiceAccountService: GenService<{
     output: typeof CreateServiceAccountTokenResponseSchema;
   },
   /**
+   * Lists the calling service account's tokens, newest first. Needs a token of CreateServiceAccountAccessToken, any
+   * other gets PERMISSION_DENIED.
+   *
    * @generated from rpc gitpod.v1.ServiceAccountService.ListServiceAccountTokens
    */
   listServiceAccountTokens: {
@@ -567,6 +731,9 @@ export declare const ServiceAccountService: GenService<{
     output: typeof ListServiceAccountTokensResponseSchema;
   },
   /**
+   * Returns a token's metadata. The service account itself with a token of CreateServiceAccountAccessToken, or an
+   * admin.
+   *
    * @generated from rpc gitpod.v1.ServiceAccountService.GetServiceAccountToken
    */
   getServiceAccountToken: {
@@ -575,6 +742,8 @@ export declare const ServiceAccountService: GenService<{
     output: typeof GetServiceAccountTokenResponseSchema;
   },
   /**
+   * Revokes a token at once. The service account itself with a token of CreateServiceAccountAccessToken, or an admin.
+   *
    * @generated from rpc gitpod.v1.ServiceAccountService.DeleteServiceAccountToken
    */
   deleteServiceAccountToken: {

@@ -176,6 +176,9 @@ export const UpdateServiceAccountResponseSchema = /*@__PURE__*/
   messageDesc(file_gitpod_v1_service_account, 21);
 
 /**
+ * Service accounts (members of an organization without a person) and their tokens. "Admin" is an organization admin.
+ * One the caller cannot see is NOT_FOUND, one it may not change PERMISSION_DENIED. Reads are safe to repeat.
+ *
  * @generated from service gitpod.v1.ServiceAccountService
  */
 export const ServiceAccountService = /*@__PURE__*/

@@ -14,25 +14,35 @@ import type { Subject } from "./identity_pb.js";
 export declare const file_gitpod_v1_user: GenFile;
 
 /**
+ * Input of CreatePersonalAccessToken.
+ *
  * @generated from message gitpod.v1.CreatePersonalAccessTokenRequest
  */
 export declare type CreatePersonalAccessTokenRequest = Message<"gitpod.v1.CreatePersonalAccessTokenRequest"> & {
   /**
+   * The caller's own user.
+   *
    * @generated from field: string user_id = 1;
    */
   userId: string;
 
   /**
+   * What it is for, at most 255 characters; may be empty.
+   *
    * @generated from field: string description = 2;
    */
   description: string;
 
   /**
+   * Lifetime, at most 90 days; 0 or absent = 30 days.
+   *
    * @generated from field: google.protobuf.Duration valid_for = 3;
    */
   validFor?: Duration | undefined;
 
   /**
+   * Whether the token may only read.
+   *
    * @generated from field: bool read_only = 4;
    */
   readOnly: boolean;
@@ -45,10 +55,14 @@ export declare type CreatePersonalAccessTokenRequest = Message<"gitpod.v1.Create
 export declare const CreatePersonalAccessTokenRequestSchema: GenMessage<CreatePersonalAccessTokenRequest>;
 
 /**
+ * Result of CreatePersonalAccessToken.
+ *
  * @generated from message gitpod.v1.CreatePersonalAccessTokenResponse
  */
 export declare type CreatePersonalAccessTokenResponse = Message<"gitpod.v1.CreatePersonalAccessTokenResponse"> & {
   /**
+   * The token text, shown only here.
+   *
    * @generated from field: string token = 1;
    */
   token: string;
@@ -61,10 +75,14 @@ export declare type CreatePersonalAccessTokenResponse = Message<"gitpod.v1.Creat
 export declare const CreatePersonalAccessTokenResponseSchema: GenMessage<CreatePersonalAccessTokenResponse>;
 
 /**
+ * Input of DeletePersonalAccessToken.
+ *
  * @generated from message gitpod.v1.DeletePersonalAccessTokenRequest
  */
 export declare type DeletePersonalAccessTokenRequest = Message<"gitpod.v1.DeletePersonalAccessTokenRequest"> & {
   /**
+   * The token's metadata id, never its text.
+   *
    * @generated from field: string personal_access_token_id = 1;
    */
   personalAccessTokenId: string;
@@ -77,6 +95,8 @@ export declare type DeletePersonalAccessTokenRequest = Message<"gitpod.v1.Delete
 export declare const DeletePersonalAccessTokenRequestSchema: GenMessage<DeletePersonalAccessTokenRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.DeletePersonalAccessTokenResponse
  */
 export declare type DeletePersonalAccessTokenResponse = Message<"gitpod.v1.DeletePersonalAccessTokenResponse"> & {
@@ -89,10 +109,14 @@ export declare type DeletePersonalAccessTokenResponse = Message<"gitpod.v1.Delet
 export declare const DeletePersonalAccessTokenResponseSchema: GenMessage<DeletePersonalAccessTokenResponse>;
 
 /**
+ * Input of DeletePreference.
+ *
  * @generated from message gitpod.v1.DeletePreferenceRequest
  */
 export declare type DeletePreferenceRequest = Message<"gitpod.v1.DeletePreferenceRequest"> & {
   /**
+   * The preference.
+   *
    * @generated from field: string user_preference_id = 1;
    */
   userPreferenceId: string;
@@ -105,6 +129,8 @@ export declare type DeletePreferenceRequest = Message<"gitpod.v1.DeletePreferenc
 export declare const DeletePreferenceRequestSchema: GenMessage<DeletePreferenceRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.DeletePreferenceResponse
  */
 export declare type DeletePreferenceResponse = Message<"gitpod.v1.DeletePreferenceResponse"> & {
@@ -117,10 +143,14 @@ export declare type DeletePreferenceResponse = Message<"gitpod.v1.DeletePreferen
 export declare const DeletePreferenceResponseSchema: GenMessage<DeletePreferenceResponse>;
 
 /**
+ * Input of DeleteUser.
+ *
  * @generated from message gitpod.v1.DeleteUserRequest
  */
 export declare type DeleteUserRequest = Message<"gitpod.v1.DeleteUserRequest"> & {
   /**
+   * The user.
+   *
    * @generated from field: string user_id = 1;
    */
   userId: string;
@@ -133,6 +163,8 @@ export declare type DeleteUserRequest = Message<"gitpod.v1.DeleteUserRequest"> &
 export declare const DeleteUserRequestSchema: GenMessage<DeleteUserRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.DeleteUserResponse
  */
 export declare type DeleteUserResponse = Message<"gitpod.v1.DeleteUserResponse"> & {
@@ -145,10 +177,14 @@ export declare type DeleteUserResponse = Message<"gitpod.v1.DeleteUserResponse">
 export declare const DeleteUserResponseSchema: GenMessage<DeleteUserResponse>;
 
 /**
+ * Where a user's dotfiles come from.
+ *
  * @generated from message gitpod.v1.DotfilesConfiguration
  */
 export declare type DotfilesConfiguration = Message<"gitpod.v1.DotfilesConfiguration"> & {
   /**
+   * Address of the repository; empty = none.
+   *
    * @generated from field: string repository = 1;
    */
   repository: string;
@@ -161,6 +197,8 @@ export declare type DotfilesConfiguration = Message<"gitpod.v1.DotfilesConfigura
 export declare const DotfilesConfigurationSchema: GenMessage<DotfilesConfiguration>;
 
 /**
+ * Empty: the caller says it all.
+ *
  * @generated from message gitpod.v1.GetAuthenticatedUserRequest
  */
 export declare type GetAuthenticatedUserRequest = Message<"gitpod.v1.GetAuthenticatedUserRequest"> & {
@@ -173,10 +211,14 @@ export declare type GetAuthenticatedUserRequest = Message<"gitpod.v1.GetAuthenti
 export declare const GetAuthenticatedUserRequestSchema: GenMessage<GetAuthenticatedUserRequest>;
 
 /**
+ * Result of GetAuthenticatedUser.
+ *
  * @generated from message gitpod.v1.GetAuthenticatedUserResponse
  */
 export declare type GetAuthenticatedUserResponse = Message<"gitpod.v1.GetAuthenticatedUserResponse"> & {
   /**
+   * The user.
+   *
    * @generated from field: gitpod.v1.User user = 1;
    */
   user?: User | undefined;
@@ -189,6 +231,8 @@ export declare type GetAuthenticatedUserResponse = Message<"gitpod.v1.GetAuthent
 export declare const GetAuthenticatedUserResponseSchema: GenMessage<GetAuthenticatedUserResponse>;
 
 /**
+ * Empty: the caller says it all.
+ *
  * @generated from message gitpod.v1.GetDotfilesConfigurationRequest
  */
 export declare type GetDotfilesConfigurationRequest = Message<"gitpod.v1.GetDotfilesConfigurationRequest"> & {
@@ -201,10 +245,14 @@ export declare type GetDotfilesConfigurationRequest = Message<"gitpod.v1.GetDotf
 export declare const GetDotfilesConfigurationRequestSchema: GenMessage<GetDotfilesConfigurationRequest>;
 
 /**
+ * Result of GetDotfilesConfiguration.
+ *
  * @generated from message gitpod.v1.GetDotfilesConfigurationResponse
  */
 export declare type GetDotfilesConfigurationResponse = Message<"gitpod.v1.GetDotfilesConfigurationResponse"> & {
   /**
+   * The setting; always present.
+   *
    * @generated from field: gitpod.v1.DotfilesConfiguration dotfiles_configuration = 1;
    */
   dotfilesConfiguration?: DotfilesConfiguration | undefined;
@@ -217,10 +265,14 @@ export declare type GetDotfilesConfigurationResponse = Message<"gitpod.v1.GetDot
 export declare const GetDotfilesConfigurationResponseSchema: GenMessage<GetDotfilesConfigurationResponse>;
 
 /**
+ * Input of GetPersonalAccessToken.
+ *
  * @generated from message gitpod.v1.GetPersonalAccessTokenRequest
  */
 export declare type GetPersonalAccessTokenRequest = Message<"gitpod.v1.GetPersonalAccessTokenRequest"> & {
   /**
+   * The token's metadata id, never its text.
+   *
    * @generated from field: string personal_access_token_id = 1;
    */
   personalAccessTokenId: string;
@@ -233,10 +285,14 @@ export declare type GetPersonalAccessTokenRequest = Message<"gitpod.v1.GetPerson
 export declare const GetPersonalAccessTokenRequestSchema: GenMessage<GetPersonalAccessTokenRequest>;
 
 /**
+ * Result of GetPersonalAccessToken.
+ *
  * @generated from message gitpod.v1.GetPersonalAccessTokenResponse
  */
 export declare type GetPersonalAccessTokenResponse = Message<"gitpod.v1.GetPersonalAccessTokenResponse"> & {
   /**
+   * The token's metadata.
+   *
    * @generated from field: gitpod.v1.PersonalAccessToken pat = 1;
    */
   pat?: PersonalAccessToken | undefined;
@@ -249,26 +305,36 @@ export declare type GetPersonalAccessTokenResponse = Message<"gitpod.v1.GetPerso
 export declare const GetPersonalAccessTokenResponseSchema: GenMessage<GetPersonalAccessTokenResponse>;
 
 /**
+ * Input of GetPreference.
+ *
  * @generated from message gitpod.v1.GetPreferenceRequest
  */
 export declare type GetPreferenceRequest = Message<"gitpod.v1.GetPreferenceRequest"> & {
   /**
+   * Deprecated: read as `preference_id`.
+   *
    * @generated from field: string user_preference_id = 1 [deprecated = true];
    * @deprecated
    */
   userPreferenceId: string;
 
   /**
+   * Which preference; one is required.
+   *
    * @generated from oneof gitpod.v1.GetPreferenceRequest.preference
    */
   preference: {
     /**
+     * By id.
+     *
      * @generated from field: string preference_id = 2;
      */
     value: string;
     case: "preferenceId";
   } | {
     /**
+     * By key.
+     *
      * @generated from field: string preference_key = 3;
      */
     value: string;
@@ -283,10 +349,14 @@ export declare type GetPreferenceRequest = Message<"gitpod.v1.GetPreferenceReque
 export declare const GetPreferenceRequestSchema: GenMessage<GetPreferenceRequest>;
 
 /**
+ * Result of GetPreference.
+ *
  * @generated from message gitpod.v1.GetPreferenceResponse
  */
 export declare type GetPreferenceResponse = Message<"gitpod.v1.GetPreferenceResponse"> & {
   /**
+   * The preference.
+   *
    * @generated from field: gitpod.v1.UserPreference preference = 1;
    */
   preference?: UserPreference | undefined;
@@ -299,10 +369,14 @@ export declare type GetPreferenceResponse = Message<"gitpod.v1.GetPreferenceResp
 export declare const GetPreferenceResponseSchema: GenMessage<GetPreferenceResponse>;
 
 /**
+ * Input of GetUser.
+ *
  * @generated from message gitpod.v1.GetUserRequest
  */
 export declare type GetUserRequest = Message<"gitpod.v1.GetUserRequest"> & {
   /**
+   * The user.
+   *
    * @generated from field: string user_id = 1;
    */
   userId: string;
@@ -315,10 +389,14 @@ export declare type GetUserRequest = Message<"gitpod.v1.GetUserRequest"> & {
 export declare const GetUserRequestSchema: GenMessage<GetUserRequest>;
 
 /**
+ * Result of GetUser.
+ *
  * @generated from message gitpod.v1.GetUserResponse
  */
 export declare type GetUserResponse = Message<"gitpod.v1.GetUserResponse"> & {
   /**
+   * The user.
+   *
    * @generated from field: gitpod.v1.User user = 1;
    */
   user?: User | undefined;
@@ -331,15 +409,21 @@ export declare type GetUserResponse = Message<"gitpod.v1.GetUserResponse"> & {
 export declare const GetUserResponseSchema: GenMessage<GetUserResponse>;
 
 /**
+ * Input of ListPersonalAccessTokens.
+ *
  * @generated from message gitpod.v1.ListPersonalAccessTokensRequest
  */
 export declare type ListPersonalAccessTokensRequest = Message<"gitpod.v1.ListPersonalAccessTokensRequest"> & {
   /**
+   * Page size (0 = 25, at most 100) and the token of the page.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Whose tokens; absent = the caller's own.
+   *
    * @generated from field: gitpod.v1.ListPersonalAccessTokensRequest.Filter filter = 2;
    */
   filter?: ListPersonalAccessTokensRequest_Filter | undefined;
@@ -352,10 +436,14 @@ export declare type ListPersonalAccessTokensRequest = Message<"gitpod.v1.ListPer
 export declare const ListPersonalAccessTokensRequestSchema: GenMessage<ListPersonalAccessTokensRequest>;
 
 /**
+ * Whose tokens to list.
+ *
  * @generated from message gitpod.v1.ListPersonalAccessTokensRequest.Filter
  */
 export declare type ListPersonalAccessTokensRequest_Filter = Message<"gitpod.v1.ListPersonalAccessTokensRequest.Filter"> & {
   /**
+   * Users, at most 25; empty = the caller. Others than admins see only their own.
+   *
    * @generated from field: repeated string user_ids = 3;
    */
   userIds: string[];
@@ -368,15 +456,21 @@ export declare type ListPersonalAccessTokensRequest_Filter = Message<"gitpod.v1.
 export declare const ListPersonalAccessTokensRequest_FilterSchema: GenMessage<ListPersonalAccessTokensRequest_Filter>;
 
 /**
+ * Result of ListPersonalAccessTokens.
+ *
  * @generated from message gitpod.v1.ListPersonalAccessTokensResponse
  */
 export declare type ListPersonalAccessTokensResponse = Message<"gitpod.v1.ListPersonalAccessTokensResponse"> & {
   /**
+   * Token of the next page; empty on the last one.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * Metadata of the tokens of this page.
+   *
    * @generated from field: repeated gitpod.v1.PersonalAccessToken personal_access_tokens = 2;
    */
   personalAccessTokens: PersonalAccessToken[];
@@ -389,10 +483,14 @@ export declare type ListPersonalAccessTokensResponse = Message<"gitpod.v1.ListPe
 export declare const ListPersonalAccessTokensResponseSchema: GenMessage<ListPersonalAccessTokensResponse>;
 
 /**
+ * Input of ListPreferences.
+ *
  * @generated from message gitpod.v1.ListPreferencesRequest
  */
 export declare type ListPreferencesRequest = Message<"gitpod.v1.ListPreferencesRequest"> & {
   /**
+   * Page size (0 = 25, at most 100) and the token of the page.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
@@ -405,15 +503,21 @@ export declare type ListPreferencesRequest = Message<"gitpod.v1.ListPreferencesR
 export declare const ListPreferencesRequestSchema: GenMessage<ListPreferencesRequest>;
 
 /**
+ * Result of ListPreferences.
+ *
  * @generated from message gitpod.v1.ListPreferencesResponse
  */
 export declare type ListPreferencesResponse = Message<"gitpod.v1.ListPreferencesResponse"> & {
   /**
+   * Token of the next page; empty on the last one.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * The preferences of this page.
+   *
    * @generated from field: repeated gitpod.v1.UserPreference preferences = 2;
    */
   preferences: UserPreference[];
@@ -426,45 +530,63 @@ export declare type ListPreferencesResponse = Message<"gitpod.v1.ListPreferences
 export declare const ListPreferencesResponseSchema: GenMessage<ListPreferencesResponse>;
 
 /**
+ * What is known about a token besides its text.
+ *
  * @generated from message gitpod.v1.PersonalAccessToken
  */
 export declare type PersonalAccessToken = Message<"gitpod.v1.PersonalAccessToken"> & {
   /**
+   * Id of the metadata.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * User the token acts as.
+   *
    * @generated from field: string user_id = 2;
    */
   userId: string;
 
   /**
+   * What it is for.
+   *
    * @generated from field: string description = 3;
    */
   description: string;
 
   /**
+   * Who made it.
+   *
    * @generated from field: gitpod.v1.Subject creator = 4;
    */
   creator?: Subject | undefined;
 
   /**
+   * When it was made.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 5;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * When it ends.
+   *
    * @generated from field: google.protobuf.Timestamp expires_at = 6;
    */
   expiresAt?: Timestamp | undefined;
 
   /**
+   * When it was last used, to about a minute; absent = never.
+   *
    * @generated from field: google.protobuf.Timestamp last_used = 7;
    */
   lastUsed?: Timestamp | undefined;
 
   /**
+   * Whether it may only read.
+   *
    * @generated from field: bool read_only = 8;
    */
   readOnly: boolean;
@@ -477,10 +599,14 @@ export declare type PersonalAccessToken = Message<"gitpod.v1.PersonalAccessToken
 export declare const PersonalAccessTokenSchema: GenMessage<PersonalAccessToken>;
 
 /**
+ * Input of SetDotfilesConfiguration.
+ *
  * @generated from message gitpod.v1.SetDotfilesConfigurationRequest
  */
 export declare type SetDotfilesConfigurationRequest = Message<"gitpod.v1.SetDotfilesConfigurationRequest"> & {
   /**
+   * Address of the repository, at most 255 characters; empty removes it.
+   *
    * @generated from field: string repository = 1;
    */
   repository: string;
@@ -493,6 +619,8 @@ export declare type SetDotfilesConfigurationRequest = Message<"gitpod.v1.SetDotf
 export declare const SetDotfilesConfigurationRequestSchema: GenMessage<SetDotfilesConfigurationRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.SetDotfilesConfigurationResponse
  */
 export declare type SetDotfilesConfigurationResponse = Message<"gitpod.v1.SetDotfilesConfigurationResponse"> & {
@@ -505,15 +633,21 @@ export declare type SetDotfilesConfigurationResponse = Message<"gitpod.v1.SetDot
 export declare const SetDotfilesConfigurationResponseSchema: GenMessage<SetDotfilesConfigurationResponse>;
 
 /**
+ * Input of SetPreference.
+ *
  * @generated from message gitpod.v1.SetPreferenceRequest
  */
 export declare type SetPreferenceRequest = Message<"gitpod.v1.SetPreferenceRequest"> & {
   /**
+   * Key, 1-255 characters.
+   *
    * @generated from field: string key = 1;
    */
   key: string;
 
   /**
+   * Value, 1-10240 characters.
+   *
    * @generated from field: string value = 2;
    */
   value: string;
@@ -526,6 +660,8 @@ export declare type SetPreferenceRequest = Message<"gitpod.v1.SetPreferenceReque
 export declare const SetPreferenceRequestSchema: GenMessage<SetPreferenceRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.SetPreferenceResponse
  */
 export declare type SetPreferenceResponse = Message<"gitpod.v1.SetPreferenceResponse"> & {
@@ -538,15 +674,21 @@ export declare type SetPreferenceResponse = Message<"gitpod.v1.SetPreferenceResp
 export declare const SetPreferenceResponseSchema: GenMessage<SetPreferenceResponse>;
 
 /**
+ * Input of SetSuspended.
+ *
  * @generated from message gitpod.v1.SetSuspendedRequest
  */
 export declare type SetSuspendedRequest = Message<"gitpod.v1.SetSuspendedRequest"> & {
   /**
+   * The user.
+   *
    * @generated from field: string user_id = 1;
    */
   userId: string;
 
   /**
+   * True suspends, false lets in again.
+   *
    * @generated from field: bool suspended = 2;
    */
   suspended: boolean;
@@ -559,6 +701,8 @@ export declare type SetSuspendedRequest = Message<"gitpod.v1.SetSuspendedRequest
 export declare const SetSuspendedRequestSchema: GenMessage<SetSuspendedRequest>;
 
 /**
+ * Empty: success is the whole answer.
+ *
  * @generated from message gitpod.v1.SetSuspendedResponse
  */
 export declare type SetSuspendedResponse = Message<"gitpod.v1.SetSuspendedResponse"> & {
@@ -571,40 +715,56 @@ export declare type SetSuspendedResponse = Message<"gitpod.v1.SetSuspendedRespon
 export declare const SetSuspendedResponseSchema: GenMessage<SetSuspendedResponse>;
 
 /**
+ * An account in one organization.
+ *
  * @generated from message gitpod.v1.User
  */
 export declare type User = Message<"gitpod.v1.User"> & {
   /**
+   * Id of the user.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * The organization.
+   *
    * @generated from field: string organization_id = 2;
    */
   organizationId: string;
 
   /**
+   * Name of the person.
+   *
    * @generated from field: string name = 3;
    */
   name: string;
 
   /**
+   * Picture; may be empty.
+   *
    * @generated from field: string avatar_url = 4;
    */
   avatarUrl: string;
 
   /**
+   * When the user was created.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 5;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * Whether it is active, suspended or has left.
+   *
    * @generated from field: gitpod.v1.UserStatus status = 6;
    */
   status: UserStatus;
 
   /**
+   * Email address.
+   *
    * @generated from field: string email = 7;
    */
   email: string;
@@ -617,30 +777,42 @@ export declare type User = Message<"gitpod.v1.User"> & {
 export declare const UserSchema: GenMessage<User>;
 
 /**
+ * A setting a client keeps for a user.
+ *
  * @generated from message gitpod.v1.UserPreference
  */
 export declare type UserPreference = Message<"gitpod.v1.UserPreference"> & {
   /**
+   * Key, unique per user.
+   *
    * @generated from field: string key = 1;
    */
   key: string;
 
   /**
+   * Value, as long as SetPreference accepts.
+   *
    * @generated from field: string value = 2;
    */
   value: string;
 
   /**
+   * Id of the preference.
+   *
    * @generated from field: string id = 3;
    */
   id: string;
 
   /**
+   * When it was first set.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 4;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * When it last changed.
+   *
    * @generated from field: google.protobuf.Timestamp updated_at = 5;
    */
   updatedAt?: Timestamp | undefined;
@@ -653,25 +825,35 @@ export declare type UserPreference = Message<"gitpod.v1.UserPreference"> & {
 export declare const UserPreferenceSchema: GenMessage<UserPreference>;
 
 /**
+ * Status of a user in its organization.
+ *
  * @generated from enum gitpod.v1.UserStatus
  */
 export enum UserStatus {
   /**
+   * Not used.
+   *
    * @generated from enum value: USER_STATUS_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Full access by role.
+   *
    * @generated from enum value: USER_STATUS_ACTIVE = 1;
    */
   ACTIVE = 1,
 
   /**
+   * No access; its tokens and logins are gone for good.
+   *
    * @generated from enum value: USER_STATUS_SUSPENDED = 2;
    */
   SUSPENDED = 2,
 
   /**
+   * No longer a member; the row is kept for audit and rejoining.
+   *
    * @generated from enum value: USER_STATUS_LEFT = 3;
    */
   LEFT = 3,
@@ -683,10 +865,15 @@ export enum UserStatus {
 export declare const UserStatusSchema: GenEnum<UserStatus>;
 
 /**
+ * Users (an account in one organization), their access tokens, preferences and dotfiles. "Admin" is an organization
+ * admin; a user the caller cannot see is NOT_FOUND, one it may not touch PERMISSION_DENIED. Reads are safe to repeat.
+ *
  * @generated from service gitpod.v1.UserService
  */
 export declare const UserService: GenService<{
   /**
+   * Returns the caller's user. Other principals than users get PERMISSION_DENIED.
+   *
    * @generated from rpc gitpod.v1.UserService.GetAuthenticatedUser
    */
   getAuthenticatedUser: {
@@ -695,6 +882,9 @@ export declare const UserService: GenService<{
     output: typeof GetAuthenticatedUserResponseSchema;
   },
   /**
+   * Returns a user of the caller's organization, also one who has left. Any member; an environment may read its
+   * creator.
+   *
    * @generated from rpc gitpod.v1.UserService.GetUser
    */
   getUser: {
@@ -703,6 +893,10 @@ export declare const UserService: GenService<{
     output: typeof GetUserResponseSchema;
   },
   /**
+   * Suspends a user (ends tokens and logins, stops running environments) or lets it in again; nothing ended comes
+   * back. Admins only. FAILED_PRECONDITION for oneself, for someone who has left, for the last ADMIN, or to reactivate
+   * one that SCIM holds inactive. Idempotent.
+   *
    * @generated from rpc gitpod.v1.UserService.SetSuspended
    */
   setSuspended: {
@@ -711,6 +905,9 @@ export declare const UserService: GenService<{
     output: typeof SetSuspendedResponseSchema;
   },
   /**
+   * Removes a user as leaving does, and the account too when the organization owns it. Own user, or an admin for
+   * anybody. FAILED_PRECONDITION when no active user with role ADMIN would remain. Idempotent.
+   *
    * @generated from rpc gitpod.v1.UserService.DeleteUser
    */
   deleteUser: {
@@ -719,6 +916,9 @@ export declare const UserService: GenService<{
     output: typeof DeleteUserResponseSchema;
   },
   /**
+   * Issues a token that acts as the caller; its text is shown only here. PERMISSION_DENIED for another user,
+   * RESOURCE_EXHAUSTED above 100 unexpired ones. Not idempotent.
+   *
    * @generated from rpc gitpod.v1.UserService.CreatePersonalAccessToken
    */
   createPersonalAccessToken: {
@@ -727,6 +927,8 @@ export declare const UserService: GenService<{
     output: typeof CreatePersonalAccessTokenResponseSchema;
   },
   /**
+   * Returns a token's metadata. Own tokens; admins anybody's.
+   *
    * @generated from rpc gitpod.v1.UserService.GetPersonalAccessToken
    */
   getPersonalAccessToken: {
@@ -735,6 +937,8 @@ export declare const UserService: GenService<{
     output: typeof GetPersonalAccessTokenResponseSchema;
   },
   /**
+   * Lists tokens' metadata, newest first; expired ones stay for 30 days. Own tokens; admins anybody's.
+   *
    * @generated from rpc gitpod.v1.UserService.ListPersonalAccessTokens
    */
   listPersonalAccessTokens: {
@@ -743,6 +947,8 @@ export declare const UserService: GenService<{
     output: typeof ListPersonalAccessTokensResponseSchema;
   },
   /**
+   * Revokes a token at once. Own tokens, also the one in use; admins anybody's.
+   *
    * @generated from rpc gitpod.v1.UserService.DeletePersonalAccessToken
    */
   deletePersonalAccessToken: {
@@ -751,6 +957,8 @@ export declare const UserService: GenService<{
     output: typeof DeletePersonalAccessTokenResponseSchema;
   },
   /**
+   * Creates or replaces a preference of the caller. RESOURCE_EXHAUSTED above 500 keys. Idempotent.
+   *
    * @generated from rpc gitpod.v1.UserService.SetPreference
    */
   setPreference: {
@@ -759,6 +967,9 @@ export declare const UserService: GenService<{
     output: typeof SetPreferenceResponseSchema;
   },
   /**
+   * Returns a preference of the caller by id or key. INVALID_ARGUMENT when neither is given, NOT_FOUND when it does
+   * not exist.
+   *
    * @generated from rpc gitpod.v1.UserService.GetPreference
    */
   getPreference: {
@@ -767,6 +978,8 @@ export declare const UserService: GenService<{
     output: typeof GetPreferenceResponseSchema;
   },
   /**
+   * Lists the caller's preferences, newest first.
+   *
    * @generated from rpc gitpod.v1.UserService.ListPreferences
    */
   listPreferences: {
@@ -775,6 +988,8 @@ export declare const UserService: GenService<{
     output: typeof ListPreferencesResponseSchema;
   },
   /**
+   * Deletes a preference of the caller.
+   *
    * @generated from rpc gitpod.v1.UserService.DeletePreference
    */
   deletePreference: {
@@ -783,6 +998,8 @@ export declare const UserService: GenService<{
     output: typeof DeletePreferenceResponseSchema;
   },
   /**
+   * Returns the caller's dotfiles setting, with an empty repository when unset.
+   *
    * @generated from rpc gitpod.v1.UserService.GetDotfilesConfiguration
    */
   getDotfilesConfiguration: {
@@ -791,6 +1008,9 @@ export declare const UserService: GenService<{
     output: typeof GetDotfilesConfigurationResponseSchema;
   },
   /**
+   * Sets or removes the caller's dotfiles repository, for environments created later. INVALID_ARGUMENT for an address
+   * that is not accepted. Idempotent.
+   *
    * @generated from rpc gitpod.v1.UserService.SetDotfilesConfiguration
    */
   setDotfilesConfiguration: {

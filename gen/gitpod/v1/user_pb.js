@@ -252,12 +252,17 @@ export const UserStatusSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_user, 0);
 
 /**
+ * Status of a user in its organization.
+ *
  * @generated from enum gitpod.v1.UserStatus
  */
 export const UserStatus = /*@__PURE__*/
   tsEnum(UserStatusSchema);
 
 /**
+ * Users (an account in one organization), their access tokens, preferences and dotfiles. "Admin" is an organization
+ * admin; a user the caller cannot see is NOT_FOUND, one it may not touch PERMISSION_DENIED. Reads are safe to repeat.
+ *
  * @generated from service gitpod.v1.UserService
  */
 export const UserService = /*@__PURE__*/

@@ -13,10 +13,14 @@ import type { Timestamp } from "@bufbuild/protobuf/wkt";
 export declare const file_supervisor_v1_environmentopts: GenFile;
 
 /**
+ * Which terminal to attach to.
+ *
  * @generated from message supervisor.v1.AttachTerminalRequest
  */
 export declare type AttachTerminalRequest = Message<"supervisor.v1.AttachTerminalRequest"> & {
   /**
+   * The terminal.
+   *
    * @generated from field: string terminal_id = 1;
    */
   terminalId: string;
@@ -29,26 +33,36 @@ export declare type AttachTerminalRequest = Message<"supervisor.v1.AttachTermina
 export declare const AttachTerminalRequestSchema: GenMessage<AttachTerminalRequest>;
 
 /**
+ * One message of the stream.
+ *
  * @generated from message supervisor.v1.AttachTerminalResponse
  */
 export declare type AttachTerminalResponse = Message<"supervisor.v1.AttachTerminalResponse"> & {
   /**
+   * What happened.
+   *
    * @generated from oneof supervisor.v1.AttachTerminalResponse.content
    */
   content: {
     /**
+     * Buffer and size so far; always the first message.
+     *
      * @generated from field: supervisor.v1.TerminalReplay replay = 1;
      */
     value: TerminalReplay;
     case: "replay";
   } | {
     /**
+     * New output.
+     *
      * @generated from field: supervisor.v1.TerminalData data = 2;
      */
     value: TerminalData;
     case: "data";
   } | {
     /**
+     * The shell ended; always the last message.
+     *
      * @generated from field: supervisor.v1.TerminalExited exited = 3;
      */
     value: TerminalExited;
@@ -63,10 +77,14 @@ export declare type AttachTerminalResponse = Message<"supervisor.v1.AttachTermin
 export declare const AttachTerminalResponseSchema: GenMessage<AttachTerminalResponse>;
 
 /**
+ * Which command to stop.
+ *
  * @generated from message supervisor.v1.CancelExecRequest
  */
 export declare type CancelExecRequest = Message<"supervisor.v1.CancelExecRequest"> & {
   /**
+   * Operation id given to Exec.
+   *
    * @generated from field: string operation_id = 1;
    */
   operationId: string;
@@ -79,6 +97,8 @@ export declare type CancelExecRequest = Message<"supervisor.v1.CancelExecRequest
 export declare const CancelExecRequestSchema: GenMessage<CancelExecRequest>;
 
 /**
+ * Empty: the command is stopped, or there was none.
+ *
  * @generated from message supervisor.v1.CancelExecResponse
  */
 export declare type CancelExecResponse = Message<"supervisor.v1.CancelExecResponse"> & {
@@ -91,10 +111,14 @@ export declare type CancelExecResponse = Message<"supervisor.v1.CancelExecRespon
 export declare const CancelExecResponseSchema: GenMessage<CancelExecResponse>;
 
 /**
+ * Which terminal to end.
+ *
  * @generated from message supervisor.v1.CloseTerminalRequest
  */
 export declare type CloseTerminalRequest = Message<"supervisor.v1.CloseTerminalRequest"> & {
   /**
+   * The terminal.
+   *
    * @generated from field: string terminal_id = 1;
    */
   terminalId: string;
@@ -107,6 +131,8 @@ export declare type CloseTerminalRequest = Message<"supervisor.v1.CloseTerminalR
 export declare const CloseTerminalRequestSchema: GenMessage<CloseTerminalRequest>;
 
 /**
+ * Empty: the terminal is closed.
+ *
  * @generated from message supervisor.v1.CloseTerminalResponse
  */
 export declare type CloseTerminalResponse = Message<"supervisor.v1.CloseTerminalResponse"> & {
@@ -119,10 +145,14 @@ export declare type CloseTerminalResponse = Message<"supervisor.v1.CloseTerminal
 export declare const CloseTerminalResponseSchema: GenMessage<CloseTerminalResponse>;
 
 /**
+ * A terminal profile from the caller's settings.
+ *
  * @generated from message supervisor.v1.ConfigTerminalProfile
  */
 export declare type ConfigTerminalProfile = Message<"supervisor.v1.ConfigTerminalProfile"> & {
   /**
+   * Path of the shell; empty hides the profile of that name.
+   *
    * @generated from field: string path = 1;
    */
   path: string;
@@ -135,35 +165,49 @@ export declare type ConfigTerminalProfile = Message<"supervisor.v1.ConfigTermina
 export declare const ConfigTerminalProfileSchema: GenMessage<ConfigTerminalProfile>;
 
 /**
+ * The terminal to start.
+ *
  * @generated from message supervisor.v1.CreateTerminalRequest
  */
 export declare type CreateTerminalRequest = Message<"supervisor.v1.CreateTerminalRequest"> & {
   /**
+   * Absolute path of the shell; empty means the login shell of the user.
+   *
    * @generated from field: string shell = 1;
    */
   shell: string;
 
   /**
+   * Directory to start in; empty means the workspace folder.
+   *
    * @generated from field: string working_directory = 2;
    */
   workingDirectory: string;
 
   /**
+   * Width in columns, 1 to 1000; 0 means 80.
+   *
    * @generated from field: uint32 initial_cols = 3;
    */
   initialCols: number;
 
   /**
+   * Height in rows, 1 to 1000; 0 means 24.
+   *
    * @generated from field: uint32 initial_rows = 4;
    */
   initialRows: number;
 
   /**
+   * Additional environment variables.
+   *
    * @generated from field: map<string, string> env = 5;
    */
   env: { [key: string]: string };
 
   /**
+   * Free-form labels of the caller, returned by ListTerminals.
+   *
    * @generated from field: map<string, string> annotations = 6;
    */
   annotations: { [key: string]: string };
@@ -176,10 +220,14 @@ export declare type CreateTerminalRequest = Message<"supervisor.v1.CreateTermina
 export declare const CreateTerminalRequestSchema: GenMessage<CreateTerminalRequest>;
 
 /**
+ * The new terminal.
+ *
  * @generated from message supervisor.v1.CreateTerminalResponse
  */
 export declare type CreateTerminalResponse = Message<"supervisor.v1.CreateTerminalResponse"> & {
   /**
+   * Its id.
+   *
    * @generated from field: string terminal_id = 1;
    */
   terminalId: string;
@@ -192,10 +240,14 @@ export declare type CreateTerminalResponse = Message<"supervisor.v1.CreateTermin
 export declare const CreateTerminalResponseSchema: GenMessage<CreateTerminalResponse>;
 
 /**
+ * What a directory holds, one level deep.
+ *
  * @generated from message supervisor.v1.DirectoryListing
  */
 export declare type DirectoryListing = Message<"supervisor.v1.DirectoryListing"> & {
   /**
+   * Entries by name, hidden ones included, at most 65536.
+   *
    * @generated from field: repeated supervisor.v1.FileInfo entries = 1;
    */
   entries: FileInfo[];
@@ -208,25 +260,36 @@ export declare type DirectoryListing = Message<"supervisor.v1.DirectoryListing">
 export declare const DirectoryListingSchema: GenMessage<DirectoryListing>;
 
 /**
+ * The command to run.
+ *
  * @generated from message supervisor.v1.ExecRequest
  */
 export declare type ExecRequest = Message<"supervisor.v1.ExecRequest"> & {
   /**
+   * Id chosen by the caller that makes retries safe; results are kept 24 hours, the newest 1000. Empty: not
+   * remembered.
+   *
    * @generated from field: string operation_id = 1;
    */
   operationId: string;
 
   /**
+   * Command line for sh, with empty standard input.
+   *
    * @generated from field: string command = 2;
    */
   command: string;
 
   /**
+   * Directory to run in; empty means the workspace folder.
+   *
    * @generated from field: string working_directory = 3;
    */
   workingDirectory: string;
 
   /**
+   * Seconds until it is stopped, with exit code 124; 0 means no timeout. 24 hours is the limit in any case.
+   *
    * @generated from field: int32 timeout_seconds = 4;
    */
   timeoutSeconds: number;
@@ -239,20 +302,28 @@ export declare type ExecRequest = Message<"supervisor.v1.ExecRequest"> & {
 export declare const ExecRequestSchema: GenMessage<ExecRequest>;
 
 /**
+ * How the command ended.
+ *
  * @generated from message supervisor.v1.ExecResponse
  */
 export declare type ExecResponse = Message<"supervisor.v1.ExecResponse"> & {
   /**
+   * Exit code; 124 after a timeout, 130 when cancelled, 128 plus the signal number when killed by a signal.
+   *
    * @generated from field: int32 exit_code = 1;
    */
   exitCode: number;
 
   /**
+   * Standard output: the first and last 4 MiB with a marker between; invalid UTF-8 is replaced.
+   *
    * @generated from field: string stdout = 2;
    */
   stdout: string;
 
   /**
+   * Standard error, limited like stdout.
+   *
    * @generated from field: string stderr = 3;
    */
   stderr: string;
@@ -265,20 +336,28 @@ export declare type ExecResponse = Message<"supervisor.v1.ExecResponse"> & {
 export declare const ExecResponseSchema: GenMessage<ExecResponse>;
 
 /**
+ * A change of one file or directory.
+ *
  * @generated from message supervisor.v1.FileChangeEvent
  */
 export declare type FileChangeEvent = Message<"supervisor.v1.FileChangeEvent"> & {
   /**
+   * Path relative to the workspace folder.
+   *
    * @generated from field: string path = 1;
    */
   path: string;
 
   /**
+   * What happened.
+   *
    * @generated from field: supervisor.v1.FileChangeType type = 2;
    */
   type: FileChangeType;
 
   /**
+   * Whether it is a directory.
+   *
    * @generated from field: bool is_directory = 3;
    */
   isDirectory: boolean;
@@ -291,10 +370,14 @@ export declare type FileChangeEvent = Message<"supervisor.v1.FileChangeEvent"> &
 export declare const FileChangeEventSchema: GenMessage<FileChangeEvent>;
 
 /**
+ * Changes that happened close together.
+ *
  * @generated from message supervisor.v1.FileChangeEvents
  */
 export declare type FileChangeEvents = Message<"supervisor.v1.FileChangeEvents"> & {
   /**
+   * The changes.
+   *
    * @generated from field: repeated supervisor.v1.FileChangeEvent events = 1;
    */
   events: FileChangeEvent[];
@@ -307,20 +390,28 @@ export declare type FileChangeEvents = Message<"supervisor.v1.FileChangeEvents">
 export declare const FileChangeEventsSchema: GenMessage<FileChangeEvents>;
 
 /**
+ * Content of a file, or a part of it.
+ *
  * @generated from message supervisor.v1.FileContent
  */
 export declare type FileContent = Message<"supervisor.v1.FileContent"> & {
   /**
+   * The bytes read, at most 32 MiB; empty when the offset is past the end.
+   *
    * @generated from field: bytes data = 1;
    */
   data: Uint8Array;
 
   /**
+   * Size of the whole file in bytes.
+   *
    * @generated from field: int64 total_size = 2;
    */
   totalSize: bigint;
 
   /**
+   * SHA-256 of data, in hex.
+   *
    * @generated from field: string content_hash = 3;
    */
   contentHash: string;
@@ -333,20 +424,28 @@ export declare type FileContent = Message<"supervisor.v1.FileContent"> & {
 export declare const FileContentSchema: GenMessage<FileContent>;
 
 /**
+ * A file or directory.
+ *
  * @generated from message supervisor.v1.FileInfo
  */
 export declare type FileInfo = Message<"supervisor.v1.FileInfo"> & {
   /**
+   * Its path; absolute in directory listings.
+   *
    * @generated from field: string path = 1;
    */
   path: string;
 
   /**
+   * Whether it is a directory.
+   *
    * @generated from field: bool is_directory = 2;
    */
   isDirectory: boolean;
 
   /**
+   * Size in bytes.
+   *
    * @generated from field: int64 size = 3;
    */
   size: bigint;
@@ -359,30 +458,42 @@ export declare type FileInfo = Message<"supervisor.v1.FileInfo"> & {
 export declare const FileInfoSchema: GenMessage<FileInfo>;
 
 /**
+ * What to look for, and where.
+ *
  * @generated from message supervisor.v1.FindRequest
  */
 export declare type FindRequest = Message<"supervisor.v1.FindRequest"> & {
   /**
+   * Directory to start in.
+   *
    * @generated from field: string path = 1;
    */
   path: string;
 
   /**
+   * Glob on names, or with fuzzy the text to match; empty finds everything.
+   *
    * @generated from field: string pattern = 2;
    */
   pattern: string;
 
   /**
+   * What to find; unspecified means ANY.
+   *
    * @generated from field: supervisor.v1.FindRequest.FileType type = 3;
    */
   type: FindRequest_FileType;
 
   /**
+   * How deep to look: 1 is the direct children.
+   *
    * @generated from field: int32 max_depth = 4;
    */
   maxDepth: number;
 
   /**
+   * Whether pattern is matched loosely against relative paths instead.
+   *
    * @generated from field: bool fuzzy = 5;
    */
   fuzzy: boolean;
@@ -395,25 +506,35 @@ export declare type FindRequest = Message<"supervisor.v1.FindRequest"> & {
 export declare const FindRequestSchema: GenMessage<FindRequest>;
 
 /**
+ * What kind of entries to find.
+ *
  * @generated from enum supervisor.v1.FindRequest.FileType
  */
 export enum FindRequest_FileType {
   /**
+   * Not set: ANY.
+   *
    * @generated from enum value: FILE_TYPE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Files only.
+   *
    * @generated from enum value: FILE_TYPE_FILE = 1;
    */
   FILE = 1,
 
   /**
+   * Directories only.
+   *
    * @generated from enum value: FILE_TYPE_DIRECTORY = 2;
    */
   DIRECTORY = 2,
 
   /**
+   * Files and directories.
+   *
    * @generated from enum value: FILE_TYPE_ANY = 3;
    */
   ANY = 3,
@@ -425,15 +546,21 @@ export enum FindRequest_FileType {
 export declare const FindRequest_FileTypeSchema: GenEnum<FindRequest_FileType>;
 
 /**
+ * What was found.
+ *
  * @generated from message supervisor.v1.FindResponse
  */
 export declare type FindResponse = Message<"supervisor.v1.FindResponse"> & {
   /**
+   * Matches, at most 65536: ordered by path, fuzzy ones by how well they match.
+   *
    * @generated from field: repeated supervisor.v1.FileInfo files = 1;
    */
   files: FileInfo[];
 
   /**
+   * Whether there were more.
+   *
    * @generated from field: bool truncated = 2;
    */
   truncated: boolean;
@@ -446,6 +573,8 @@ export declare type FindResponse = Message<"supervisor.v1.FindResponse"> & {
 export declare const FindResponseSchema: GenMessage<FindResponse>;
 
 /**
+ * Empty: there is one primary checkout.
+ *
  * @generated from message supervisor.v1.GetDefaultBranchRequest
  */
 export declare type GetDefaultBranchRequest = Message<"supervisor.v1.GetDefaultBranchRequest"> & {
@@ -458,10 +587,14 @@ export declare type GetDefaultBranchRequest = Message<"supervisor.v1.GetDefaultB
 export declare const GetDefaultBranchRequestSchema: GenMessage<GetDefaultBranchRequest>;
 
 /**
+ * The default branch.
+ *
  * @generated from message supervisor.v1.GetDefaultBranchResponse
  */
 export declare type GetDefaultBranchResponse = Message<"supervisor.v1.GetDefaultBranchResponse"> & {
   /**
+   * Its name.
+   *
    * @generated from field: string branch = 1;
    */
   branch: string;
@@ -474,20 +607,28 @@ export declare type GetDefaultBranchResponse = Message<"supervisor.v1.GetDefault
 export declare const GetDefaultBranchResponseSchema: GenMessage<GetDefaultBranchResponse>;
 
 /**
+ * Which file's two sides to return.
+ *
  * @generated from message supervisor.v1.GetFileDiffContentRequest
  */
 export declare type GetFileDiffContentRequest = Message<"supervisor.v1.GetFileDiffContentRequest"> & {
   /**
+   * The file.
+   *
    * @generated from field: string path = 1;
    */
   path: string;
 
   /**
+   * Whether to return the bytes of binary files too.
+   *
    * @generated from field: bool include_binary_content = 2;
    */
   includeBinaryContent: boolean;
 
   /**
+   * Original side is the merge base of this ref and HEAD; empty means HEAD.
+   *
    * @generated from field: string base_ref = 3;
    */
   baseRef: string;
@@ -500,25 +641,35 @@ export declare type GetFileDiffContentRequest = Message<"supervisor.v1.GetFileDi
 export declare const GetFileDiffContentRequestSchema: GenMessage<GetFileDiffContentRequest>;
 
 /**
+ * Both sides of a file.
+ *
  * @generated from message supervisor.v1.GetFileDiffContentResponse
  */
 export declare type GetFileDiffContentResponse = Message<"supervisor.v1.GetFileDiffContentResponse"> & {
   /**
+   * How the file changed; unset when it did not.
+   *
    * @generated from field: gitpod.v1.FileChange file_change = 1;
    */
   fileChange?: FileChange | undefined;
 
   /**
+   * Content before; empty for a binary file unless asked for.
+   *
    * @generated from field: bytes original_content = 2;
    */
   originalContent: Uint8Array;
 
   /**
+   * Content in the working tree; empty for a binary file unless asked for.
+   *
    * @generated from field: bytes new_content = 3;
    */
   newContent: Uint8Array;
 
   /**
+   * Whether the file is binary.
+   *
    * @generated from field: bool is_binary = 4;
    */
   isBinary: boolean;
@@ -531,10 +682,14 @@ export declare type GetFileDiffContentResponse = Message<"supervisor.v1.GetFileD
 export declare const GetFileDiffContentResponseSchema: GenMessage<GetFileDiffContentResponse>;
 
 /**
+ * Against what to compare.
+ *
  * @generated from message supervisor.v1.GetGitDiffFilesRequest
  */
 export declare type GetGitDiffFilesRequest = Message<"supervisor.v1.GetGitDiffFilesRequest"> & {
   /**
+   * Compares with the merge base of this ref and HEAD; empty lists uncommitted changes.
+   *
    * @generated from field: string base_ref = 1;
    */
   baseRef: string;
@@ -547,15 +702,21 @@ export declare type GetGitDiffFilesRequest = Message<"supervisor.v1.GetGitDiffFi
 export declare const GetGitDiffFilesRequestSchema: GenMessage<GetGitDiffFilesRequest>;
 
 /**
+ * The changed files.
+ *
  * @generated from message supervisor.v1.GetGitDiffFilesResponse
  */
 export declare type GetGitDiffFilesResponse = Message<"supervisor.v1.GetGitDiffFilesResponse"> & {
   /**
+   * The files, at most 10000.
+   *
    * @generated from field: repeated gitpod.v1.FileChange changed_files = 1;
    */
   changedFiles: FileChange[];
 
   /**
+   * How many there are in all.
+   *
    * @generated from field: int32 total_changed_files = 2;
    */
   totalChangedFiles: number;
@@ -568,20 +729,28 @@ export declare type GetGitDiffFilesResponse = Message<"supervisor.v1.GetGitDiffF
 export declare const GetGitDiffFilesResponseSchema: GenMessage<GetGitDiffFilesResponse>;
 
 /**
+ * Which file to compare with what.
+ *
  * @generated from message supervisor.v1.GetGitDiffRequest
  */
 export declare type GetGitDiffRequest = Message<"supervisor.v1.GetGitDiffRequest"> & {
   /**
+   * The file.
+   *
    * @generated from field: string path = 1;
    */
   path: string;
 
   /**
+   * Lines of context around each change; 0 means none.
+   *
    * @generated from field: int32 unified = 2;
    */
   unified: number;
 
   /**
+   * Compares with the merge base of this ref and HEAD; empty means HEAD.
+   *
    * @generated from field: string base_ref = 3;
    */
   baseRef: string;
@@ -594,20 +763,28 @@ export declare type GetGitDiffRequest = Message<"supervisor.v1.GetGitDiffRequest
 export declare const GetGitDiffRequestSchema: GenMessage<GetGitDiffRequest>;
 
 /**
+ * The diff of one file.
+ *
  * @generated from message supervisor.v1.GetGitDiffResponse
  */
 export declare type GetGitDiffResponse = Message<"supervisor.v1.GetGitDiffResponse"> & {
   /**
+   * How the file changed; unset when it did not.
+   *
    * @generated from field: gitpod.v1.FileChange file_change = 1;
    */
   fileChange?: FileChange | undefined;
 
   /**
+   * Changed parts; empty for a binary or unchanged file. An untracked file is all added.
+   *
    * @generated from field: repeated supervisor.v1.GitHunk hunks = 2;
    */
   hunks: GitHunk[];
 
   /**
+   * Whether the file is binary.
+   *
    * @generated from field: bool is_binary = 3;
    */
   isBinary: boolean;
@@ -620,6 +797,8 @@ export declare type GetGitDiffResponse = Message<"supervisor.v1.GetGitDiffRespon
 export declare const GetGitDiffResponseSchema: GenMessage<GetGitDiffResponse>;
 
 /**
+ * Empty: there is one primary checkout.
+ *
  * @generated from message supervisor.v1.GetGitStatusRequest
  */
 export declare type GetGitStatusRequest = Message<"supervisor.v1.GetGitStatusRequest"> & {
@@ -632,10 +811,14 @@ export declare type GetGitStatusRequest = Message<"supervisor.v1.GetGitStatusReq
 export declare const GetGitStatusRequestSchema: GenMessage<GetGitStatusRequest>;
 
 /**
+ * The state of the checkout.
+ *
  * @generated from message supervisor.v1.GetGitStatusResponse
  */
 export declare type GetGitStatusResponse = Message<"supervisor.v1.GetGitStatusResponse"> & {
   /**
+   * The state; lists hold at most 100 entries, totals are exact.
+   *
    * @generated from field: gitpod.v1.EnvironmentGitStatus status = 1;
    */
   status?: EnvironmentGitStatus | undefined;
@@ -648,45 +831,63 @@ export declare type GetGitStatusResponse = Message<"supervisor.v1.GetGitStatusRe
 export declare const GetGitStatusResponseSchema: GenMessage<GetGitStatusResponse>;
 
 /**
+ * One changed part of a file.
+ *
  * @generated from message supervisor.v1.GitHunk
  */
 export declare type GitHunk = Message<"supervisor.v1.GitHunk"> & {
   /**
+   * First line in the original, from 1.
+   *
    * @generated from field: int32 original_start_line = 1;
    */
   originalStartLine: number;
 
   /**
+   * Number of lines in the original.
+   *
    * @generated from field: int32 original_lines = 2;
    */
   originalLines: number;
 
   /**
+   * Where in the body the original ends without a newline; 0 when it ends with one.
+   *
    * @generated from field: int32 original_no_newline_at = 3;
    */
   originalNoNewlineAt: number;
 
   /**
+   * First line in the new content, from 1.
+   *
    * @generated from field: int32 new_start_line = 4;
    */
   newStartLine: number;
 
   /**
+   * Number of lines in the new content.
+   *
    * @generated from field: int32 new_lines = 5;
    */
   newLines: number;
 
   /**
+   * Text after the line numbers of the hunk header, such as the enclosing function.
+   *
    * @generated from field: string section = 6;
    */
   section: string;
 
   /**
+   * Where the hunk starts within the diff of the file; 1 for the first.
+   *
    * @generated from field: int32 start_position = 7;
    */
   startPosition: number;
 
   /**
+   * The lines, each with its leading space, "+" or "-".
+   *
    * @generated from field: string body = 8;
    */
   body: string;
@@ -699,6 +900,8 @@ export declare type GitHunk = Message<"supervisor.v1.GitHunk"> & {
 export declare const GitHunkSchema: GenMessage<GitHunk>;
 
 /**
+ * The state of the git checkout changed; read it with GetGitStatus.
+ *
  * @generated from message supervisor.v1.GitStatusChanged
  */
 export declare type GitStatusChanged = Message<"supervisor.v1.GitStatusChanged"> & {
@@ -711,6 +914,8 @@ export declare type GitStatusChanged = Message<"supervisor.v1.GitStatusChanged">
 export declare const GitStatusChangedSchema: GenMessage<GitStatusChanged>;
 
 /**
+ * Empty: all features are listed.
+ *
  * @generated from message supervisor.v1.ListCapabilitiesRequest
  */
 export declare type ListCapabilitiesRequest = Message<"supervisor.v1.ListCapabilitiesRequest"> & {
@@ -723,10 +928,14 @@ export declare type ListCapabilitiesRequest = Message<"supervisor.v1.ListCapabil
 export declare const ListCapabilitiesRequestSchema: GenMessage<ListCapabilitiesRequest>;
 
 /**
+ * The features.
+ *
  * @generated from message supervisor.v1.ListCapabilitiesResponse
  */
 export declare type ListCapabilitiesResponse = Message<"supervisor.v1.ListCapabilitiesResponse"> & {
   /**
+   * The features present.
+   *
    * @generated from field: repeated supervisor.v1.Capability capabilities = 1;
    */
   capabilities: Capability[];
@@ -739,15 +948,21 @@ export declare type ListCapabilitiesResponse = Message<"supervisor.v1.ListCapabi
 export declare const ListCapabilitiesResponseSchema: GenMessage<ListCapabilitiesResponse>;
 
 /**
+ * Which profiles to list.
+ *
  * @generated from message supervisor.v1.ListTerminalProfilesRequest
  */
 export declare type ListTerminalProfilesRequest = Message<"supervisor.v1.ListTerminalProfilesRequest"> & {
   /**
+   * Whether to add the shells found on the machine.
+   *
    * @generated from field: bool include_detected_profiles = 1;
    */
   includeDetectedProfiles: boolean;
 
   /**
+   * Profiles from the caller's settings, by name. They win over detected ones of the same name.
+   *
    * @generated from field: map<string, supervisor.v1.ConfigTerminalProfile> config_profiles = 2;
    */
   configProfiles: { [key: string]: ConfigTerminalProfile };
@@ -760,10 +975,14 @@ export declare type ListTerminalProfilesRequest = Message<"supervisor.v1.ListTer
 export declare const ListTerminalProfilesRequestSchema: GenMessage<ListTerminalProfilesRequest>;
 
 /**
+ * The profiles to offer.
+ *
  * @generated from message supervisor.v1.ListTerminalProfilesResponse
  */
 export declare type ListTerminalProfilesResponse = Message<"supervisor.v1.ListTerminalProfilesResponse"> & {
   /**
+   * The profiles.
+   *
    * @generated from field: repeated supervisor.v1.TerminalProfile profiles = 1;
    */
   profiles: TerminalProfile[];
@@ -776,6 +995,8 @@ export declare type ListTerminalProfilesResponse = Message<"supervisor.v1.ListTe
 export declare const ListTerminalProfilesResponseSchema: GenMessage<ListTerminalProfilesResponse>;
 
 /**
+ * Empty: all terminals are listed.
+ *
  * @generated from message supervisor.v1.ListTerminalsRequest
  */
 export declare type ListTerminalsRequest = Message<"supervisor.v1.ListTerminalsRequest"> & {
@@ -788,10 +1009,14 @@ export declare type ListTerminalsRequest = Message<"supervisor.v1.ListTerminalsR
 export declare const ListTerminalsRequestSchema: GenMessage<ListTerminalsRequest>;
 
 /**
+ * The terminals.
+ *
  * @generated from message supervisor.v1.ListTerminalsResponse
  */
 export declare type ListTerminalsResponse = Message<"supervisor.v1.ListTerminalsResponse"> & {
   /**
+   * The terminals, oldest first.
+   *
    * @generated from field: repeated supervisor.v1.TerminalInfo terminals = 1;
    */
   terminals: TerminalInfo[];
@@ -804,20 +1029,28 @@ export declare type ListTerminalsResponse = Message<"supervisor.v1.ListTerminals
 export declare const ListTerminalsResponseSchema: GenMessage<ListTerminalsResponse>;
 
 /**
+ * What to read.
+ *
  * @generated from message supervisor.v1.ReadFileRequest
  */
 export declare type ReadFileRequest = Message<"supervisor.v1.ReadFileRequest"> & {
   /**
+   * File or directory.
+   *
    * @generated from field: string path = 1;
    */
   path: string;
 
   /**
+   * First byte to read, from 0; for files.
+   *
    * @generated from field: int64 offset = 2;
    */
   offset: bigint;
 
   /**
+   * Number of bytes, at most 32 MiB; 0 means to the end, within that limit. For files.
+   *
    * @generated from field: int64 length = 3;
    */
   length: bigint;
@@ -830,20 +1063,28 @@ export declare type ReadFileRequest = Message<"supervisor.v1.ReadFileRequest"> &
 export declare const ReadFileRequestSchema: GenMessage<ReadFileRequest>;
 
 /**
+ * What was read.
+ *
  * @generated from message supervisor.v1.ReadFileResponse
  */
 export declare type ReadFileResponse = Message<"supervisor.v1.ReadFileResponse"> & {
   /**
+   * A file or a directory.
+   *
    * @generated from oneof supervisor.v1.ReadFileResponse.result
    */
   result: {
     /**
+     * Content, when path is a file.
+     *
      * @generated from field: supervisor.v1.FileContent content = 1;
      */
     value: FileContent;
     case: "content";
   } | {
     /**
+     * Entries, when path is a directory.
+     *
      * @generated from field: supervisor.v1.DirectoryListing directory = 2;
      */
     value: DirectoryListing;
@@ -858,15 +1099,21 @@ export declare type ReadFileResponse = Message<"supervisor.v1.ReadFileResponse">
 export declare const ReadFileResponseSchema: GenMessage<ReadFileResponse>;
 
 /**
+ * Which terminal to read.
+ *
  * @generated from message supervisor.v1.ReadTerminalRequest
  */
 export declare type ReadTerminalRequest = Message<"supervisor.v1.ReadTerminalRequest"> & {
   /**
+   * The terminal.
+   *
    * @generated from field: string terminal_id = 1;
    */
   terminalId: string;
 
   /**
+   * Leaves out the scrollback, which is at most 1 MiB.
+   *
    * @generated from field: bool skip_history = 2;
    */
   skipHistory: boolean;
@@ -879,10 +1126,14 @@ export declare type ReadTerminalRequest = Message<"supervisor.v1.ReadTerminalReq
 export declare const ReadTerminalRequestSchema: GenMessage<ReadTerminalRequest>;
 
 /**
+ * One message of the stream.
+ *
  * @generated from message supervisor.v1.ReadTerminalResponse
  */
 export declare type ReadTerminalResponse = Message<"supervisor.v1.ReadTerminalResponse"> & {
   /**
+   * Output bytes.
+   *
    * @generated from field: bytes data = 1;
    */
   data: Uint8Array;
@@ -895,20 +1146,28 @@ export declare type ReadTerminalResponse = Message<"supervisor.v1.ReadTerminalRe
 export declare const ReadTerminalResponseSchema: GenMessage<ReadTerminalResponse>;
 
 /**
+ * The new size of a terminal.
+ *
  * @generated from message supervisor.v1.ResizeTerminalRequest
  */
 export declare type ResizeTerminalRequest = Message<"supervisor.v1.ResizeTerminalRequest"> & {
   /**
+   * The terminal.
+   *
    * @generated from field: string terminal_id = 1;
    */
   terminalId: string;
 
   /**
+   * Width in columns, 1 to 1000.
+   *
    * @generated from field: uint32 cols = 2;
    */
   cols: number;
 
   /**
+   * Height in rows, 1 to 1000.
+   *
    * @generated from field: uint32 rows = 3;
    */
   rows: number;
@@ -921,6 +1180,8 @@ export declare type ResizeTerminalRequest = Message<"supervisor.v1.ResizeTermina
 export declare const ResizeTerminalRequestSchema: GenMessage<ResizeTerminalRequest>;
 
 /**
+ * Empty: the size is set.
+ *
  * @generated from message supervisor.v1.ResizeTerminalResponse
  */
 export declare type ResizeTerminalResponse = Message<"supervisor.v1.ResizeTerminalResponse"> & {
@@ -933,10 +1194,14 @@ export declare type ResizeTerminalResponse = Message<"supervisor.v1.ResizeTermin
 export declare const ResizeTerminalResponseSchema: GenMessage<ResizeTerminalResponse>;
 
 /**
+ * Output of a terminal.
+ *
  * @generated from message supervisor.v1.TerminalData
  */
 export declare type TerminalData = Message<"supervisor.v1.TerminalData"> & {
   /**
+   * Output bytes.
+   *
    * @generated from field: bytes data = 1;
    */
   data: Uint8Array;
@@ -949,10 +1214,14 @@ export declare type TerminalData = Message<"supervisor.v1.TerminalData"> & {
 export declare const TerminalDataSchema: GenMessage<TerminalData>;
 
 /**
+ * The end of a terminal's shell.
+ *
  * @generated from message supervisor.v1.TerminalExited
  */
 export declare type TerminalExited = Message<"supervisor.v1.TerminalExited"> & {
   /**
+   * Exit code of the shell.
+   *
    * @generated from field: int32 exit_code = 1;
    */
   exitCode: number;
@@ -965,40 +1234,56 @@ export declare type TerminalExited = Message<"supervisor.v1.TerminalExited"> & {
 export declare const TerminalExitedSchema: GenMessage<TerminalExited>;
 
 /**
+ * A terminal.
+ *
  * @generated from message supervisor.v1.TerminalInfo
  */
 export declare type TerminalInfo = Message<"supervisor.v1.TerminalInfo"> & {
   /**
+   * Its id.
+   *
    * @generated from field: string terminal_id = 1;
    */
   terminalId: string;
 
   /**
+   * Path of its shell.
+   *
    * @generated from field: string shell = 2;
    */
   shell: string;
 
   /**
+   * Directory it was started in.
+   *
    * @generated from field: string working_directory = 3;
    */
   workingDirectory: string;
 
   /**
+   * Width in columns.
+   *
    * @generated from field: uint32 cols = 4;
    */
   cols: number;
 
   /**
+   * Height in rows.
+   *
    * @generated from field: uint32 rows = 5;
    */
   rows: number;
 
   /**
+   * When it was started.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 6;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * Labels given when it was created.
+   *
    * @generated from field: map<string, string> annotations = 7;
    */
   annotations: { [key: string]: string };
@@ -1011,20 +1296,28 @@ export declare type TerminalInfo = Message<"supervisor.v1.TerminalInfo"> & {
 export declare const TerminalInfoSchema: GenMessage<TerminalInfo>;
 
 /**
+ * A shell to offer for new terminals.
+ *
  * @generated from message supervisor.v1.TerminalProfile
  */
 export declare type TerminalProfile = Message<"supervisor.v1.TerminalProfile"> & {
   /**
+   * Name to show, unique in the list: duplicates get a number, such as "bash (2)".
+   *
    * @generated from field: string profile_name = 1;
    */
   profileName: string;
 
   /**
+   * Path of the shell.
+   *
    * @generated from field: string path = 2;
    */
   path: string;
 
   /**
+   * Whether it was found on the machine rather than sent in the settings.
+   *
    * @generated from field: bool is_auto_detected = 3;
    */
   isAutoDetected: boolean;
@@ -1037,20 +1330,28 @@ export declare type TerminalProfile = Message<"supervisor.v1.TerminalProfile"> &
 export declare const TerminalProfileSchema: GenMessage<TerminalProfile>;
 
 /**
+ * What a terminal showed before attaching.
+ *
  * @generated from message supervisor.v1.TerminalReplay
  */
 export declare type TerminalReplay = Message<"supervisor.v1.TerminalReplay"> & {
   /**
+   * Buffered output.
+   *
    * @generated from field: bytes data = 1;
    */
   data: Uint8Array;
 
   /**
+   * Width in columns.
+   *
    * @generated from field: uint32 cols = 2;
    */
   cols: number;
 
   /**
+   * Height in rows.
+   *
    * @generated from field: uint32 rows = 3;
    */
   rows: number;
@@ -1063,10 +1364,14 @@ export declare type TerminalReplay = Message<"supervisor.v1.TerminalReplay"> & {
 export declare const TerminalReplaySchema: GenMessage<TerminalReplay>;
 
 /**
+ * Changes were lost; the caller should read everything anew.
+ *
  * @generated from message supervisor.v1.WatchOverflow
  */
 export declare type WatchOverflow = Message<"supervisor.v1.WatchOverflow"> & {
   /**
+   * Why: too many changes at once, or the system dropped some.
+   *
    * @generated from field: string reason = 1;
    */
   reason: string;
@@ -1079,15 +1384,21 @@ export declare type WatchOverflow = Message<"supervisor.v1.WatchOverflow"> & {
 export declare const WatchOverflowSchema: GenMessage<WatchOverflow>;
 
 /**
+ * What to watch.
+ *
  * @generated from message supervisor.v1.WatchRequest
  */
 export declare type WatchRequest = Message<"supervisor.v1.WatchRequest"> & {
   /**
+   * Kinds of events wanted; empty means all.
+   *
    * @generated from field: repeated supervisor.v1.WatchEventType event_types = 1;
    */
   eventTypes: WatchEventType[];
 
   /**
+   * Further paths to leave out of file changes; .git and what .gitignore names always are.
+   *
    * @generated from field: repeated string file_exclude_patterns = 2;
    */
   fileExcludePatterns: string[];
@@ -1100,26 +1411,36 @@ export declare type WatchRequest = Message<"supervisor.v1.WatchRequest"> & {
 export declare const WatchRequestSchema: GenMessage<WatchRequest>;
 
 /**
+ * One message of the stream.
+ *
  * @generated from message supervisor.v1.WatchResponse
  */
 export declare type WatchResponse = Message<"supervisor.v1.WatchResponse"> & {
   /**
+   * What happened.
+   *
    * @generated from oneof supervisor.v1.WatchResponse.event
    */
   event: {
     /**
+     * Files or directories changed.
+     *
      * @generated from field: supervisor.v1.FileChangeEvents file_changes = 1;
      */
     value: FileChangeEvents;
     case: "fileChanges";
   } | {
     /**
+     * The git checkout changed.
+     *
      * @generated from field: supervisor.v1.GitStatusChanged git_status_changed = 2;
      */
     value: GitStatusChanged;
     case: "gitStatusChanged";
   } | {
     /**
+     * More than 1000 changes at once, or the system dropped some.
+     *
      * @generated from field: supervisor.v1.WatchOverflow overflow = 3;
      */
     value: WatchOverflow;
@@ -1134,20 +1455,28 @@ export declare type WatchResponse = Message<"supervisor.v1.WatchResponse"> & {
 export declare const WatchResponseSchema: GenMessage<WatchResponse>;
 
 /**
+ * What to write, and how.
+ *
  * @generated from message supervisor.v1.WriteFileRequest
  */
 export declare type WriteFileRequest = Message<"supervisor.v1.WriteFileRequest"> & {
   /**
+   * File to write; the modes that create also make missing parent directories.
+   *
    * @generated from field: string path = 1;
    */
   path: string;
 
   /**
+   * The bytes, at most 32 MiB.
+   *
    * @generated from field: bytes content = 2;
    */
   content: Uint8Array;
 
   /**
+   * How to treat an existing or missing file; unspecified means CREATE_OR_TRUNCATE.
+   *
    * @generated from field: supervisor.v1.WriteMode mode = 3;
    */
   mode: WriteMode;
@@ -1160,10 +1489,14 @@ export declare type WriteFileRequest = Message<"supervisor.v1.WriteFileRequest">
 export declare const WriteFileRequestSchema: GenMessage<WriteFileRequest>;
 
 /**
+ * What was written.
+ *
  * @generated from message supervisor.v1.WriteFileResponse
  */
 export declare type WriteFileResponse = Message<"supervisor.v1.WriteFileResponse"> & {
   /**
+   * Number of bytes written.
+   *
    * @generated from field: int64 bytes_written = 1;
    */
   bytesWritten: bigint;
@@ -1176,15 +1509,21 @@ export declare type WriteFileResponse = Message<"supervisor.v1.WriteFileResponse
 export declare const WriteFileResponseSchema: GenMessage<WriteFileResponse>;
 
 /**
+ * Input for a terminal.
+ *
  * @generated from message supervisor.v1.WriteTerminalRequest
  */
 export declare type WriteTerminalRequest = Message<"supervisor.v1.WriteTerminalRequest"> & {
   /**
+   * The terminal.
+   *
    * @generated from field: string terminal_id = 1;
    */
   terminalId: string;
 
   /**
+   * Input bytes.
+   *
    * @generated from field: bytes data = 2;
    */
   data: Uint8Array;
@@ -1197,6 +1536,8 @@ export declare type WriteTerminalRequest = Message<"supervisor.v1.WriteTerminalR
 export declare const WriteTerminalRequestSchema: GenMessage<WriteTerminalRequest>;
 
 /**
+ * Empty: the input is handed to the terminal.
+ *
  * @generated from message supervisor.v1.WriteTerminalResponse
  */
 export declare type WriteTerminalResponse = Message<"supervisor.v1.WriteTerminalResponse"> & {
@@ -1209,20 +1550,28 @@ export declare type WriteTerminalResponse = Message<"supervisor.v1.WriteTerminal
 export declare const WriteTerminalResponseSchema: GenMessage<WriteTerminalResponse>;
 
 /**
+ * An optional feature of this service.
+ *
  * @generated from enum supervisor.v1.Capability
  */
 export enum Capability {
   /**
+   * No feature.
+   *
    * @generated from enum value: CAPABILITY_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Watch is available.
+   *
    * @generated from enum value: CAPABILITY_WATCH = 1;
    */
   WATCH = 1,
 
   /**
+   * A browser can be started in the environment. Not offered here.
+   *
    * @generated from enum value: CAPABILITY_BROWSER = 2;
    */
   BROWSER = 2,
@@ -1234,25 +1583,35 @@ export enum Capability {
 export declare const CapabilitySchema: GenEnum<Capability>;
 
 /**
+ * What happened to a file.
+ *
  * @generated from enum supervisor.v1.FileChangeType
  */
 export enum FileChangeType {
   /**
+   * Not set.
+   *
    * @generated from enum value: FILE_CHANGE_TYPE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * It appeared.
+   *
    * @generated from enum value: FILE_CHANGE_TYPE_CREATED = 1;
    */
   CREATED = 1,
 
   /**
+   * Its content changed.
+   *
    * @generated from enum value: FILE_CHANGE_TYPE_UPDATED = 2;
    */
   UPDATED = 2,
 
   /**
+   * It disappeared.
+   *
    * @generated from enum value: FILE_CHANGE_TYPE_DELETED = 3;
    */
   DELETED = 3,
@@ -1264,20 +1623,28 @@ export enum FileChangeType {
 export declare const FileChangeTypeSchema: GenEnum<FileChangeType>;
 
 /**
+ * A kind of event to watch for.
+ *
  * @generated from enum supervisor.v1.WatchEventType
  */
 export enum WatchEventType {
   /**
+   * Not set; refused in requests.
+   *
    * @generated from enum value: WATCH_EVENT_TYPE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Changes of files and directories.
+   *
    * @generated from enum value: WATCH_EVENT_TYPE_FILE_CHANGE = 1;
    */
   FILE_CHANGE = 1,
 
   /**
+   * Changes of the git checkout.
+   *
    * @generated from enum value: WATCH_EVENT_TYPE_GIT_STATUS = 2;
    */
   GIT_STATUS = 2,
@@ -1289,30 +1656,42 @@ export enum WatchEventType {
 export declare const WatchEventTypeSchema: GenEnum<WatchEventType>;
 
 /**
+ * What to do with an existing or missing file.
+ *
  * @generated from enum supervisor.v1.WriteMode
  */
 export enum WriteMode {
   /**
+   * Not set: CREATE_OR_TRUNCATE.
+   *
    * @generated from enum value: WRITE_MODE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Only create: ALREADY_EXISTS when it exists.
+   *
    * @generated from enum value: WRITE_MODE_CREATE = 1;
    */
   CREATE = 1,
 
   /**
+   * Only replace: NOT_FOUND when it is missing.
+   *
    * @generated from enum value: WRITE_MODE_TRUNCATE = 2;
    */
   TRUNCATE = 2,
 
   /**
+   * Create or replace.
+   *
    * @generated from enum value: WRITE_MODE_CREATE_OR_TRUNCATE = 3;
    */
   CREATE_OR_TRUNCATE = 3,
 
   /**
+   * Add to the end: NOT_FOUND when it is missing.
+   *
    * @generated from enum value: WRITE_MODE_APPEND = 4;
    */
   APPEND = 4,
@@ -1324,10 +1703,20 @@ export enum WriteMode {
 export declare const WriteModeSchema: GenEnum<WriteMode>;
 
 /**
+ * Work inside a running environment: git, files, terminals and commands. Served by the runner at the environment's
+ * ops address to access tokens of that environment and the environment's own token; runs with the rights of its user.
+ * No or a bad token is UNAUTHENTICATED, one of another environment PERMISSION_DENIED, and UNAVAILABLE while the
+ * environment is not running. What the system refuses is PERMISSION_DENIED, a missing path NOT_FOUND, a full disk
+ * RESOURCE_EXHAUSTED. Relative paths start at the workspace folder; an empty path or one with NUL is
+ * INVALID_ARGUMENT.
+ *
  * @generated from service supervisor.v1.EnvironmentOpsService
  */
 export declare const EnvironmentOpsService: GenService<{
   /**
+   * Returns the current state of the primary checkout. FAILED_PRECONDITION without a repository, as for all git
+   * calls.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.GetGitStatus
    */
   getGitStatus: {
@@ -1336,6 +1725,9 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof GetGitStatusResponseSchema;
   },
   /**
+   * Returns the diff of one file, working tree against HEAD or the merge base with base_ref. INVALID_ARGUMENT for a
+   * path outside the repository or a ref that begins with "-"; NOT_FOUND for an unknown ref.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.GetGitDiff
    */
   getGitDiff: {
@@ -1344,6 +1736,8 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof GetGitDiffResponseSchema;
   },
   /**
+   * Returns both sides of a changed file in full. Errors as GetGitDiff; RESOURCE_EXHAUSTED when a side exceeds 8 MiB.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.GetFileDiffContent
    */
   getFileDiffContent: {
@@ -1352,6 +1746,9 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof GetFileDiffContentResponseSchema;
   },
   /**
+   * Lists changed files: uncommitted changes, or everything since the merge base with base_ref. Errors for the ref as
+   * GetGitDiff.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.GetGitDiffFiles
    */
   getGitDiffFiles: {
@@ -1360,6 +1757,9 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof GetGitDiffFilesResponseSchema;
   },
   /**
+   * Returns the default branch: what origin's HEAD names, else main or master if origin has it, else the current
+   * branch.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.GetDefaultBranch
    */
   getDefaultBranch: {
@@ -1368,6 +1768,9 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof GetDefaultBranchResponseSchema;
   },
   /**
+   * Finds files and directories by name, by pattern or fuzzily. Skips .git and does not follow symbolic links.
+   * INVALID_ARGUMENT when the start is not a directory.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.Find
    */
   find: {
@@ -1376,6 +1779,9 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof FindResponseSchema;
   },
   /**
+   * Reads a file or lists a directory. INVALID_ARGUMENT for a negative offset or length, FAILED_PRECONDITION for
+   * anything that is neither, such as a socket or device.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.ReadFile
    */
   readFile: {
@@ -1384,6 +1790,10 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof ReadFileResponseSchema;
   },
   /**
+   * Writes a file of at most 32 MiB; the modes that replace content do so atomically, keep its permissions and follow
+   * symbolic links. ALREADY_EXISTS or NOT_FOUND as the mode demands, FAILED_PRECONDITION for a directory. Repeating
+   * it is harmless except with APPEND, which writes again, and CREATE, which then fails.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.WriteFile
    */
   writeFile: {
@@ -1392,6 +1802,9 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof WriteFileResponseSchema;
   },
   /**
+   * Starts a shell in a new terminal. INVALID_ARGUMENT for a shell that is not an absolute path to an executable,
+   * RESOURCE_EXHAUSTED at 50 terminals. Not idempotent.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.CreateTerminal
    */
   createTerminal: {
@@ -1400,6 +1813,9 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof CreateTerminalResponseSchema;
   },
   /**
+   * Streams a terminal's output: scrollback, then live until the shell ends. Any number of readers. NOT_FOUND for an
+   * unknown terminal.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.ReadTerminal
    */
   readTerminal: {
@@ -1408,6 +1824,8 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof ReadTerminalResponseSchema;
   },
   /**
+   * Sends input to a terminal. NOT_FOUND when unknown, FAILED_PRECONDITION when its shell ended. Not idempotent.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.WriteTerminal
    */
   writeTerminal: {
@@ -1416,6 +1834,9 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof WriteTerminalResponseSchema;
   },
   /**
+   * Changes the size of a terminal. INVALID_ARGUMENT outside 1 to 1000, NOT_FOUND when unknown, FAILED_PRECONDITION
+   * when its shell ended. Repeating it is harmless.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.ResizeTerminal
    */
   resizeTerminal: {
@@ -1424,6 +1845,9 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof ResizeTerminalResponseSchema;
   },
   /**
+   * Ends a terminal: SIGHUP to its shell, SIGKILL after 5 seconds. NOT_FOUND when unknown, FAILED_PRECONDITION when
+   * its shell already ended.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.CloseTerminal
    */
   closeTerminal: {
@@ -1432,6 +1856,8 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof CloseTerminalResponseSchema;
   },
   /**
+   * Lists the live terminals and those that ended less than 30 seconds ago, oldest first.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.ListTerminals
    */
   listTerminals: {
@@ -1440,6 +1866,9 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof ListTerminalsResponseSchema;
   },
   /**
+   * Streams a terminal for display: first a replay with buffer and size, then data, last the exit code. NOT_FOUND for
+   * an unknown terminal.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.AttachTerminal
    */
   attachTerminal: {
@@ -1448,6 +1877,11 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof AttachTerminalResponseSchema;
   },
   /**
+   * Runs a shell command and waits for its end; a caller that goes away does not stop it. INVALID_ARGUMENT for an
+   * empty command or negative timeout, NOT_FOUND for a missing directory. Idempotent by operation_id: a repeat joins
+   * the running command or gets its result; ALREADY_EXISTS with another command or directory, ABORTED when the
+   * outcome was lost.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.Exec
    */
   exec: {
@@ -1456,6 +1890,9 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof ExecResponseSchema;
   },
   /**
+   * Stops a running command: SIGTERM, SIGKILL after 10 seconds. Its Exec then answers exit code 130. Unknown or
+   * finished operations succeed without effect.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.CancelExec
    */
   cancelExec: {
@@ -1464,6 +1901,9 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof CancelExecResponseSchema;
   },
   /**
+   * Streams file and git changes in batches collected for at most 200 milliseconds. INVALID_ARGUMENT for an
+   * unspecified event type.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.Watch
    */
   watch: {
@@ -1472,6 +1912,8 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof WatchResponseSchema;
   },
   /**
+   * Lists the shells to offer for new terminals: the profiles sent, by name, then detected ones if asked for.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.ListTerminalProfiles
    */
   listTerminalProfiles: {
@@ -1480,6 +1922,8 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof ListTerminalProfilesResponseSchema;
   },
   /**
+   * Lists the optional features of this service.
+   *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.ListCapabilities
    */
   listCapabilities: {

@@ -138,6 +138,8 @@ export const FindRequest_FileTypeSchema = /*@__PURE__*/
   enumDesc(file_supervisor_v1_environmentopts, 16, 0);
 
 /**
+ * What kind of entries to find.
+ *
  * @generated from enum supervisor.v1.FindRequest.FileType
  */
 export const FindRequest_FileType = /*@__PURE__*/
@@ -409,6 +411,8 @@ export const CapabilitySchema = /*@__PURE__*/
   enumDesc(file_supervisor_v1_environmentopts, 0);
 
 /**
+ * An optional feature of this service.
+ *
  * @generated from enum supervisor.v1.Capability
  */
 export const Capability = /*@__PURE__*/
@@ -421,6 +425,8 @@ export const FileChangeTypeSchema = /*@__PURE__*/
   enumDesc(file_supervisor_v1_environmentopts, 1);
 
 /**
+ * What happened to a file.
+ *
  * @generated from enum supervisor.v1.FileChangeType
  */
 export const FileChangeType = /*@__PURE__*/
@@ -433,6 +439,8 @@ export const WatchEventTypeSchema = /*@__PURE__*/
   enumDesc(file_supervisor_v1_environmentopts, 2);
 
 /**
+ * A kind of event to watch for.
+ *
  * @generated from enum supervisor.v1.WatchEventType
  */
 export const WatchEventType = /*@__PURE__*/
@@ -445,12 +453,21 @@ export const WriteModeSchema = /*@__PURE__*/
   enumDesc(file_supervisor_v1_environmentopts, 3);
 
 /**
+ * What to do with an existing or missing file.
+ *
  * @generated from enum supervisor.v1.WriteMode
  */
 export const WriteMode = /*@__PURE__*/
   tsEnum(WriteModeSchema);
 
 /**
+ * Work inside a running environment: git, files, terminals and commands. Served by the runner at the environment's
+ * ops address to access tokens of that environment and the environment's own token; runs with the rights of its user.
+ * No or a bad token is UNAUTHENTICATED, one of another environment PERMISSION_DENIED, and UNAVAILABLE while the
+ * environment is not running. What the system refuses is PERMISSION_DENIED, a missing path NOT_FOUND, a full disk
+ * RESOURCE_EXHAUSTED. Relative paths start at the workspace folder; an empty path or one with NUL is
+ * INVALID_ARGUMENT.
+ *
  * @generated from service supervisor.v1.EnvironmentOpsService
  */
 export const EnvironmentOpsService = /*@__PURE__*/

@@ -1,0 +1,13 @@
+import { ConfigError } from "../config.ts";
+import { WrongMasterKey } from "../store/bootstrap.ts";
+import { NewerDatabase } from "../store/migrate.ts";
+
+/** How the program ends: refused means that its state forbids it to run, so that a restart does not help. */
+export const ExitCode = { CLEAN: 0, FAILURE: 1, USAGE: 2, REFUSED: 3 } as const;
+export type ExitCode = (typeof ExitCode)[keyof typeof ExitCode];
+
+export function exitCodeOf(error: unknown): ExitCode {
+  if (error instanceof ConfigError) return ExitCode.USAGE;
+  if (error instanceof WrongMasterKey || error instanceof NewerDatabase) return ExitCode.REFUSED;
+  return ExitCode.FAILURE;
+}

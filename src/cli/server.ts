@@ -1,0 +1,69 @@
+import { pino } from "pino";
+import { readServerConfig, type ServerConfig } from "../config.ts";
+import { type ControlPlane, forgetExchangeToken, startControlPlane } from "../control-plane.ts";
+import { type RunningRunner, startRunner } from "../runner/main.ts";
+import { ExitCode } from "./exit.ts";
+import { firstSignal } from "./signals.ts";
+
+const say = (text: string) => process.stdout.write(`${text}\n`);
+
+/** Shows the admin token of a first start once, to whoever started the program. */
+function sayFirstToken(config: ServerConfig, token: string): void {
+  const { tokenFile } = config.bootstrap;
+  if (tokenFile) return say(`The admin token was written to ${tokenFile}`);
+  say("-----BEGIN BERTH ADMIN TOKEN----- (shown once, valid for 90 days)");
+  say(token);
+  say("-----END BERTH ADMIN TOKEN-----");
+}
+
+function sayReady(url: string, token: string | undefined): void {
+  const bearer = token ?? "$BERTH_TOKEN";
+  say(`berth is ready at ${url}`);
+  say("First environment (paste as it is; the next lines list it and its state):");
+  say(`  export BERTH_TOKEN=${token ? bearer : "<your token>"}`);
+  say(
+    `  CLASS=$(curl -s ${url}/gitpod.v1.EnvironmentService/ListEnvironmentClasses -H "Authorization: Bearer $BERTH_TOKEN" -H 'Content-Type: application/json' -d '{"filter":{"canCreateEnvironments":true}}' | sed 's/.*"environmentClasses":\\[{"id":"\\([^"]*\\).*/\\1/')`,
+  );
+  say(
+    `  curl -s ${url}/gitpod.v1.EnvironmentService/CreateEnvironment -H "Authorization: Bearer $BERTH_TOKEN" -H 'Content-Type: application/json' -d '{"spec":{"machine":{"class":"'$CLASS'"},"content":{"initializer":{"specs":[{"contextUrl":{"url":"https://github.com/octocat/Hello-World"}}]}}}}'`,
+  );
+  say(
+    `  curl -s ${url}/gitpod.v1.EnvironmentService/ListEnvironments -H "Authorization: Bearer $BERTH_TOKEN" -H 'Content-Type: application/json' -d '{}'`,
+  );
+}
+
+async function startEmbeddedRunner(config: ServerConfig, plane: ControlPlane): Promise<RunningRunner | undefined> {
+  const log = plane.app.log.child({ part: "runner" });
+  const runner = await startRunner({
+    config: config.runner,
+    apiUrl: plane.server.url,
+    publicApiUrl: config.publicUrl,
+    exchangeToken: plane.runnerExchangeToken,
+    log,
+  });
+  await forgetExchangeToken(config);
+  return runner;
+}
+
+/** The control plane, with its embedded database and runner unless configured otherwise, until a signal ends it. */
+export async function runServer(env: NodeJS.ProcessEnv): Promise<ExitCode> {
+  const config = readServerConfig(env);
+  const log = pino({ level: config.logLevel }, pino.destination({ fd: 2, sync: true }));
+  const stopAsked = firstSignal();
+  const plane = await startControlPlane(config, log);
+  let runner: RunningRunner | undefined;
+  try {
+    if (config.embeddedRunner) runner = await startEmbeddedRunner(config, plane);
+    if (plane.firstToken) sayFirstToken(config, plane.firstToken);
+    sayReady(config.publicUrl, config.bootstrap.tokenFile ? undefined : plane.firstToken);
+    void runner?.finished.then((reason) => {
+      if (reason !== "stopped") log.error(`the embedded runner has ended: ${reason}`);
+    });
+    await stopAsked;
+    log.info("draining");
+  } finally {
+    await runner?.stop();
+    await plane.stop();
+  }
+  return ExitCode.CLEAN;
+}

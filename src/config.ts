@@ -1,0 +1,272 @@
+import { readFileSync } from "node:fs";
+import { homedir, hostname } from "node:os";
+import { join } from "node:path";
+
+/** Wrong operator input: the program ends with exit code 2 and this text, which names the variable. */
+export class ConfigError extends Error {}
+
+/** Where the first credential of a pre-seeded installation comes from and where a generated one goes. */
+export interface BootstrapConfig {
+  enabled: boolean;
+  organizationName: string;
+  adminEmail: string;
+  adminName: string;
+  adminToken?: string;
+  tokenFile?: string;
+}
+
+/** Settings of the control plane. */
+export interface ServerConfig {
+  host: string;
+  port: number;
+  publicUrl: string;
+  dataDir: string;
+  databaseUrl?: string;
+  masterKey?: Uint8Array;
+  bootstrap: BootstrapConfig;
+  metricsToken?: string;
+  docsUrl?: string;
+  logLevel: LogLevel;
+  /** Calls per second and caller; 0 turns the limit off. */
+  rateLimit: number;
+  trustedProxies: readonly string[];
+  scm: ScmConfig;
+  auditRetentionDays: number;
+  embeddedRunner: boolean;
+  runner: RunnerHostConfig;
+}
+
+/** What both processes need to talk to git hosts. */
+export interface ScmConfig {
+  fallback: boolean;
+  allowHosts: readonly string[];
+  schemes: readonly string[];
+}
+
+/** Settings of a Linux-host runner, embedded or alone. */
+export interface RunnerHostConfig {
+  name: string;
+  host: string;
+  port: number;
+  publicUrl: string;
+  dataDir: string;
+  maxEnvironments: number;
+  allowUnenforced: boolean;
+  hostDevcontainer: "run" | "skip" | "fail";
+  scm: ScmConfig;
+  logLevel: LogLevel;
+}
+
+/** Settings of a runner that runs alone. */
+export interface RunnerConfig extends RunnerHostConfig {
+  apiUrl: string;
+  exchangeToken?: string;
+}
+
+export type LogLevel = "debug" | "info" | "warn" | "error";
+type Environment = Record<string, string | undefined>;
+
+// Every variable of the product. One that exists but is not built yet is refused, so that nobody relies on it silently.
+const VARIABLES = new Set([
+  "BERTH_HOST",
+  "BERTH_PORT",
+  "BERTH_PUBLIC_URL",
+  "BERTH_DATA_DIR",
+  "BERTH_MASTER_KEY",
+  "BERTH_MASTER_KEY_FILE",
+  "BERTH_BOOTSTRAP",
+  "BERTH_BOOTSTRAP_ORG_NAME",
+  "BERTH_BOOTSTRAP_ADMIN_EMAIL",
+  "BERTH_BOOTSTRAP_ADMIN_NAME",
+  "BERTH_BOOTSTRAP_ADMIN_TOKEN",
+  "BERTH_BOOTSTRAP_ADMIN_TOKEN_FILE",
+  "BERTH_BOOTSTRAP_TOKEN_FILE",
+  "BERTH_AUDIT_RETENTION_DAYS",
+  "BERTH_RATE_LIMIT",
+  "BERTH_TRUSTED_PROXIES",
+  "BERTH_METRICS_TOKEN",
+  "BERTH_DOCS_URL",
+  "BERTH_LOG_LEVEL",
+  "BERTH_SCM_FALLBACK",
+  "BERTH_SCM_ALLOW_HOSTS",
+  "BERTH_GIT_SCHEMES",
+  "BERTH_RUNNER",
+  "BERTH_RUNNER_HOST",
+  "BERTH_RUNNER_PORT",
+  "BERTH_RUNNER_PUBLIC_URL",
+  "BERTH_RUNNER_DATA_DIR",
+  "BERTH_RUNNER_MAX_ENVIRONMENTS",
+  "BERTH_RUNNER_ALLOW_UNENFORCED",
+  "BERTH_RUNNER_HOST_DEVCONTAINER",
+  "BERTH_RUNNER_API_URL",
+  "BERTH_RUNNER_EXCHANGE_TOKEN",
+  "BERTH_RUNNER_EXCHANGE_TOKEN_FILE",
+]);
+// Given by a runner to the processes of an environment, where `berth` may be started too.
+const INSIDE_ENVIRONMENTS = new Set(["BERTH_ENVIRONMENT_ID"]);
+
+class Reader {
+  readonly env: Environment;
+
+  constructor(env: Environment) {
+    this.env = env;
+    for (const name of Object.keys(env)) {
+      if (name.startsWith("BERTH_") && !VARIABLES.has(name) && !INSIDE_ENVIRONMENTS.has(name)) {
+        throw new ConfigError(`${name} is not a variable that this version knows`);
+      }
+    }
+  }
+
+  optional(name: string): string | undefined {
+    return this.env[name]?.trim() || undefined;
+  }
+
+  text(name: string, fallback: string): string {
+    return this.optional(name) ?? fallback;
+  }
+
+  oneOf<const T extends string>(name: string, values: readonly T[], fallback: T): T {
+    const value = this.text(name, fallback);
+    const found = values.find((each) => each === value);
+    if (!found) throw new ConfigError(`${name} must be one of ${values.join(", ")}`);
+    return found;
+  }
+
+  flag(name: string, fallback: boolean): boolean {
+    return this.oneOf(name, ["on", "off"], fallback ? "on" : "off") === "on";
+  }
+
+  integer(name: string, fallback: number, min: number, max: number): number {
+    const value = this.text(name, String(fallback));
+    const number = Number(value);
+    if (!/^\d+$/.test(value) || number < min || number > max) {
+      throw new ConfigError(`${name} must be a whole number from ${min} to ${max}`);
+    }
+    return number;
+  }
+
+  url(name: string, fallback: string): string {
+    const value = this.text(name, fallback);
+    const url = URL.parse(value);
+    if (!url || !/^https?:$/.test(url.protocol) || url.search || url.hash || url.username) {
+      throw new ConfigError(`${name} must be an http or https URL without query, fragment or credentials`);
+    }
+    return value.replace(/\/+$/, "");
+  }
+
+  list(name: string): string[] {
+    return this.text(name, "")
+      .split(",")
+      .map((item) => item.trim())
+      .filter(Boolean);
+  }
+
+  /** A secret given as a variable or as a file; both at once is a mistake. */
+  secret(name: string): string | undefined {
+    const file = this.optional(`${name}_FILE`);
+    const value = this.optional(name);
+    if (file && value) throw new ConfigError(`${name} and ${name}_FILE are both set`);
+    if (!file) return value;
+    try {
+      return readFileSync(file, "utf8").trim();
+    } catch {
+      throw new ConfigError(`${name}_FILE cannot be read`);
+    }
+  }
+}
+
+function masterKey(read: Reader): Uint8Array | undefined {
+  const text = read.secret("BERTH_MASTER_KEY");
+  if (!text) return undefined;
+  const key = Buffer.from(text, "base64");
+  if (key.length !== 32) throw new ConfigError("BERTH_MASTER_KEY must be 32 bytes in base64");
+  return key;
+}
+
+function dataDir(read: Reader): string {
+  const own =
+    process.getuid?.() === 0
+      ? "/var/lib/berth"
+      : join(process.env.XDG_STATE_HOME || join(homedir(), ".local/state"), "berth");
+  return read.text("BERTH_DATA_DIR", own);
+}
+
+function scmConfig(read: Reader): ScmConfig {
+  const schemes = read.list("BERTH_GIT_SCHEMES");
+  if (schemes.some((scheme) => !["file", "http", "git"].includes(scheme))) {
+    throw new ConfigError("BERTH_GIT_SCHEMES may list file, http and git");
+  }
+  return { fallback: read.flag("BERTH_SCM_FALLBACK", true), allowHosts: read.list("BERTH_SCM_ALLOW_HOSTS"), schemes };
+}
+
+const logLevel = (read: Reader) => read.oneOf("BERTH_LOG_LEVEL", ["debug", "info", "warn", "error"], "info");
+
+function runnerHost(read: Reader, home: string): RunnerHostConfig {
+  const host = read.text("BERTH_RUNNER_HOST", "127.0.0.1");
+  const port = read.integer("BERTH_RUNNER_PORT", 8081, 0, 65_535);
+  return {
+    name: hostname().slice(0, 127).padEnd(3, "-"),
+    host,
+    port,
+    publicUrl: read.url("BERTH_RUNNER_PUBLIC_URL", `http://127.0.0.1:${port}`),
+    dataDir: read.text("BERTH_RUNNER_DATA_DIR", join(home, "runner")),
+    maxEnvironments: read.integer("BERTH_RUNNER_MAX_ENVIRONMENTS", 10, 1, 10_000),
+    allowUnenforced: read.flag("BERTH_RUNNER_ALLOW_UNENFORCED", false),
+    hostDevcontainer: read.oneOf("BERTH_RUNNER_HOST_DEVCONTAINER", ["run", "skip", "fail"], "run"),
+    scm: scmConfig(read),
+    logLevel: logLevel(read),
+  };
+}
+
+/** Reads the configuration of the control plane; throws ConfigError for anything unknown or malformed. */
+export function readServerConfig(env: Environment): ServerConfig {
+  const read = new Reader(env);
+  const home = dataDir(read);
+  const port = read.integer("BERTH_PORT", 8080, 0, 65_535);
+  const organizationName = read.text("BERTH_BOOTSTRAP_ORG_NAME", "Default");
+  if (organizationName.length < 3) throw new ConfigError("BERTH_BOOTSTRAP_ORG_NAME must have at least 3 characters");
+  const adminEmail = read.text("BERTH_BOOTSTRAP_ADMIN_EMAIL", "admin@localhost").toLowerCase();
+  if (!/^[^@\s]+@[^@\s]+$/.test(adminEmail))
+    throw new ConfigError("BERTH_BOOTSTRAP_ADMIN_EMAIL must be a mail address");
+  const databaseUrl = env.DATABASE_URL?.trim() || undefined;
+  if (databaseUrl && !/^postgres(ql)?:$/.test(URL.parse(databaseUrl)?.protocol ?? "")) {
+    throw new ConfigError("DATABASE_URL must be a postgres:// URL");
+  }
+  return {
+    host: read.text("BERTH_HOST", "127.0.0.1"),
+    port,
+    publicUrl: read.url("BERTH_PUBLIC_URL", `http://127.0.0.1:${port}`),
+    dataDir: home,
+    databaseUrl,
+    masterKey: masterKey(read),
+    bootstrap: {
+      enabled: read.flag("BERTH_BOOTSTRAP", true),
+      organizationName,
+      adminEmail,
+      adminName: read.text("BERTH_BOOTSTRAP_ADMIN_NAME", "Administrator"),
+      adminToken: read.secret("BERTH_BOOTSTRAP_ADMIN_TOKEN"),
+      tokenFile: read.optional("BERTH_BOOTSTRAP_TOKEN_FILE"),
+    },
+    metricsToken: read.optional("BERTH_METRICS_TOKEN"),
+    docsUrl: read.optional("BERTH_DOCS_URL") && read.url("BERTH_DOCS_URL", ""),
+    logLevel: logLevel(read),
+    rateLimit: read.integer("BERTH_RATE_LIMIT", 50, 0, 1_000_000),
+    trustedProxies: read.list("BERTH_TRUSTED_PROXIES"),
+    scm: scmConfig(read),
+    auditRetentionDays: read.integer("BERTH_AUDIT_RETENTION_DAYS", 400, 0, 100_000),
+    embeddedRunner: read.flag("BERTH_RUNNER", true),
+    runner: runnerHost(read, home),
+  };
+}
+
+/** Reads the configuration of a runner that runs alone. */
+export function readRunnerConfig(env: Environment): RunnerConfig {
+  const read = new Reader(env);
+  if (!read.optional("BERTH_RUNNER_API_URL"))
+    throw new ConfigError("BERTH_RUNNER_API_URL is not set: the URL of the control plane");
+  return {
+    ...runnerHost(read, dataDir(read)),
+    apiUrl: read.url("BERTH_RUNNER_API_URL", ""),
+    exchangeToken: read.secret("BERTH_RUNNER_EXCHANGE_TOKEN"),
+  };
+}

@@ -1,0 +1,34 @@
+#!/usr/bin/env node
+import { ConfigError } from "./config.ts";
+import { runRunner } from "./cli/runner.ts";
+import { runServer } from "./cli/server.ts";
+import { ExitCode, exitCodeOf } from "./cli/exit.ts";
+
+const USAGE = `berth: a control plane for development environments
+
+  berth            start the control plane, with a database and a runner unless configured otherwise
+  berth runner     start a runner alone, against the control plane at BERTH_RUNNER_API_URL
+
+Everything is configured by environment variables; the README lists them.
+`;
+
+async function main(args: readonly string[]): Promise<ExitCode> {
+  const [command = "server", ...rest] = args;
+  if (rest.length > 0 || !["server", "runner", "help", "--help", "-h"].includes(command)) {
+    process.stderr.write(`berth: unknown arguments: ${args.join(" ")}\n\n${USAGE}`);
+    return ExitCode.USAGE;
+  }
+  if (command === "server") return runServer(process.env);
+  if (command === "runner") return runRunner(process.env);
+  process.stdout.write(USAGE);
+  return ExitCode.CLEAN;
+}
+
+main(process.argv.slice(2)).then(
+  (code) => process.exit(code),
+  (error: unknown) => {
+    const known = error instanceof ConfigError || exitCodeOf(error) === ExitCode.REFUSED;
+    process.stderr.write(`berth: ${known && error instanceof Error ? error.message : error instanceof Error ? error.stack : String(error)}\n`);
+    process.exit(exitCodeOf(error));
+  },
+);

@@ -1,0 +1,55 @@
+import { Code, ConnectError, type ContextValues, createContextKey, type Interceptor } from "@connectrpc/connect";
+import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
+import type { Caller } from "../domain/principal.ts";
+import type { Credential } from "../store/tokens.ts";
+import { type Rule, ruleOf } from "./policy.ts";
+
+const callerKey = createContextKey<Caller | undefined>(undefined, { description: "caller" });
+
+/** The caller of this request; only public RPCs have none. */
+export function principal(context: { values: ContextValues }): Caller {
+  const caller = context.values.get(callerKey);
+  if (!caller) throw new ConnectError("this call needs a credential", Code.Unauthenticated);
+  return caller;
+}
+
+/** As `principal`, for code that also runs for public RPCs. */
+export const callerOf = (values: ContextValues): Caller | undefined => values.get(callerKey);
+
+function bearer(header: string | null): string {
+  const match = /^\s*bearer\s+(\S+)\s*$/i.exec(header ?? "");
+  return match?.[1] ?? "";
+}
+
+const unauthenticated = (message: string) => new ConnectError(message, Code.Unauthenticated);
+
+function refuseKind(rule: Rule, caller: Caller): void {
+  if (!rule.principals.includes(caller.principal)) {
+    const kind = Principal[caller.principal].toLowerCase().replaceAll("_", " ");
+    throw new ConnectError(`a ${kind} may not call this`, Code.PermissionDenied);
+  }
+  if (caller.readOnly && !rule.read) throw new ConnectError("this token may only read", Code.PermissionDenied);
+}
+
+/**
+ * Establishes who calls and whether this kind of caller may use the RPC at all, before the request is looked at.
+ * Finer rights need the resource and are decided in the handlers.
+ */
+export function authentication(deps: {
+  find(text: string): Promise<Credential>;
+  touch(tokenId: string): void;
+}): Interceptor {
+  return (next) => async (request) => {
+    const rule = ruleOf(request.service, request.method);
+    if (rule.public) return next(request);
+    const text = bearer(request.header.get("authorization"));
+    if (!text) throw unauthenticated("a bearer token is missing");
+    const credential = await deps.find(text);
+    if (credential.state === "expired") throw unauthenticated("the token has expired");
+    if (credential.state !== "ok") throw unauthenticated("the token is not valid");
+    if (credential.stale) deps.touch(credential.caller.tokenId);
+    refuseKind(rule, credential.caller);
+    request.contextValues.set(callerKey, credential.caller);
+    return next(request);
+  };
+}

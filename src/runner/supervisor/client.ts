@@ -1,0 +1,130 @@
+import { lstatSync } from "node:fs";
+import { request as httpRequest } from "node:http";
+import { type Client, Code, ConnectError, createClient, type Interceptor } from "@connectrpc/connect";
+import { createConnectTransport } from "@connectrpc/connect-node";
+import { EnvironmentOpsService } from "../../../gen/supervisor/v1/environmentopts_pb.js";
+import { errnoOf } from "./errors.ts";
+import { MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES } from "./ops.ts";
+import type { SupervisorState } from "./private-http.ts";
+
+/** Calls to the supervisor of one environment. Whatever keeps it from answering is UNAVAILABLE. */
+export interface SupervisorClient extends Client<typeof EnvironmentOpsService> {
+  /** Its state; UNAVAILABLE if it does not answer within the time, default 2 s. */
+  health(timeoutMs?: number): Promise<SupervisorState>;
+  /** Where relative paths, commands and git calls start from now on. */
+  setWorkspaceFolder(path: string): Promise<void>;
+}
+
+const CONTROL_TIMEOUT_MS = 2000;
+const MAX_STATE_BYTES = 64 * 1024;
+const UNREACHABLE = new Set([
+  "ENOENT",
+  "ENOTSOCK",
+  "ECONNREFUSED",
+  "ECONNRESET",
+  "EACCES",
+  "EPIPE",
+  "EPROTOTYPE",
+  "EAGAIN",
+]);
+
+const unavailable = (cause?: unknown) =>
+  new ConnectError("the environment's supervisor does not answer", Code.Unavailable, undefined, undefined, cause);
+
+function translate(error: unknown): unknown {
+  for (let cause = error; cause instanceof Error; cause = cause.cause) {
+    if (UNREACHABLE.has(errnoOf(cause) ?? "")) return unavailable(error);
+  }
+  return error;
+}
+
+async function* translated<T>(messages: AsyncIterable<T>): AsyncIterable<T> {
+  try {
+    yield* messages;
+  } catch (error) {
+    throw translate(error);
+  }
+}
+
+// The socket lies where the environment's user may write: a link to another program's socket must not be followed.
+function checkSocket(path: string, uid: number | undefined): void {
+  const found = lstatSync(path, { throwIfNoEntry: false });
+  if (!found?.isSocket() || (uid !== undefined && found.uid !== uid)) throw unavailable();
+}
+
+function guarded(path: string, uid: number | undefined): Interceptor {
+  return (next) => async (request) => {
+    checkSocket(path, uid);
+    try {
+      const response = await next(request);
+      return response.stream ? { ...response, message: translated(response.message) } : response;
+    } catch (error) {
+      throw translate(error);
+    }
+  };
+}
+
+function control(socketPath: string, method: string, path: string, body: string, timeoutMs: number): Promise<string> {
+  return new Promise((resolve, reject) => {
+    const signal = AbortSignal.timeout(timeoutMs);
+    const call = httpRequest({ socketPath, method, path, agent: false, signal, host: "supervisor" }, (response) => {
+      let text = "";
+      response.setEncoding("utf8");
+      response.on("data", (chunk: string) => {
+        text += chunk;
+        if (text.length > MAX_STATE_BYTES) call.destroy(new Error("answer too long"));
+      });
+      response.once("error", (error) => reject(unavailable(error)));
+      response.once("end", () => {
+        if ((response.statusCode ?? 500) < 300) resolve(text);
+        else reject(new ConnectError(`supervisor answered ${response.statusCode}`, Code.InvalidArgument));
+      });
+    });
+    call.once("error", (error) => reject(unavailable(error)));
+    call.end(body);
+  });
+}
+
+function parseState(text: string): SupervisorState {
+  const value: unknown = JSON.parse(text);
+  if (typeof value !== "object" || value === null) throw unavailable();
+  const state = value as Record<keyof SupervisorState, unknown>;
+  const { pid, startTime, version, environmentId, workspaceFolder, runningExecs } = state;
+  const wellFormed =
+    [pid, startTime, runningExecs].every(Number.isSafeInteger) &&
+    [version, environmentId, workspaceFolder].every((text) => typeof text === "string");
+  if (!wellFormed) throw unavailable();
+  return { ...(value as SupervisorState), activity: parseActivity(state.activity) };
+}
+
+function parseActivity(value: unknown): SupervisorState["activity"] {
+  if (typeof value !== "object" || value === null) return undefined;
+  const { source, at } = value as Record<string, unknown>;
+  const time = new Date(String(at));
+  if ((source !== "Ops API" && source !== "Terminal") || Number.isNaN(time.getTime())) return undefined;
+  return { source, at: time };
+}
+
+/** Reaches a supervisor over its socket; with `uid`, only a socket of that user counts. Opens nothing by itself. */
+export function connectSupervisor(socketPath: string, { uid }: { uid?: number } = {}): SupervisorClient {
+  const transport = createConnectTransport({
+    baseUrl: "http://supervisor",
+    httpVersion: "1.1",
+    // One connection per call: a pooled one would fail once after each restart of the supervisor.
+    nodeOptions: { socketPath, agent: false },
+    interceptors: [guarded(socketPath, uid)],
+    acceptCompression: [],
+    readMaxBytes: MAX_RESPONSE_BYTES,
+    writeMaxBytes: MAX_REQUEST_BYTES,
+  });
+  return Object.assign(createClient(EnvironmentOpsService, transport), {
+    async health(timeoutMs = CONTROL_TIMEOUT_MS) {
+      checkSocket(socketPath, uid);
+      return parseState(await control(socketPath, "GET", "/healthz", "", timeoutMs));
+    },
+    async setWorkspaceFolder(path: string) {
+      checkSocket(socketPath, uid);
+      await control(socketPath, "PUT", "/workspace-folder", path, CONTROL_TIMEOUT_MS);
+    },
+  });
+}

@@ -1,0 +1,118 @@
+import { rmSync, statSync } from "node:fs";
+import { createServer } from "node:http";
+import { join } from "node:path";
+import { connectNodeAdapter, type NodeHandlerFn } from "@connectrpc/connect-node";
+import { ActivityTracker } from "./activity.ts";
+import { readSupervisorConfig, type SupervisorConfig, SupervisorConfigError } from "./config.ts";
+import { Execs } from "./exec.ts";
+import { ExecJournal } from "./exec-journal.ts";
+import { BoundedLog } from "./log.ts";
+import { createOpsRoutes } from "./ops.ts";
+import { controlHandler } from "./private-http.ts";
+import { dropPrivileges } from "./privileges.ts";
+import { ProcessEnvironment } from "./process-environment.ts";
+import { readProcess, terminateSession } from "./processes.ts";
+import { liveSupervisor, writeSupervisorRecord } from "./record.ts";
+import { listenExclusively, SocketInUseError } from "./socket.ts";
+
+// Serves the operations of one environment and owns the processes it starts, independent of the runner that started
+// it: a runner may die and find it again. Everything is loaded before the privileges are dropped, since neither this
+// program nor node need to be readable for the environment's user afterwards.
+
+const SHUTDOWN_LIMIT_MS = 20_000;
+const ANSWER_MS = 2000;
+const PRUNE_MS = 60 * 60 * 1000;
+
+/** As root, the file that names the user to become must not be in that user's hands. */
+function trustedConfig(path: string | undefined): SupervisorConfig {
+  if (path === undefined) throw new SupervisorConfigError("usage: main.ts <configuration file>");
+  const config = readSupervisorConfig(path);
+  if (process.getuid?.() !== 0) return config;
+  const { uid, mode } = statSync(path);
+  if (uid !== 0 || (mode & 0o022) !== 0) throw new SupervisorConfigError("configuration must belong to root alone");
+  return config;
+}
+
+async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
+  const { root, socketPath, version } = config;
+  const activity = new ActivityTracker();
+  const environment = new ProcessEnvironment(config);
+  const journal = new ExecJournal(join(root, "run", "exec"));
+  const execs = new Execs(journal, () => environment.read());
+  let { workspaceFolder } = config;
+  const startTime = readProcess(process.pid)?.startTime ?? 0;
+
+  const routes = createOpsRoutes({
+    workspaceFolder: () => workspaceFolder,
+    environment: () => environment.read(),
+    execs,
+    activity,
+    unforeseen: (error) => log.write("error", "call failed", { error: String(error) }),
+  });
+  const fallback: NodeHandlerFn = controlHandler({
+    health: () => ({
+      pid: process.pid,
+      startTime,
+      version,
+      environmentId: config.environmentId,
+      workspaceFolder,
+      runningExecs: execs.runningCount,
+      activity: activity.last(),
+    }),
+    setWorkspaceFolder: (path) => {
+      workspaceFolder = path;
+    },
+  });
+  const server = createServer(
+    { requestTimeout: 60_000 },
+    connectNodeAdapter({ routes, fallback, grpc: false, grpcWeb: false }),
+  );
+  server.maxConnections = 1000;
+  // Only the one that serves may touch the journal.
+  await listenExclusively(server, socketPath);
+  const orphans = journal.open();
+  for (const orphan of orphans) void terminateSession(orphan);
+  writeSupervisorRecord(root, { pid: process.pid, startTime, version });
+  setInterval(() => journal.prune(), PRUNE_MS).unref();
+  log.write("info", "serving", { pid: process.pid, version, orphans: orphans.length });
+
+  const stop = async () => {
+    setTimeout(() => process.exit(0), SHUTDOWN_LIMIT_MS).unref();
+    await execs.stopAll();
+    setTimeout(() => server.closeAllConnections(), ANSWER_MS).unref();
+    await new Promise((resolve) => server.close(resolve));
+    if (liveSupervisor(root)?.pid === process.pid) rmSync(join(root, "run", "supervisor.json"), { force: true });
+    log.write("info", "stopped");
+    process.exit(0);
+  };
+  process.once("SIGTERM", () => void stop());
+  process.on("SIGTERM", () => undefined);
+}
+
+function exitCodeOf(error: unknown): number {
+  if (error instanceof SupervisorConfigError) return 2;
+  return error instanceof SocketInUseError ? 3 : 1;
+}
+
+let log: BoundedLog | undefined;
+function fail(error: unknown): never {
+  log?.write("error", "failed", { error: error instanceof Error ? error.stack : String(error) });
+  process.stderr.write(`supervisor: ${error instanceof Error ? error.message : error}\n`);
+  process.exit(exitCodeOf(error));
+}
+
+process.on("uncaughtException", fail);
+process.on("unhandledRejection", fail);
+process.on("SIGHUP", () => undefined);
+try {
+  const config = trustedConfig(process.argv[2]);
+  process.umask(0o022);
+  process.chdir("/");
+  dropPrivileges(config);
+  log = new BoundedLog(join(config.root, "logs", "supervisor.log"));
+  await serve(config, log);
+  // Tells the one who started it; nothing else is ever written there.
+  process.stdout.write("ready\n");
+} catch (error) {
+  fail(error);
+}

@@ -1,0 +1,90 @@
+import type { ConnectRouter } from "@connectrpc/connect";
+import { EnvironmentOpsService } from "../../../gen/supervisor/v1/environmentopts_pb.js";
+import { type MethodName, withPending } from "../../pending.ts";
+import type { ActivityTracker } from "./activity.ts";
+import { opsErrors, withDeadline } from "./errors.ts";
+import type { Execs } from "./exec.ts";
+import { MAX_FILE_BYTES, readFile, resolvePath, writeFile } from "./files.ts";
+import { find } from "./find.ts";
+import { gate } from "./gate.ts";
+import { gitStatus } from "./git-status.ts";
+
+/** Largest request message: a file at its limit plus the other fields. */
+export const MAX_REQUEST_BYTES = MAX_FILE_BYTES + 1024 * 1024;
+/** Largest answer: two output streams of 8 MiB in which every byte became a three-byte replacement character. */
+export const MAX_RESPONSE_BYTES = 64 * 1024 * 1024;
+const FILE_DEADLINE_MS = 60_000;
+
+/** What the RPCs of one environment work with. */
+export interface OpsDeps {
+  workspaceFolder(): string;
+  /** Variables for processes, read anew at each call. */
+  environment(): Record<string, string>;
+  execs: Execs;
+  activity: ActivityTracker;
+  /** Errors nobody foresaw; the caller only sees INTERNAL. */
+  unforeseen(error: unknown): void;
+}
+
+const pending = [
+  "getGitDiff",
+  "getFileDiffContent",
+  "getGitDiffFiles",
+  "getDefaultBranch",
+  "createTerminal",
+  "readTerminal",
+  "writeTerminal",
+  "resizeTerminal",
+  "closeTerminal",
+  "listTerminals",
+  "attachTerminal",
+  "watch",
+  "listTerminalProfiles",
+] as const satisfies readonly MethodName<typeof EnvironmentOpsService>[];
+
+/** Serves EnvironmentOpsService with the rights of the process it runs in. */
+export function createOpsRoutes(deps: OpsDeps): (router: ConnectRouter) => void {
+  const { execs, activity } = deps;
+  const heavy = gate(4, 64);
+  const absolute = (path: string) => resolvePath(deps.workspaceFolder(), path);
+  const service = withPending(EnvironmentOpsService, pending, {
+    async exec(request) {
+      const directory = request.workingDirectory === "" ? deps.workspaceFolder() : absolute(request.workingDirectory);
+      return await activity.during("Ops API", execs.exec(request, directory));
+    },
+    cancelExec({ operationId }) {
+      activity.onActivity("Ops API");
+      execs.cancel(operationId);
+      return {};
+    },
+    async readFile(request) {
+      return await withDeadline(readFile(request, absolute(request.path)), FILE_DEADLINE_MS, "ReadFile");
+    },
+    async writeFile(request) {
+      activity.onActivity("Ops API");
+      await withDeadline(writeFile(request, absolute(request.path)), FILE_DEADLINE_MS, "WriteFile");
+      return { bytesWritten: BigInt(request.content.length) };
+    },
+    async find(request) {
+      const start = absolute(request.path);
+      return await withDeadline(
+        heavy(() => find(request, start)),
+        FILE_DEADLINE_MS,
+        "Find",
+      );
+    },
+    async getGitStatus() {
+      return { status: await heavy(() => gitStatus({ directory: deps.workspaceFolder(), env: deps.environment() })) };
+    },
+    // WATCH belongs here once Watch is served.
+    listCapabilities: () => ({ capabilities: [] }),
+  });
+  const options = {
+    grpc: false,
+    grpcWeb: false,
+    interceptors: [opsErrors(deps.unforeseen)],
+    readMaxBytes: MAX_REQUEST_BYTES,
+    writeMaxBytes: MAX_RESPONSE_BYTES,
+  };
+  return (router) => void router.service(EnvironmentOpsService, service, options);
+}

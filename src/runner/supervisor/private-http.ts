@@ -1,0 +1,46 @@
+import { isAbsolute } from "node:path";
+import type { NodeHandlerFn } from "@connectrpc/connect-node";
+import type { LastActivity } from "./activity.ts";
+
+/** What a supervisor tells about itself. */
+export interface SupervisorState {
+  pid: number;
+  /** Clock ticks since boot, field 22 of `/proc/<pid>/stat`. */
+  startTime: number;
+  version: string;
+  environmentId: string;
+  workspaceFolder: string;
+  runningExecs: number;
+  /** Latest use through the operations; "now" while a command runs. */
+  activity?: LastActivity;
+}
+
+const MAX_BODY_BYTES = 8192;
+
+/**
+ * For the runner only, on the supervisor's socket: `GET /healthz` answers SupervisorState as JSON,
+ * `PUT /workspace-folder` takes the absolute path of the primary checkout as its body.
+ */
+export function controlHandler(supervisor: {
+  health(): SupervisorState;
+  setWorkspaceFolder(path: string): void;
+}): NodeHandlerFn {
+  return (request, response) => {
+    const answer = (status: number, body = "") => {
+      response.writeHead(status, { "content-type": "application/json" });
+      response.end(body);
+    };
+    if (request.method === "GET" && request.url === "/healthz") return answer(200, JSON.stringify(supervisor.health()));
+    if (request.method !== "PUT" || request.url !== "/workspace-folder") return answer(404);
+    let body = "";
+    request.setEncoding("utf8");
+    request.on("data", (chunk: string) => {
+      body = (body + chunk).slice(0, MAX_BODY_BYTES + 1);
+    });
+    request.once("end", () => {
+      if (body.length > MAX_BODY_BYTES || !isAbsolute(body) || body.includes("\0")) return answer(400);
+      supervisor.setWorkspaceFolder(body);
+      answer(204);
+    });
+  };
+}

@@ -1,0 +1,43 @@
+import { join } from "node:path";
+import { readSmallFile, type SupervisorConfig } from "./config.ts";
+
+const MAX_ENV_FILE_BYTES = 1024 * 1024;
+const PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/** The variables of every process of the environment; nothing of the supervisor's own environment is among them. */
+export class ProcessEnvironment {
+  readonly #config: SupervisorConfig;
+  #fromFile: Record<string, string> = {};
+
+  constructor(config: SupervisorConfig) {
+    this.#config = config;
+  }
+
+  /** Reads the file anew, since secrets change while the environment runs; an unreadable one leaves the last values. */
+  read(): Record<string, string> {
+    try {
+      this.#fromFile = variables(JSON.parse(readSmallFile(this.#config.envFile, MAX_ENV_FILE_BYTES)));
+    } catch {
+      // The file may be missing for a moment or be broken from inside; processes must still start.
+    }
+    const { environmentId, root, userName, shell } = this.#config;
+    return {
+      HOME: join(root, "home"),
+      USER: userName,
+      LOGNAME: userName,
+      SHELL: shell,
+      PATH,
+      LANG: "C.UTF-8",
+      ...this.#fromFile,
+      BERTH_ENVIRONMENT_ID: environmentId,
+      GITPOD_ENVIRONMENT_ID: environmentId,
+    };
+  }
+}
+
+function variables(value: unknown): Record<string, string> {
+  if (typeof value !== "object" || value === null) return {};
+  const isVariable = (entry: [string, unknown]): entry is [string, string] =>
+    /^[^=\0]+$/.test(entry[0]) && typeof entry[1] === "string" && !entry[1].includes("\0");
+  return Object.fromEntries(Object.entries(value).filter(isVariable));
+}

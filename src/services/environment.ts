@@ -1,0 +1,498 @@
+import { create } from "@bufbuild/protobuf";
+import { durationMs } from "@bufbuild/protobuf/wkt";
+import type { ServiceImpl } from "@connectrpc/connect";
+import { CountResponseRelation, CountResponseSchema } from "../../gen/gitpod/v1/count_pb.js";
+import {
+  AdmissionLevel,
+  type CreateEnvironmentRequest,
+  EnvironmentPhase,
+  EnvironmentService,
+  type EnvironmentSpec,
+  EnvironmentSpecSchema,
+  type ListEnvironmentsRequest,
+} from "../../gen/gitpod/v1/environment_pb.js";
+import { ResourceType } from "../../gen/gitpod/v1/event_pb.js";
+import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
+import type { OrganizationPolicies } from "../../gen/gitpod/v1/organization_pb.js";
+import { RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
+import { type App, actorOf, newTokenText, transact } from "../app.ts";
+import {
+  environmentMessage,
+  goalProblems,
+  newEnvironment,
+  requiredKernelControls,
+  specProblems,
+  strengthened,
+  type ViewerRelation,
+  visibleEnvironment,
+  weakenedPolicies,
+} from "../domain/environment.ts";
+import { denied, notFound, precondition, Refusal, refuseProblems } from "../domain/errors.ts";
+import {
+  isLockedDown,
+  markActive,
+  requestArchive,
+  requestDelete,
+  requestStart,
+  requestStop,
+  requestUnarchive,
+  type Transition,
+} from "../domain/lifecycle.ts";
+import { closePage, openPage } from "../domain/pages.ts";
+import { policyRefusal } from "../domain/policies.ts";
+import type { Caller } from "../domain/principal.ts";
+import { isConnected } from "../domain/runner.ts";
+import { TokenKind } from "../domain/tokens.ts";
+import { withPending } from "../pending.ts";
+import { principal } from "../rpc/authenticate.ts";
+import { initializerProblems, repositoryName } from "../scm/initializer.ts";
+import type { Tx } from "../store/db.ts";
+import { getClass, type StoredClass } from "../store/environment-classes.ts";
+import {
+  advanceEnvironment,
+  countEnvironments,
+  countForQuota,
+  countRunningOnRunner,
+  getEnvironment,
+  insertEnvironment,
+  listEnvironments,
+  listPosition,
+  ownsSession,
+  type StoredEnvironment,
+} from "../store/environments.ts";
+import { readPolicies } from "../store/organizations.ts";
+import { recordAccess } from "../store/record.ts";
+import { getOwnRunner, getRunner, type StoredRunner } from "../store/runners.ts";
+import { insertToken } from "../store/tokens.ts";
+import { listEnvironmentClasses } from "./environment-classes.ts";
+
+const ACCESS_MS = 60 * 60_000;
+const COUNT_CAP = 1000;
+const NAME_SUFFIX_BYTES = 3;
+
+const quotaApplies = (caller: Caller) => caller.principal === Principal.USER;
+
+function viewer(caller: Caller, { relation }: StoredEnvironment): ViewerRelation {
+  if (relation.self) return "self";
+  if (relation.runner) return "runner";
+  if (relation.owner) return "owner";
+  if (caller.orgAdmin) return "org_admin";
+  return relation.user ? "user" : "viewer";
+}
+
+const shown = (caller: Caller, state: StoredEnvironment) =>
+  visibleEnvironment(environmentMessage(state.id, state), viewer(caller, state));
+
+function allow(allowed: boolean, action: string): void {
+  if (!allowed) throw denied(`you may see this environment, but not ${action} it`);
+}
+
+// What a new environment has to respect, in the order in which a caller is told.
+
+function checkSource(caller: Caller, policies: OrganizationPolicies, spec: EnvironmentSpec | undefined): void {
+  if (caller.orgAdmin) return;
+  if (policies.membersRequireProjects) {
+    throw policyRefusal("permission_denied", "members_require_projects", "environments must be created from a project");
+  }
+  if (policies.disableFromScratch && !spec?.content?.initializer?.specs.length) {
+    throw policyRefusal("permission_denied", "disable_from_scratch", "environments must be created from a repository");
+  }
+}
+
+function checkClass(stored: StoredClass): void {
+  if (!stored.message.enabled) throw precondition("the environment class is disabled");
+  if (!stored.uses) throw denied("creating environments on this runner needs the role user on it");
+}
+
+function checkRunner(runner: { kind: RunnerKind; phase: StoredRunner["phase"] }, localRunners: boolean): void {
+  if (runner.kind === RunnerKind.LOCAL && !localRunners) {
+    throw policyRefusal(
+      "failed_precondition",
+      "allow_local_runners",
+      "local runners are switched off in this organization",
+    );
+  }
+  if (!isConnected(runner.phase)) throw precondition("runner is not connected");
+}
+
+const ADMISSION_ORDER = [
+  AdmissionLevel.UNSPECIFIED,
+  AdmissionLevel.OWNER_ONLY,
+  AdmissionLevel.CREATOR_ONLY,
+  AdmissionLevel.ORGANIZATION,
+  AdmissionLevel.EVERYONE,
+];
+const ADMISSION_RANK = new Map(ADMISSION_ORDER.map((level, rank) => [level, rank]));
+const rank = (level: AdmissionLevel) => ADMISSION_RANK.get(level) ?? 0;
+
+function checkPolicies(policies: OrganizationPolicies, spec: EnvironmentSpec): void {
+  const longest = policies.maximumEnvironmentTimeout ? durationMs(policies.maximumEnvironmentTimeout) : 0;
+  const wanted = spec.timeout?.disconnected && durationMs(spec.timeout.disconnected);
+  if (longest > 0 && wanted !== undefined && (wanted <= 0 || wanted > longest)) {
+    throw policyRefusal(
+      "failed_precondition",
+      "maximum_environment_timeout",
+      `the timeout must be between 1 and ${longest / 1000} seconds`,
+    );
+  }
+  if (spec.ports.length && policies.portSharingDisabled) {
+    throw policyRefusal(
+      "failed_precondition",
+      "port_sharing_disabled",
+      "sharing ports is switched off in this organization",
+    );
+  }
+  const cap = policies.maxPortAdmissionLevel;
+  if (cap !== AdmissionLevel.UNSPECIFIED && spec.ports.some((port) => rank(port.admission) > rank(cap))) {
+    throw policyRefusal(
+      "failed_precondition",
+      "max_port_admission_level",
+      "the admission of a port is wider than the organization allows",
+    );
+  }
+  const [weakened] = spec.kernelControlsConfig
+    ? weakenedPolicies(spec.kernelControlsConfig, requiredKernelControls(policies))
+    : [];
+  if (weakened)
+    throw policyRefusal(
+      "failed_precondition",
+      weakened,
+      "the kernel controls are weaker than the organization asks for",
+    );
+}
+
+async function checkQuotas(
+  tx: Tx,
+  caller: { id: string; organizationId: string; limited: boolean },
+  policies: OrganizationPolicies,
+  isNew: boolean,
+): Promise<void> {
+  const { total, running } = await countForQuota(tx, caller.organizationId, caller.id);
+  const most = Number(policies.maximumEnvironmentsPerUser);
+  const mostRunning = Number(policies.maximumRunningEnvironmentsPerUser);
+  if (caller.limited && isNew && most > 0 && total >= most) {
+    throw policyRefusal(
+      "resource_exhausted",
+      "maximum_environments_per_user",
+      `you have ${total} of at most ${most} environments`,
+    );
+  }
+  if (caller.limited && mostRunning > 0 && running >= mostRunning) {
+    throw policyRefusal(
+      "resource_exhausted",
+      "maximum_running_environments_per_user",
+      `you have ${running} of at most ${mostRunning} running environments`,
+    );
+  }
+}
+
+async function checkCapacity(tx: Tx, runnerId: string, maxEnvironments: number | undefined): Promise<void> {
+  if (maxEnvironments === undefined) return;
+  const running = await countRunningOnRunner(tx, runnerId);
+  if (running >= maxEnvironments)
+    throw new Refusal("resource_exhausted", `the runner runs ${running} of at most ${maxEnvironments} environments`);
+}
+
+async function createEnvironment(app: App, caller: Caller, request: CreateEnvironmentRequest) {
+  const { policies, localRunners } = await readPolicies(app.db.point, caller.organizationId);
+  checkSource(caller, policies, request.spec);
+  refuseProblems(goalProblems(request.spec));
+  const spec = request.spec ?? create(EnvironmentSpecSchema);
+  const stored = await getClass(app.db.point, caller, spec.machine?.class ?? "");
+  checkClass(stored);
+  const schemes = app.config.scm.schemes;
+  const problems = initializerProblems(spec.content?.initializer, { schemes, field: "spec.content.initializer" });
+  refuseProblems([...problems, ...specProblems(spec, request.annotations)]);
+  if (request.sessionId && !(await ownsSession(app.db.point, caller, request.sessionId))) {
+    throw notFound("session", request.sessionId);
+  }
+  checkRunner({ kind: stored.runnerKind, phase: stored.runnerPhase }, localRunners);
+  if (!stored.fits) throw precondition("the environment class no longer fits the configuration of its runner");
+  checkPolicies(policies, spec);
+
+  const now = app.now();
+  const id = app.newId();
+  const [primary] = spec.content?.initializer?.specs ?? [];
+  const state = newEnvironment({
+    id,
+    spec,
+    name: request.name ?? "",
+    annotations: request.annotations,
+    nameSuffix: Buffer.from(app.random(NAME_SUFFIX_BYTES)).toString("hex"),
+    repositoryName: repositoryName(primary),
+    sessionId: request.sessionId || app.newId(),
+    sessions: { machine: app.newId(), content: app.newId(), devcontainer: app.newId(), automationsFile: app.newId() },
+    creator: caller,
+    environmentClass: stored.message,
+    projectId: "",
+    secrets: [],
+    defaults: {
+      dotfilesRepository: "",
+      devcontainerImage: policies.defaultEnvironmentImage,
+      kernelControls: requiredKernelControls(policies),
+      maximumLifetimeMs: policies.maximumEnvironmentLifetime ? durationMs(policies.maximumEnvironmentLifetime) : 0,
+    },
+    now,
+  });
+  const environment: StoredEnvironment = {
+    ...state,
+    organizationId: caller.organizationId,
+    reportEpoch: 0,
+    reportSeq: 0,
+    relation: { owner: true, user: false, self: false, runner: false },
+  };
+  await transact(app, async (tx, touched) => {
+    await checkQuotas(
+      tx,
+      { id: caller.id, organizationId: caller.organizationId, limited: quotaApplies(caller) },
+      policies,
+      true,
+    );
+    await checkCapacity(tx, stored.message.runnerId, stored.maxEnvironments);
+    await insertEnvironment(tx, environment, actorOf(caller), app.newId(), now);
+    touched(stored.message.runnerId);
+  });
+  return shown(caller, environment);
+}
+
+/** Applies a transition that a caller asked for to an environment that the transaction holds locked. */
+async function apply(
+  app: App,
+  tx: Tx,
+  caller: Caller,
+  stored: StoredEnvironment,
+  transition: Transition,
+  action?: string,
+): Promise<void> {
+  if (transition.kind === "refused") throw precondition(transition.reason);
+  if (transition.kind === "noop") return;
+  await advanceEnvironment(tx, stored, transition.next, {
+    actor: actorOf(caller),
+    auditId: app.newId(),
+    action,
+    at: app.now(),
+  });
+}
+
+async function startEnvironment(app: App, caller: Caller, id: string): Promise<void> {
+  const { policies, localRunners } = await readPolicies(app.db.point, caller.organizationId);
+  await transact(app, async (tx, touched) => {
+    const stored = await getEnvironment(tx, caller, id, true);
+    allow(stored.relation.owner, "start");
+    const { runnerId } = stored.metadata;
+    const runner = await findRunner(tx, caller, runnerId);
+    if (!runner.uses) throw denied("starting this environment needs the role user on its runner");
+    const kernelControls = strengthened(stored.spec.kernelControlsConfig, requiredKernelControls(policies));
+    const start = requestStart(stored, { machineSession: app.newId(), secrets: [], kernelControls }, app.now());
+    if (start.kind === "changed") {
+      refuseLockedDown(stored, policies.maximumEnvironmentLifetimeStrict, app.now());
+      checkRunner(runner, localRunners);
+      const creator = stored.metadata.creator;
+      const limited = creator?.principal === Principal.USER;
+      await checkQuotas(tx, { id: creator?.id ?? "", organizationId: stored.organizationId, limited }, policies, false);
+      await checkCapacity(tx, runnerId, runner.maxEnvironments);
+    }
+    touched(runnerId);
+    await apply(app, tx, caller, stored, start, "Environment started");
+  });
+}
+
+/** The runner of an environment with the caller's rights on it; one that the caller cannot see gives none. */
+async function findRunner(tx: Tx, caller: Caller, runnerId: string): Promise<StoredRunner> {
+  return getRunner(tx, caller, runnerId).catch((error: unknown) => {
+    if (error instanceof Refusal && error.kind === "not_found") return getOwnRunner(tx, runnerId);
+    throw error;
+  });
+}
+
+function refuseLockedDown(stored: StoredEnvironment, strict: boolean, now: Date): void {
+  if (!isLockedDown(stored, strict, now)) return;
+  throw policyRefusal(
+    "failed_precondition",
+    "maximum_environment_lifetime_strict",
+    "the lifetime of this environment is over",
+  );
+}
+
+/** A request that needs a right, a rule of the state machine, and nothing else. */
+async function request(
+  app: App,
+  caller: Caller,
+  id: string,
+  allowed: (stored: StoredEnvironment) => boolean,
+  verb: string,
+  move: (stored: StoredEnvironment) => Transition,
+  action?: string,
+): Promise<Record<string, never>> {
+  await transact(app, async (tx, touched) => {
+    const stored = await getEnvironment(tx, caller, id, true);
+    allow(allowed(stored), verb);
+    await apply(app, tx, caller, stored, move(stored), action);
+    touched(stored.metadata.runnerId);
+  });
+  return {};
+}
+
+async function unarchiveEnvironment(app: App, caller: Caller, id: string): Promise<void> {
+  const { policies } = await readPolicies(app.db.point, caller.organizationId);
+  await transact(app, async (tx) => {
+    const stored = await getEnvironment(tx, caller, id, true);
+    allow(stored.relation.owner || caller.orgAdmin, "unarchive");
+    const creator = stored.metadata.creator;
+    if (stored.metadata.archivedAt && creator?.principal === Principal.USER) {
+      const { total } = await countForQuota(tx, stored.organizationId, creator.id);
+      const most = Number(policies.maximumEnvironmentsPerUser);
+      if (most > 0 && total >= most) {
+        throw policyRefusal(
+          "resource_exhausted",
+          "maximum_environments_per_user",
+          `the creator has ${total} of at most ${most} environments`,
+        );
+      }
+    }
+    await apply(app, tx, caller, stored, requestUnarchive(stored, app.now()), "Environment unarchived");
+  });
+}
+
+/** A token that the runner's endpoints accept for one environment, for an hour. */
+async function issueToken(app: App, caller: Caller, id: string, kind: TokenKind, what: string): Promise<string> {
+  const text = newTokenText(app, kind);
+  const at = app.now();
+  await transact(app, async (tx) => {
+    const stored = await getEnvironment(tx, caller, id, true);
+    allow(stored.relation.owner || stored.relation.user || stored.relation.self, "enter");
+    const closed = [
+      EnvironmentPhase.DELETED,
+      ...(kind === TokenKind.ENVIRONMENT_ACCESS ? [EnvironmentPhase.DELETING] : []),
+    ];
+    if (closed.includes(stored.status.phase)) throw precondition("the environment is deleted or being deleted");
+    await insertToken(tx, {
+      id: app.newId(),
+      text,
+      kind,
+      organizationId: stored.organizationId,
+      subjectId: caller.id,
+      subjectPrincipal: caller.principal,
+      environmentId: id,
+      createdAt: at,
+      expiresAt: new Date(at.getTime() + ACCESS_MS),
+    });
+    await recordAccess(tx, {
+      id: app.newId(),
+      organizationId: stored.organizationId,
+      actor: actorOf(caller),
+      subjectId: id,
+      subjectType: ResourceType.ENVIRONMENT,
+      action: `${what} issued`,
+      at,
+    });
+  });
+  return text;
+}
+
+async function list(app: App, caller: Caller, req: ListEnvironmentsRequest) {
+  const page = openPage(req.pagination, ["environments", caller.id, req.filter, req.sort]);
+  const wantsCount = req.count?.include === true && !page.after;
+  const [rows, total] = await Promise.all([
+    listEnvironments(app.db.list, caller, req, page),
+    wantsCount ? countEnvironments(app.db.list, caller, req.filter, COUNT_CAP + 1) : undefined,
+  ]);
+  const { items, nextToken } = closePage(page, rows, (state) => listPosition(req.sort, state));
+  const count =
+    total === undefined
+      ? undefined
+      : create(CountResponseSchema, {
+          value: Math.min(total, COUNT_CAP),
+          relation: total > COUNT_CAP ? CountResponseRelation.GTE : CountResponseRelation.EQ,
+        });
+  return { environments: items.map((state) => shown(caller, state)), pagination: { nextToken }, count };
+}
+
+/** EnvironmentService, as far as it is built. */
+export function environmentService(app: App): ServiceImpl<typeof EnvironmentService> {
+  return withPending(
+    EnvironmentService,
+    ["createEnvironmentFromProject", "updateEnvironment", "createPortAccessToken", "allowPortAccess"],
+    {
+      async getEnvironment(req, context) {
+        const caller = principal(context);
+        return { environment: shown(caller, await getEnvironment(app.db.point, caller, req.environmentId)) };
+      },
+      listEnvironments: (req, context) => list(app, principal(context), req),
+      listEnvironmentClasses: (req, context) => listEnvironmentClasses(app, principal(context), req),
+      async createEnvironment(req, context) {
+        return { environment: await createEnvironment(app, principal(context), req) };
+      },
+      async startEnvironment(req, context) {
+        await startEnvironment(app, principal(context), req.environmentId);
+        return {};
+      },
+      stopEnvironment(req, context) {
+        const caller = principal(context);
+        const may = ({ relation }: StoredEnvironment) => relation.owner || relation.self || caller.orgAdmin;
+        return request(
+          app,
+          caller,
+          req.environmentId,
+          may,
+          "stop",
+          (state) => requestStop(state, app.now()),
+          "Environment stop requested",
+        );
+      },
+      archiveEnvironment(req, context) {
+        const caller = principal(context);
+        const may = ({ relation }: StoredEnvironment) => relation.owner || caller.orgAdmin;
+        return request(
+          app,
+          caller,
+          req.environmentId,
+          may,
+          "archive",
+          (state) => requestArchive(state, app.now()),
+          "Environment archived",
+        );
+      },
+      async unarchiveEnvironment(req, context) {
+        await unarchiveEnvironment(app, principal(context), req.environmentId);
+        return {};
+      },
+      deleteEnvironment(req, context) {
+        const caller = principal(context);
+        const may = ({ relation }: StoredEnvironment) => relation.owner || caller.orgAdmin;
+        const action = req.force ? "Environment deleted by force" : "Environment deletion requested";
+        return request(
+          app,
+          caller,
+          req.environmentId,
+          may,
+          "delete",
+          (state) => requestDelete(state, req.force, app.now()),
+          action,
+        );
+      },
+      markEnvironmentActive(req, context) {
+        const may = ({ relation }: StoredEnvironment) => relation.owner || relation.user || relation.self;
+        return request(app, principal(context), req.environmentId, may, "use", (state) =>
+          markActive(state, req.activitySignal, app.now()),
+        );
+      },
+      async createEnvironmentLogsToken(req, context) {
+        return {
+          accessToken: await issueToken(app, principal(context), req.environmentId, TokenKind.LOGS, "Logs token"),
+        };
+      },
+      async createEnvironmentAccessToken(req, context) {
+        return {
+          accessToken: await issueToken(
+            app,
+            principal(context),
+            req.environmentId,
+            TokenKind.ENVIRONMENT_ACCESS,
+            "Access token",
+          ),
+        };
+      },
+    },
+  );
+}

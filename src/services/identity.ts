@@ -1,0 +1,90 @@
+import { timestampFromDate } from "@bufbuild/protobuf/wkt";
+import type { ServiceImpl } from "@connectrpc/connect";
+import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
+import { IdentityService, Principal } from "../../gen/gitpod/v1/identity_pb.js";
+import { RunnerPhase } from "../../gen/gitpod/v1/runner_pb.js";
+import { type App, newTokenText, transact } from "../app.ts";
+import { invalid, Refusal } from "../domain/errors.ts";
+import { ACCESS_TOKEN_MS, acceptStatus } from "../domain/runner.ts";
+import { TokenKind } from "../domain/tokens.ts";
+import { withPending } from "../pending.ts";
+import { principal } from "../rpc/authenticate.ts";
+import type { Tx } from "../store/db.ts";
+import { record, recordAccess } from "../store/record.ts";
+import { getOwnRunner, type StoredRunner, setRunnerStatus } from "../store/runners.ts";
+import { insertToken, redeemExchangeToken } from "../store/tokens.ts";
+
+// Every feature is on in a self-hosted installation.
+const TIER = "enterprise";
+
+/** CREATED means never signed up; the first exchange is the sign-up. */
+async function signUp(app: App, tx: Tx, runner: StoredRunner, at: Date): Promise<void> {
+  if (runner.phase !== RunnerPhase.CREATED) return;
+  const status = acceptStatus(runner.status, RunnerPhase.INACTIVE, timestampFromDate(at));
+  await setRunnerStatus(tx, { runnerId: runner.id, status, leaseMs: "keep", contact: false });
+  await record(tx, {
+    organizationId: runner.organizationId,
+    resourceType: ResourceType.RUNNER,
+    resourceId: runner.id,
+    operation: ResourceOperation.UPDATE_STATUS,
+    runnerId: runner.id,
+    creatorId: runner.creatorId,
+    at,
+    audit: {
+      id: app.newId(),
+      actor: { id: runner.id, principal: Principal.RUNNER, tokenId: null },
+      action: "Runner signed up",
+    },
+  });
+}
+
+async function exchange(app: App, exchangeToken: string): Promise<string> {
+  const text = newTokenText(app, TokenKind.RUNNER_ACCESS);
+  const at = app.now();
+  await transact(app, async (tx, touched) => {
+    const runnerId = await redeemExchangeToken(tx, exchangeToken, at);
+    if (!runnerId) throw new Refusal("unauthenticated", "the exchange token is not valid");
+    const runner = await getOwnRunner(tx, runnerId, true);
+    const id = app.newId();
+    await insertToken(tx, {
+      id,
+      text,
+      kind: TokenKind.RUNNER_ACCESS,
+      organizationId: runner.organizationId,
+      subjectId: runner.id,
+      subjectPrincipal: Principal.RUNNER,
+      createdAt: at,
+      expiresAt: new Date(at.getTime() + ACCESS_TOKEN_MS),
+    });
+    await signUp(app, tx, runner, at);
+    await recordAccess(tx, {
+      id: app.newId(),
+      organizationId: runner.organizationId,
+      actor: { id: runner.id, principal: Principal.RUNNER, tokenId: id },
+      subjectId: runner.id,
+      subjectType: ResourceType.RUNNER,
+      action: "Runner access token issued",
+      at,
+    });
+    touched(runner.id);
+  });
+  return text;
+}
+
+/** IdentityService, as far as it is built. */
+export function identityService(app: App): ServiceImpl<typeof IdentityService> {
+  return withPending(IdentityService, ["getIDToken"], {
+    async exchangeToken(request) {
+      if (!request.exchangeToken) throw invalid({ field: "exchange_token", message: "is required" });
+      return { accessToken: await exchange(app, request.exchangeToken) };
+    },
+    async getAuthenticatedIdentity(_request, context) {
+      const caller = principal(context);
+      return {
+        subject: { id: caller.id, principal: caller.principal },
+        organizationId: caller.organizationId,
+        organizationTier: TIER,
+      };
+    },
+  });
+}

@@ -1,0 +1,545 @@
+import { create } from "@bufbuild/protobuf";
+import { durationFromMs, timestampFromDate } from "@bufbuild/protobuf/wkt";
+import type { ServiceImpl } from "@connectrpc/connect";
+import {
+  BookmarkSchema,
+  type Call,
+  type CreateEnvironmentTokenRequest,
+  type DeregisterRequest,
+  DesiredEnvironmentSchema,
+  Directive,
+  type EnvironmentReport,
+  type HeartbeatRequest,
+  IntrospectTokenResponse_Kind as Kind,
+  ObjectKind,
+  ReportResult_Outcome as Outcome,
+  DeregisterRequest_Reason as Reason,
+  type RegisterRequest,
+  type ReportResult,
+  ReportResultSchema,
+  type RunnerControlService,
+  type WatchRequest,
+  type WatchResponse,
+  WatchResponseSchema,
+} from "../../gen/berth/runner/v1/runner_control_pb.js";
+import { EnvironmentPhase, EnvironmentStatusSchema } from "../../gen/gitpod/v1/environment_pb.js";
+import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
+import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
+import { RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
+import { RunnerPhase, type RunnerStatus, RunnerStatusSchema } from "../../gen/gitpod/v1/runner_pb.js";
+import { type App, actorOf, newTokenText, transact } from "../app.ts";
+import { environmentMessage } from "../domain/environment.ts";
+import { validateConfiguration } from "../domain/environment-class.ts";
+import { invalid, precondition, Refusal } from "../domain/errors.ts";
+import { applyReport, runnerReturned } from "../domain/lifecycle.ts";
+import type { Caller } from "../domain/principal.ts";
+import { acceptStatus, HEARTBEAT_MS, isConnected, LEASE_MS, PROTOCOL_VERSION } from "../domain/runner.ts";
+import { TokenKind } from "../domain/tokens.ts";
+import { principal } from "../rpc/authenticate.ts";
+import { completeCall, openCalls } from "../store/calls.ts";
+import type { Tx } from "../store/db.ts";
+import { classesById, refitClasses } from "../store/environment-classes.ts";
+import {
+  advanceEnvironment,
+  deletedAmongHeld,
+  environmentIdsOfRunner,
+  lockEnvironment,
+  runnerEnvironments,
+} from "../store/environments.ts";
+import { callTopic, runnerTopic } from "../store/hub.ts";
+import { readPolicies } from "../store/organizations.ts";
+import { record } from "../store/record.ts";
+import {
+  getOwnRunner,
+  markDeleted,
+  readRevisions,
+  runnerMessage,
+  type StoredRunner,
+  setRunnerStatus,
+  startLink,
+} from "../store/runners.ts";
+import { findRunnerToken, insertToken, revokeEnvironmentToken } from "../store/tokens.ts";
+
+const OLDEST_PROTOCOL_VERSION = PROTOCOL_VERSION;
+const BOOKMARK_MS = 10_000;
+const POLL_MS = 5_000;
+const SNAPSHOT_PAGE = 100;
+const REVISION_PAGE = 200;
+const CALLS_PAGE = 50;
+const LOCAL_RUNNERS_OFF = "local runners are disabled";
+
+const reportable = (phase: RunnerPhase) => isConnected(phase);
+
+/** The runner of a call, if the link that it quotes is the one in force. */
+async function ownRunner(app: App, caller: Caller, linkId: string): Promise<StoredRunner> {
+  return checkLink(await getOwnRunner(app.db.point, caller.id), linkId);
+}
+
+function checkLink(runner: StoredRunner, linkId: string): StoredRunner {
+  if (runner.linkId !== linkId) throw new Refusal("aborted", "another process has registered for this runner");
+  return runner;
+}
+
+/** What the runner says about itself, with the phase that the rules make of it. */
+async function judgedStatus(
+  app: App,
+  tx: Tx,
+  runner: StoredRunner,
+  reported: RunnerStatus | undefined,
+): Promise<RunnerStatus> {
+  const phase = reported?.phase ?? RunnerPhase.UNSPECIFIED;
+  if (!reported || !reportable(phase)) throw invalid({ field: "status.phase", message: "must be active or degraded" });
+  if (reported.publicKey.length !== 0 && reported.publicKey.length !== 32) {
+    throw invalid({ field: "status.public_key", message: "must be 32 bytes" });
+  }
+  const at = timestampFromDate(app.now());
+  if (runner.phase === RunnerPhase.DELETING) return acceptStatus(reported, RunnerPhase.DELETING, at);
+  const off = runner.kind === RunnerKind.LOCAL && !(await readPolicies(tx, runner.organizationId)).localRunners;
+  const status = acceptStatus(reported, off ? RunnerPhase.INACTIVE : phase, at);
+  if (off) status.message = LOCAL_RUNNERS_OFF;
+  return status;
+}
+
+/** Compares what people can see; the time of the last contact changes with every heartbeat. */
+function sameStatus(left: RunnerStatus, right: RunnerStatus): boolean {
+  const plain = (status: RunnerStatus) =>
+    JSON.stringify(
+      { ...status, updatedAt: undefined, publicKey: Buffer.from(status.publicKey).toString("hex") },
+      (_key, value) => (typeof value === "bigint" ? String(value) : value),
+    );
+  return plain(left) === plain(right);
+}
+
+async function recordStatus(
+  app: App,
+  tx: Tx,
+  runner: StoredRunner,
+  caller: Caller,
+  status: RunnerStatus,
+): Promise<void> {
+  if (sameStatus(runner.status, status)) return;
+  const phaseChanged = runner.phase !== status.phase;
+  await record(tx, {
+    organizationId: runner.organizationId,
+    resourceType: ResourceType.RUNNER,
+    resourceId: runner.id,
+    operation: ResourceOperation.UPDATE_STATUS,
+    creatorId: runner.creatorId,
+    runnerId: runner.id,
+    at: app.now(),
+    audit: phaseChanged
+      ? { id: app.newId(), actor: actorOf(caller), action: `Runner is ${RunnerPhase[status.phase].toLowerCase()}` }
+      : undefined,
+  });
+}
+
+async function register(app: App, caller: Caller, request: RegisterRequest) {
+  if (request.protocolVersion < OLDEST_PROTOCOL_VERSION || request.protocolVersion > PROTOCOL_VERSION) {
+    throw precondition(
+      `protocol version ${request.protocolVersion} is not supported: ${OLDEST_PROTOCOL_VERSION} to ${PROTOCOL_VERSION} are`,
+    );
+  }
+  const linkId = app.newId();
+  const { runner, epoch } = await transact(app, async (tx, touched) => {
+    const before = await getOwnRunner(tx, caller.id, true);
+    const status = await judgedStatus(app, tx, before, request.status);
+    const schema = request.configurationSchema;
+    const { maxEnvironments, localEnvironmentIds } = request;
+    const link = {
+      runner: before,
+      linkId,
+      status,
+      schema,
+      maxEnvironments,
+      localEnvironmentIds,
+      leaseMs: LEASE_MS,
+      at: app.now(),
+    };
+    const started = await startLink(tx, link);
+    if (schema) await refitClasses(tx, before.id, (each) => !validateConfiguration(schema, each.configuration).length);
+    await recordStatus(app, tx, before, caller, status);
+    touched(before.id);
+    return { runner: await getOwnRunner(tx, caller.id), epoch: started.epoch };
+  });
+  await welcomeBack(app, runner.id);
+  return {
+    linkId,
+    epoch: BigInt(epoch),
+    heartbeatInterval: durationFromMs(HEARTBEAT_MS),
+    lease: durationFromMs(LEASE_MS),
+    runner: runnerMessage(runner),
+    controlPlaneId: app.controlPlaneId,
+  };
+}
+
+/** Takes the warning off the environments of a runner that can be reached again. */
+async function welcomeBack(app: App, runnerId: string): Promise<void> {
+  for (const id of await environmentIdsOfRunner(app.db.list, runnerId)) {
+    await transact(app, async (tx) => {
+      const stored = await lockEnvironment(tx, id);
+      const returned = stored && runnerReturned(stored, app.now());
+      if (!stored || returned?.kind !== "changed") return;
+      const by = {
+        actor: { id: runnerId, principal: Principal.RUNNER, tokenId: null },
+        auditId: app.newId(),
+        at: app.now(),
+      };
+      await advanceEnvironment(tx, stored, returned.next, by);
+    });
+  }
+}
+
+async function heartbeat(app: App, caller: Caller, request: HeartbeatRequest) {
+  const { runner, leaseExpiresAt, wasLost } = await transact(app, async (tx) => {
+    const before = checkLink(await getOwnRunner(tx, caller.id, true), request.linkId);
+    const status = await judgedStatus(app, tx, before, request.status);
+    const lease = await setRunnerStatus(tx, { runnerId: before.id, status, leaseMs: LEASE_MS, contact: true });
+    await recordStatus(app, tx, before, caller, status);
+    return { runner: before, leaseExpiresAt: lease, wasLost: before.phase === RunnerPhase.INACTIVE };
+  });
+  if (wasLost) await welcomeBack(app, runner.id);
+  return {
+    leaseExpiresAt: leaseExpiresAt ? timestampFromDate(leaseExpiresAt) : undefined,
+    headRevision: BigInt(runner.headRevision),
+    directive: directiveOf(runner),
+  };
+}
+
+const directiveOf = (runner: StoredRunner) =>
+  runner.phase === RunnerPhase.DELETING ? Directive.SHUTDOWN : Directive.UNSPECIFIED;
+
+// The watch stream.
+
+type Step = WatchResponse["event"];
+const step = (event: Step): WatchResponse => create(WatchResponseSchema, { event });
+
+/** Environments as their runner should realise them, each with its class. */
+async function upserts(
+  app: App,
+  runnerId: string,
+  ids: readonly string[] | undefined,
+  after: string,
+  revisionOf: (id: string) => number,
+) {
+  const environments = await runnerEnvironments(app.db.list, runnerId, ids, after, SNAPSHOT_PAGE);
+  const classes = await classesById(
+    app.db.list,
+    environments.map((each) => each.spec.machine?.class ?? ""),
+  );
+  const messages = environments.map((each) =>
+    step({
+      case: "upsert",
+      value: {
+        $typeName: "berth.runner.v1.Upsert",
+        revision: BigInt(revisionOf(each.id)),
+        object: {
+          case: "environment",
+          value: create(DesiredEnvironmentSchema, {
+            environment: environmentMessage(each.id, each),
+            environmentClass: classes.get(each.spec.machine?.class ?? ""),
+          }),
+        },
+      },
+    }),
+  );
+  return { messages, ids: environments.map((each) => each.id) };
+}
+
+function runnerUpsert(runner: StoredRunner, revision: number): WatchResponse {
+  const object = { case: "runner" as const, value: runnerMessage(runner) };
+  return step({ case: "upsert", value: { $typeName: "berth.runner.v1.Upsert", revision: BigInt(revision), object } });
+}
+
+function removal(id: string, revision: number): WatchResponse {
+  const value = {
+    $typeName: "berth.runner.v1.Remove" as const,
+    revision: BigInt(revision),
+    kind: ObjectKind.ENVIRONMENT,
+    id,
+  };
+  return step({ case: "remove", value });
+}
+
+/** Everything the runner should have. The head is read first: what changes meanwhile comes again as a delta. */
+async function* snapshot(app: App, runner: StoredRunner): AsyncGenerator<WatchResponse> {
+  const revision = BigInt(runner.headRevision);
+  yield step({
+    case: "snapshotBegin",
+    value: { $typeName: "berth.runner.v1.SnapshotBegin", revision, controlPlaneId: app.controlPlaneId },
+  });
+  yield runnerUpsert(runner, 0);
+  for (let after = ""; ; ) {
+    const page = await upserts(app, runner.id, undefined, after, () => 0);
+    yield* page.messages;
+    if (page.ids.length < SNAPSHOT_PAGE) break;
+    after = page.ids.at(-1) ?? after;
+  }
+  for (const id of await deletedAmongHeld(app.db.list, runner.id)) yield removal(id, 0);
+  yield step({ case: "snapshotEnd", value: { $typeName: "berth.runner.v1.SnapshotEnd", revision } });
+}
+
+/** Objects that changed after a revision, as they are now; undefined when the log no longer reaches back that far. */
+async function deltas(
+  app: App,
+  runner: StoredRunner,
+  after: number,
+): Promise<{ messages: WatchResponse[]; revision: number; more: boolean } | undefined> {
+  const read = await readRevisions(app.db.point, runner.id, after, REVISION_PAGE);
+  if (!read) return undefined;
+  const newest = new Map(read.revisions.map((each) => [`${each.kind} ${each.objectId}`, each]));
+  const changes = [...newest.values()].sort((left, right) => left.revision - right.revision);
+  const ids = changes.filter((each) => each.kind === ObjectKind.ENVIRONMENT).map((each) => each.objectId);
+  const revisions = new Map(changes.map((each) => [each.objectId, each.revision]));
+  const messages: { revision: number; message: WatchResponse }[] = [];
+  const living = new Set<string>();
+  for (let from = 0; from < ids.length; from += SNAPSHOT_PAGE) {
+    const page = await upserts(
+      app,
+      runner.id,
+      ids.slice(from, from + SNAPSHOT_PAGE),
+      "",
+      (id) => revisions.get(id) ?? 0,
+    );
+    page.messages.forEach((message, index) => {
+      const id = page.ids[index] ?? "";
+      living.add(id);
+      messages.push({ revision: revisions.get(id) ?? 0, message });
+    });
+  }
+  for (const { kind, objectId, revision } of changes) {
+    if (kind === ObjectKind.RUNNER)
+      messages.push({ revision, message: runnerUpsert(await getOwnRunner(app.db.point, runner.id), revision) });
+    else if (!living.has(objectId)) messages.push({ revision, message: removal(objectId, revision) });
+  }
+  messages.sort((left, right) => left.revision - right.revision);
+  return {
+    messages: messages.map((each) => each.message),
+    revision: read.revisions.at(-1)?.revision ?? after,
+    more: read.revisions.length === REVISION_PAGE,
+  };
+}
+
+/** A latch that remembers a wake-up which comes while nobody waits. */
+function latch(subscribe: (wake: () => void) => () => void) {
+  let woken = false;
+  let release: () => void = () => undefined;
+  const leave = subscribe(() => {
+    woken = true;
+    release();
+  });
+  return {
+    leave,
+    async wait(ms: number, signal: AbortSignal) {
+      if (!woken && !signal.aborted) {
+        const { promise, resolve } = Promise.withResolvers<void>();
+        release = resolve;
+        const timer = setTimeout(resolve, ms);
+        signal.addEventListener("abort", () => resolve(), { once: true });
+        await promise;
+        clearTimeout(timer);
+      }
+      woken = false;
+    },
+  };
+}
+
+async function* watch(
+  app: App,
+  caller: Caller,
+  request: WatchRequest,
+  signal: AbortSignal,
+): AsyncGenerator<WatchResponse> {
+  const news = latch((wake) => app.hub.on(runnerTopic(caller.id), wake));
+  const until = AbortSignal.any([signal, app.draining]);
+  const sentCalls = new Set<string>();
+  try {
+    let runner = await ownRunner(app, caller, request.linkId);
+    let revision = Number(request.resumeRevision);
+    let bookmarkAt = 0;
+    let told = Directive.UNSPECIFIED;
+    for (;;) {
+      const changes = revision === 0 ? undefined : await deltas(app, runner, revision);
+      if (changes) {
+        yield* changes.messages;
+        revision = changes.revision;
+      } else {
+        yield* snapshot(app, runner);
+        revision = Math.max(runner.headRevision, 1);
+      }
+      if (directiveOf(runner) !== told) {
+        told = directiveOf(runner);
+        yield step({ case: "directive", value: told });
+      }
+      yield* unsent(await openCalls(app.db.point, runner.id, app.now(), CALLS_PAGE), sentCalls);
+      if (!changes?.more) {
+        if (Date.now() - bookmarkAt >= BOOKMARK_MS) {
+          yield step({ case: "bookmark", value: create(BookmarkSchema, { revision: BigInt(revision) }) });
+          bookmarkAt = Date.now();
+        }
+        await news.wait(POLL_MS, until);
+      }
+      if (signal.aborted) return;
+      if (app.draining.aborted) throw new Refusal("unavailable", "the server is shutting down");
+      runner = await ownRunner(app, caller, request.linkId);
+    }
+  } finally {
+    news.leave();
+  }
+}
+
+function* unsent(calls: readonly Call[], sent: Set<string>): Generator<WatchResponse> {
+  for (const call of calls) {
+    if (sent.has(call.callId)) continue;
+    sent.add(call.callId);
+    yield step({ case: "call", value: call });
+  }
+  for (const id of sent) if (!calls.some((call) => call.callId === id)) sent.delete(id);
+}
+
+// Reports.
+
+async function reportEnvironment(
+  app: App,
+  caller: Caller,
+  epoch: number,
+  report: EnvironmentReport,
+): Promise<ReportResult> {
+  const answer = (outcome: Outcome, state?: { status: { statusVersion: bigint }; spec: { specVersion: bigint } }) =>
+    create(ReportResultSchema, {
+      environmentId: report.environmentId,
+      outcome,
+      statusVersion: state?.status.statusVersion,
+      specVersion: state?.spec.specVersion,
+    });
+  return transact(app, async (tx, touched) => {
+    const stored = await lockEnvironment(tx, report.environmentId);
+    if (!stored || stored.metadata.runnerId !== caller.id || stored.status.phase === EnvironmentPhase.DELETED) {
+      return answer(Outcome.NOT_ASSIGNED);
+    }
+    const seq = Number(report.seq);
+    const older = epoch < stored.reportEpoch || (epoch === stored.reportEpoch && seq <= stored.reportSeq);
+    if (older) return answer(Outcome.STALE, stored);
+    const { result, next } = applyReport(stored, report.status ?? create(EnvironmentStatusSchema), app.now());
+    if (result === "not_assigned") return answer(Outcome.NOT_ASSIGNED);
+    if (result === "rejected") return answer(Outcome.REJECTED, stored);
+    const by = { actor: actorOf(caller), auditId: app.newId(), at: app.now() };
+    await advanceEnvironment(tx, stored, { ...next, reportEpoch: epoch, reportSeq: seq }, by);
+    if (next.changed.spec || next.status.phase === EnvironmentPhase.DELETED) touched(caller.id);
+    return answer(Outcome.OK, next);
+  });
+}
+
+async function reportEnvironments(
+  app: App,
+  caller: Caller,
+  linkId: string,
+  items: readonly EnvironmentReport[],
+): Promise<ReportResult[]> {
+  const { epoch } = await ownRunner(app, caller, linkId);
+  const results: ReportResult[] = [];
+  for (const item of items) results.push(await reportEnvironment(app, caller, epoch, item));
+  return results;
+}
+
+async function createEnvironmentToken(
+  app: App,
+  caller: Caller,
+  request: CreateEnvironmentTokenRequest,
+): Promise<string> {
+  const text = newTokenText(app, TokenKind.ENVIRONMENT);
+  await transact(app, async (tx) => {
+    const stored = await lockEnvironment(tx, request.environmentId);
+    if (!stored || stored.metadata.runnerId !== caller.id)
+      throw new Refusal("not_found", "the environment is not assigned to this runner");
+    const current = stored.spec.machine?.session === request.machineSession;
+    if (!current || stored.spec.desiredPhase !== EnvironmentPhase.RUNNING)
+      throw precondition("this start of the environment is over");
+    await revokeEnvironmentToken(tx, stored.id);
+    await insertToken(tx, {
+      id: app.newId(),
+      text,
+      kind: TokenKind.ENVIRONMENT,
+      organizationId: stored.organizationId,
+      subjectId: stored.id,
+      subjectPrincipal: Principal.ENVIRONMENT,
+      environmentId: stored.id,
+      createdAt: app.now(),
+    });
+  });
+  return text;
+}
+
+const KINDS: Partial<Record<TokenKind, Kind>> = {
+  [TokenKind.ENVIRONMENT]: Kind.ENVIRONMENT,
+  [TokenKind.ENVIRONMENT_ACCESS]: Kind.ENVIRONMENT_ACCESS,
+  [TokenKind.PORT_ACCESS]: Kind.PORT_ACCESS,
+};
+
+async function introspect(app: App, caller: Caller, text: string) {
+  const found = await findRunnerToken(app.db.point, caller.id, text, app.now());
+  if (!found) return { active: false };
+  const kind =
+    found.kind === TokenKind.LOGS
+      ? found.environmentId
+        ? Kind.ENVIRONMENT_LOGS
+        : Kind.RUNNER_LOGS
+      : KINDS[found.kind];
+  return {
+    active: kind !== undefined,
+    kind,
+    environmentId: found.environmentId,
+    port: found.port,
+    subject: { id: found.subjectId, principal: found.subjectPrincipal },
+    expiresAt: found.expiresAt && timestampFromDate(found.expiresAt),
+  };
+}
+
+async function deregister(app: App, caller: Caller, request: DeregisterRequest): Promise<void> {
+  await transact(app, async (tx, touched) => {
+    const runner = checkLink(await getOwnRunner(tx, caller.id, true), request.linkId);
+    touched(runner.id);
+    if (request.reason === Reason.DELETED && runner.phase === RunnerPhase.DELETING) {
+      await record(tx, {
+        organizationId: runner.organizationId,
+        resourceType: ResourceType.RUNNER,
+        resourceId: runner.id,
+        operation: ResourceOperation.DELETE,
+        creatorId: runner.creatorId,
+        runnerId: runner.id,
+        at: app.now(),
+        audit: { id: app.newId(), actor: actorOf(caller), action: "Runner deleted" },
+      });
+      await markDeleted(tx, runner.id, app.now());
+      return;
+    }
+    const phase = runner.phase === RunnerPhase.DELETING ? RunnerPhase.DELETING : RunnerPhase.INACTIVE;
+    const status = create(RunnerStatusSchema, { ...runner.status, phase, message: "the runner process has stopped" });
+    await setRunnerStatus(tx, { runnerId: runner.id, status, leaseMs: 0, contact: true });
+    await recordStatus(app, tx, runner, caller, status);
+  });
+}
+
+/** RunnerControlService: the private protocol that runners dial in with. */
+export function runnerControlService(app: App): ServiceImpl<typeof RunnerControlService> {
+  return {
+    register: (request, context) => register(app, principal(context), request),
+    heartbeat: (request, context) => heartbeat(app, principal(context), request),
+    watch: (request, context) => watch(app, principal(context), request, context.signal),
+    async reportEnvironments(request, context) {
+      return { results: await reportEnvironments(app, principal(context), request.linkId, request.items) };
+    },
+    async createEnvironmentToken(request, context) {
+      return { token: await createEnvironmentToken(app, principal(context), request) };
+    },
+    introspectToken: (request, context) => introspect(app, principal(context), request.token),
+    async completeCall(request, context) {
+      await completeCall(app.db.write, principal(context).id, request, app.now());
+      app.hub.wake(callTopic(request.callId));
+      return {};
+    },
+    async deregister(request, context) {
+      await deregister(app, principal(context), request);
+      return {};
+    },
+  };
+}

@@ -1,0 +1,63 @@
+import { AdmissionLevel } from "../../gen/gitpod/v1/environment_pb.js";
+import { ResourceType } from "../../gen/gitpod/v1/event_pb.js";
+import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
+import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
+import { RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
+import type { Caller } from "../domain/principal.ts";
+import type { Fragment, Sql, Tx } from "./db.ts";
+
+/**
+ * Visibility as SQL. Every query over organization data ands one of these conditions, so that what a caller may not
+ * see is simply not there. The conditions name the table by its alias.
+ */
+/** Resource ids on which one of the caller's groups holds one of the roles. */
+export function sharedWith(
+  sql: Sql | Tx,
+  caller: Caller,
+  type: ResourceType,
+  roles: readonly ResourceRole[],
+): Fragment {
+  return sql`(
+    select share.resource_id from group_members member
+    join role_assignments share on share.group_id = member.group_id
+    where member.member_id = ${caller.id} and share.resource_type = ${type} and share.resource_role = any(${roles as number[]})
+  )`;
+}
+
+const RUNNER_ROLES = [ResourceRole.RUNNER_ADMIN, ResourceRole.RUNNER_USER];
+const ENVIRONMENT_ROLES = [
+  ResourceRole.ENVIRONMENT_ADMIN,
+  ResourceRole.ENVIRONMENT_USER,
+  ResourceRole.ENVIRONMENT_VIEWER,
+];
+
+/** Condition: holds ADMIN on runner `r`. */
+export function administersRunner(sql: Sql | Tx, caller: Caller): Fragment {
+  if (caller.orgAdmin || caller.runnersAdmin) return sql`true`;
+  return sql`(r.creator_id = ${caller.id} or r.id in ${sharedWith(sql, caller, ResourceType.RUNNER, [ResourceRole.RUNNER_ADMIN])})`;
+}
+
+/** Condition: may create environments on runner `r`. */
+export function usesRunner(sql: Sql | Tx, caller: Caller): Fragment {
+  if (caller.orgAdmin || caller.runnersAdmin) return sql`true`;
+  return sql`(r.creator_id = ${caller.id} or r.id in ${sharedWith(sql, caller, ResourceType.RUNNER, RUNNER_ROLES)})`;
+}
+
+/** Condition: may read runner `r`, which must not be deleted. */
+export function readsRunner(sql: Sql | Tx, caller: Caller): Fragment {
+  const here = sql`r.organization_id = ${caller.organizationId} and r.deleted_at is null`;
+  if (caller.principal === Principal.RUNNER) return sql`(${here} and r.id = ${caller.id})`;
+  if (caller.principal === Principal.ENVIRONMENT) return sql`(${here} and r.id = ${caller.runnerId})`;
+  return sql`(${here} and (r.kind = ${RunnerKind.LOCAL_CONFIGURATION} or ${usesRunner(sql, caller)}))`;
+}
+
+/** Condition: may read environment `e`. */
+export function readsEnvironment(sql: Sql | Tx, caller: Caller): Fragment {
+  const here = sql`e.organization_id = ${caller.organizationId}`;
+  if (caller.principal === Principal.RUNNER) return sql`(${here} and e.runner_id = ${caller.id})`;
+  if (caller.principal === Principal.ENVIRONMENT) return sql`(${here} and e.id = ${caller.id})`;
+  if (caller.orgAdmin || caller.environmentsReader) return here;
+  return sql`(${here} and (e.creator_id = ${caller.id}
+    or e.admission = any(${[AdmissionLevel.ORGANIZATION, AdmissionLevel.EVERYONE] as number[]})
+    or e.id in ${sharedWith(sql, caller, ResourceType.ENVIRONMENT, ENVIRONMENT_ROLES)}))`;
+}

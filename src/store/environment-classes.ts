@@ -1,0 +1,137 @@
+import { fromBinary, toBinary } from "@bufbuild/protobuf";
+import {
+  type EnvironmentClass,
+  EnvironmentClassSchema,
+  type ListEnvironmentClassesRequest_Filter,
+  RunnerKind,
+} from "../../gen/gitpod/v1/runner_configuration_pb.js";
+import { RunnerPhase } from "../../gen/gitpod/v1/runner_pb.js";
+import { notFound } from "../domain/errors.ts";
+import type { Page } from "../domain/pages.ts";
+import type { Caller } from "../domain/principal.ts";
+import { administersRunner, readsRunner, usesRunner } from "./access.ts";
+import type { Fragment, Sql, Tx } from "./db.ts";
+import { type Change, recorded } from "./record.ts";
+
+/** A class with what its runner and the caller's roles allow. */
+export interface StoredClass {
+  message: EnvironmentClass;
+  organizationId: string;
+  /** The configuration satisfies the runner's schema. */
+  fits: boolean;
+  administers: boolean;
+  uses: boolean;
+  runnerPhase: RunnerPhase;
+  runnerKind: RunnerKind;
+  maxEnvironments?: number;
+}
+
+interface ClassRow {
+  message: Uint8Array;
+  organization_id: string;
+  fits: boolean;
+  administers: boolean;
+  uses: boolean;
+  runner_phase: RunnerPhase;
+  runner_kind: RunnerKind;
+  max_environments: number | null;
+}
+
+const columns = (
+  sql: Sql | Tx,
+  caller: Caller,
+) => sql`c.message, c.organization_id, c.fits, r.phase as runner_phase, r.kind as runner_kind,
+  r.max_environments, ${administersRunner(sql, caller)} as administers, ${usesRunner(sql, caller)} as uses`;
+
+function toClass(row: ClassRow): StoredClass {
+  return {
+    message: fromBinary(EnvironmentClassSchema, row.message),
+    organizationId: row.organization_id,
+    fits: row.fits,
+    administers: row.administers,
+    uses: row.uses,
+    runnerPhase: row.runner_phase,
+    runnerKind: row.runner_kind,
+    maxEnvironments: row.max_environments ?? undefined,
+  };
+}
+
+export async function insertClass(
+  sql: Sql | Tx,
+  input: { message: EnvironmentClass; organizationId: string; fits: boolean },
+  change: Change,
+): Promise<void> {
+  const { message } = input;
+  await sql`
+    with ${recorded(sql, change)}
+    insert into environment_classes (id, organization_id, runner_id, enabled, fits, message)
+    values (${message.id}, ${input.organizationId}, ${message.runnerId}, ${message.enabled}, ${input.fits},
+      ${toBinary(EnvironmentClassSchema, message)})`;
+}
+
+export async function updateClass(tx: Tx, message: EnvironmentClass): Promise<void> {
+  await tx`update environment_classes set enabled = ${message.enabled}, message = ${toBinary(EnvironmentClassSchema, message)}
+    where id = ${message.id}`;
+}
+
+/** A class on a runner that the caller may read; NOT_FOUND otherwise. */
+export async function getClass(sql: Sql | Tx, caller: Caller, id: string, lock = false): Promise<StoredClass> {
+  const [row] = await sql<ClassRow[]>`
+    select ${columns(sql, caller)} from environment_classes c join runners r on r.id = c.runner_id
+    where c.id = ${id} and ${readsRunner(sql, caller)} ${lock ? sql`for update of c` : sql``}`;
+  if (!row) throw notFound("environment class", id);
+  return toClass(row);
+}
+
+/** Condition: a new environment of class `c` could be created on runner `r` by the caller right now. */
+function canCreate(sql: Sql | Tx, caller: Caller, localRunners: boolean): Fragment {
+  const connected = [RunnerPhase.ACTIVE, RunnerPhase.DEGRADED] as number[];
+  const switchedOn = localRunners ? sql`true` : sql`r.kind <> ${RunnerKind.LOCAL}`;
+  return sql`(c.enabled and c.fits and ${usesRunner(sql, caller)} and r.phase = any(${connected}) and ${switchedOn})`;
+}
+
+/** Classes of the runners that the caller may read, newest first, one more than the page holds. */
+export async function listClasses(
+  sql: Sql,
+  caller: Caller,
+  filter: ListEnvironmentClassesRequest_Filter | undefined,
+  localRunners: boolean,
+  page: Page,
+): Promise<EnvironmentClass[]> {
+  const conditions: Fragment[] = [sql`c.organization_id = ${caller.organizationId}`, readsRunner(sql, caller)];
+  if (filter?.enabled !== undefined) conditions.push(sql`c.enabled = ${filter.enabled}`);
+  if (filter?.runnerIds.length) conditions.push(sql`c.runner_id = any(${filter.runnerIds})`);
+  if (filter?.runnerKinds.length) conditions.push(sql`r.kind = any(${filter.runnerKinds as number[]})`);
+  if (filter?.runnerProviders.length) conditions.push(sql`r.provider = any(${filter.runnerProviders as number[]})`);
+  if (filter?.canCreateEnvironments !== undefined) {
+    conditions.push(sql`${canCreate(sql, caller, localRunners)} = ${filter.canCreateEnvironments}`);
+  }
+  if (page.after) conditions.push(sql`c.id < ${page.after}`);
+  const where = conditions.reduce((all, each) => sql`${all} and ${each}`);
+  const rows = await sql<{ message: Uint8Array }[]>`
+    select c.message from environment_classes c join runners r on r.id = c.runner_id
+    where ${where} order by c.id desc limit ${page.limit + 1}`;
+  return rows.map((row) => fromBinary(EnvironmentClassSchema, row.message));
+}
+
+/** Notes which classes of a runner satisfy a schema that it has just published. */
+export async function refitClasses(
+  tx: Tx,
+  runnerId: string,
+  fits: (message: EnvironmentClass) => boolean,
+): Promise<void> {
+  const rows = await tx<{ id: string; fits: boolean; message: Uint8Array }[]>`
+    select id, fits, message from environment_classes where runner_id = ${runnerId} for update`;
+  for (const row of rows) {
+    const now = fits(fromBinary(EnvironmentClassSchema, row.message));
+    if (now !== row.fits) await tx`update environment_classes set fits = ${now} where id = ${row.id}`;
+  }
+}
+
+/** Classes by id, for the runner that they lie on. */
+export async function classesById(sql: Sql, ids: readonly string[]): Promise<Map<string, EnvironmentClass>> {
+  if (!ids.length) return new Map();
+  const rows = await sql<{ id: string; message: Uint8Array }[]>`
+    select id, message from environment_classes where id = any(${[...new Set(ids)]})`;
+  return new Map(rows.map((row) => [row.id, fromBinary(EnvironmentClassSchema, row.message)]));
+}

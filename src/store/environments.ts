@@ -1,0 +1,471 @@
+import { fromBinary, fromJsonString, toBinary, toJsonString } from "@bufbuild/protobuf";
+import { timestampDate } from "@bufbuild/protobuf/wkt";
+import { ObjectKind } from "../../gen/berth/runner/v1/runner_control_pb.js";
+import {
+  AdmissionLevel,
+  ListEnvironmentsRequest_ArchivalStatus as ArchivalStatus,
+  EnvironmentMetadataSchema,
+  EnvironmentPhase,
+  EnvironmentRole,
+  EnvironmentSpecSchema,
+  EnvironmentStatus_EnvironmentURLsSchema,
+  EnvironmentStatusSchema,
+  type ListEnvironmentsRequest,
+  ListEnvironmentsRequest_SortField as SortField,
+} from "../../gen/gitpod/v1/environment_pb.js";
+import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
+import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
+import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
+import { SortOrder } from "../../gen/gitpod/v1/pagination_pb.js";
+import { notFound } from "../domain/errors.ts";
+import { type EnvironmentFacts, type EnvironmentState, nextDeadline, tombstoneEnd } from "../domain/lifecycle.ts";
+import type { Page } from "../domain/pages.ts";
+import type { Caller } from "../domain/principal.ts";
+import { readsEnvironment, sharedWith } from "./access.ts";
+import type { Fragment, Sql, Tx } from "./db.ts";
+import { type Actor, recorded } from "./record.ts";
+
+/** An environment with the facts that are not on the wire and what the caller is to it. */
+export interface StoredEnvironment extends EnvironmentState {
+  id: string;
+  organizationId: string;
+  /** Highest report accepted so far. */
+  reportEpoch: number;
+  reportSeq: number;
+  relation: Relation;
+}
+
+/** What a caller is to an environment; the rights of each are in domain/access.ts. */
+export interface Relation {
+  /** Creator, or ENVIRONMENT_ADMIN through a share. */
+  owner: boolean;
+  /** ENVIRONMENT_USER through a share, or through the admission of the environment. */
+  user: boolean;
+  /** The environment itself, by its own token. */
+  self: boolean;
+  /** The runner that it lies on. */
+  runner: boolean;
+}
+
+interface EnvironmentRow {
+  id: string;
+  organization_id: string;
+  metadata: Uint8Array;
+  spec: Uint8Array;
+  status: Uint8Array;
+  facts: string;
+  report_epoch: number;
+  report_seq: number;
+  owner: boolean;
+  e_user: boolean;
+}
+
+const DATES = [
+  "firstRunningAt",
+  "runningSince",
+  "stoppedAt",
+  "unarchivedAt",
+  "phaseSince",
+  "lastActivityAt",
+  "signalWrittenAt",
+  "runnerUnreachableSince",
+  "runnerBackSince",
+] as const satisfies (keyof EnvironmentFacts)[];
+
+function encodeFacts(facts: EnvironmentFacts): string {
+  const urls = facts.reportedUrls && toJsonString(EnvironmentStatus_EnvironmentURLsSchema, facts.reportedUrls);
+  return JSON.stringify({ ...facts, reportedUrls: urls });
+}
+
+function decodeFacts(text: string): EnvironmentFacts {
+  const facts = JSON.parse(text);
+  for (const name of DATES) facts[name] = facts[name] && new Date(facts[name]);
+  if (facts.reportedUrls)
+    facts.reportedUrls = fromJsonString(EnvironmentStatus_EnvironmentURLsSchema, facts.reportedUrls);
+  return facts;
+}
+
+/** When a sweep has to look at an environment again. */
+const nextDueAt = (state: EnvironmentState) => nextDeadline(state) ?? tombstoneEnd(state);
+
+const columns = (sql: Sql | Tx) =>
+  sql`e.id, e.organization_id, e.metadata, e.spec, e.status, e.facts, e.report_epoch, e.report_seq`;
+
+const NOBODY: Relation = { owner: false, user: false, self: false, runner: false };
+const OPEN_TO_MEMBERS = [AdmissionLevel.ORGANIZATION, AdmissionLevel.EVERYONE] as number[];
+
+function relations(sql: Sql | Tx, caller: Caller): Fragment {
+  const shared = (role: ResourceRole) => sql`e.id in ${sharedWith(sql, caller, ResourceType.ENVIRONMENT, [role])}`;
+  return sql`(e.creator_id = ${caller.id} or ${shared(ResourceRole.ENVIRONMENT_ADMIN)}) as owner,
+    (e.admission = any(${OPEN_TO_MEMBERS}) or ${shared(ResourceRole.ENVIRONMENT_USER)}) as e_user`;
+}
+
+function toEnvironment(row: EnvironmentRow, relation: Relation): StoredEnvironment {
+  return {
+    id: row.id,
+    organizationId: row.organization_id,
+    metadata: fromBinary(EnvironmentMetadataSchema, row.metadata),
+    spec: fromBinary(EnvironmentSpecSchema, row.spec),
+    status: fromBinary(EnvironmentStatusSchema, row.status),
+    facts: decodeFacts(row.facts),
+    reportEpoch: row.report_epoch,
+    reportSeq: row.report_seq,
+    relation,
+  };
+}
+
+function relationOf(row: EnvironmentRow, caller: Caller): Relation {
+  const person = caller.principal === Principal.USER || caller.principal === Principal.SERVICE_ACCOUNT;
+  return {
+    owner: person && row.owner,
+    user: person && row.e_user,
+    self: caller.principal === Principal.ENVIRONMENT,
+    runner: caller.principal === Principal.RUNNER,
+  };
+}
+
+/** Text that `search` looks through. */
+function searchText(id: string, { metadata, spec, status }: EnvironmentState): string {
+  const remotes = spec.content?.initializer?.specs.flatMap(({ spec: each }) => {
+    if (each.case === "git") return [each.value.remoteUri, each.value.cloneTarget];
+    return each.case === "contextUrl" ? [each.value.url] : [];
+  });
+  const git = status.content?.git;
+  const parts = [
+    id,
+    metadata.name,
+    metadata.originalContextUrl,
+    ...(remotes ?? []),
+    git?.cloneUrl ?? "",
+    git?.branch ?? "",
+  ];
+  return parts.join("\n").toLowerCase();
+}
+
+const date = (timestamp: Parameters<typeof timestampDate>[0] | undefined) => timestamp && timestampDate(timestamp);
+
+/** An environment about to be stored; quota and visibility have been checked under the locks of the transaction. */
+export async function insertEnvironment(
+  tx: Tx,
+  state: StoredEnvironment,
+  actor: Actor,
+  auditId: string,
+  at: Date,
+): Promise<void> {
+  const { id, organizationId, metadata, spec, status } = state;
+  const creator = metadata.creator;
+  const change = {
+    organizationId,
+    resourceType: ResourceType.ENVIRONMENT,
+    resourceId: id,
+    operation: ResourceOperation.CREATE,
+    creatorId: creator?.id,
+    environmentId: id,
+    runnerId: metadata.runnerId,
+    at,
+    audit: { id: auditId, actor, action: "Environment created" },
+  };
+  await tx`
+    with ${recorded(tx, change)},
+    head as (update runners set head_revision = head_revision + 1 where id = ${metadata.runnerId} returning id, head_revision),
+    revision as (
+      insert into runner_revisions (runner_id, revision, object_kind, object_id, created_at)
+      select id, head_revision, ${ObjectKind.ENVIRONMENT}, ${id}, ${at} from head
+    ),
+    session as (
+      insert into environment_sessions (id, organization_id, creator_id, creator_principal)
+      values (${metadata.sessionId}, ${organizationId}, ${creator?.id}, ${creator?.principal}) on conflict do nothing
+    )
+    insert into environments (id, organization_id, creator_id, creator_principal, runner_id, class_id, project_id, session_id, role,
+      phase, desired_phase, admission, created_at, lockdown_at, search, metadata, spec, status, facts, due_at)
+    values (${id}, ${organizationId}, ${creator?.id}, ${creator?.principal}, ${metadata.runnerId}, ${spec.machine?.class},
+      ${metadata.projectId || null}, ${metadata.sessionId}, ${metadata.role}, ${status.phase}, ${spec.desiredPhase}, ${spec.admission},
+      ${at}, ${date(metadata.lockdownAt)}, ${searchText(id, state)}, ${toBinary(EnvironmentMetadataSchema, metadata)},
+      ${toBinary(EnvironmentSpecSchema, spec)}, ${toBinary(EnvironmentStatusSchema, status)}, ${encodeFacts(state.facts)},
+      ${nextDueAt(state)})`;
+}
+
+/** How a change of an environment is told: to whom it is put down, and what to call it. */
+export interface Attribution {
+  actor: Actor;
+  /** Id of the audit entry, used if one is written. */
+  auditId: string;
+  /** Text for people; without it an entry is written only when the overall phase changes. */
+  action?: string;
+  at: Date;
+}
+
+/**
+ * Writes the next state of an environment that this transaction holds locked, with its event, its audit entry and, if
+ * the runner has to act, the runner's revision. Nothing is written when nothing changed.
+ */
+export async function advanceEnvironment(
+  tx: Tx,
+  before: StoredEnvironment,
+  next: EnvironmentState & { reportEpoch?: number; reportSeq?: number },
+  by: Attribution,
+): Promise<boolean> {
+  const { id, organizationId } = before;
+  const { metadata, spec, status } = next;
+  const specBytes = toBinary(EnvironmentSpecSchema, spec);
+  const metadataBytes = toBinary(EnvironmentMetadataSchema, metadata);
+  const specChanged = spec.specVersion !== before.spec.specVersion;
+  const metadataChanged = !same(metadataBytes, toBinary(EnvironmentMetadataSchema, before.metadata));
+  const statusChanged = status.statusVersion !== before.status.statusVersion;
+  const phaseChanged = status.phase !== before.status.phase;
+  const facts = encodeFacts(next.facts);
+  const silent = !specChanged && !metadataChanged && !statusChanged;
+  if (silent && facts === encodeFacts(before.facts)) return false;
+
+  const deleted = phaseChanged && status.phase === EnvironmentPhase.DELETED;
+  const operation = deleted
+    ? ResourceOperation.DELETE
+    : specChanged || metadataChanged
+      ? ResourceOperation.UPDATE
+      : ResourceOperation.UPDATE_STATUS;
+  const action =
+    by.action ?? (phaseChanged ? `Environment is ${EnvironmentPhase[status.phase].toLowerCase()}` : undefined);
+  const change = {
+    organizationId,
+    resourceType: ResourceType.ENVIRONMENT,
+    resourceId: id,
+    operation,
+    creatorId: metadata.creator?.id,
+    environmentId: id,
+    runnerId: metadata.runnerId,
+    at: by.at,
+    audit: action ? { id: by.auditId, actor: by.actor, action } : undefined,
+  };
+  const told = silent ? tx`quiet as (select)` : recorded(tx, change);
+  const runnerMustAct = specChanged || deleted;
+  const revision = runnerMustAct
+    ? tx`, head as (update runners set head_revision = head_revision + 1 where id = ${metadata.runnerId} returning id, head_revision),
+      revision as (
+        insert into runner_revisions (runner_id, revision, object_kind, object_id, removed, created_at)
+        select id, head_revision, ${ObjectKind.ENVIRONMENT}, ${id}, ${deleted}, ${by.at} from head
+      )`
+    : tx``;
+  const tokens = deleted
+    ? tx`, tokens_gone as (delete from tokens where environment_id = ${id} or subject_id = ${id}),
+      shares_gone as (delete from role_assignments where resource_id = ${id})`
+    : tx``;
+  await tx`
+    with ${told} ${revision} ${tokens}
+    update environments set phase = ${status.phase}, desired_phase = ${spec.desiredPhase}, admission = ${spec.admission},
+      archived_at = ${date(metadata.archivedAt)}, lockdown_at = ${date(metadata.lockdownAt)}, search = ${searchText(id, next)},
+      metadata = ${metadataBytes}, spec = ${specBytes}, status = ${toBinary(EnvironmentStatusSchema, status)}, facts = ${facts},
+      report_epoch = ${next.reportEpoch ?? before.reportEpoch}, report_seq = ${next.reportSeq ?? before.reportSeq},
+      due_at = ${nextDueAt(next)},
+      deleted_at = ${status.phase === EnvironmentPhase.DELETED ? tx`coalesce(deleted_at, ${by.at})` : tx`null`}
+    where id = ${id}`;
+  return true;
+}
+
+function same(a: Uint8Array, b: Uint8Array): boolean {
+  return Buffer.compare(a, b) === 0;
+}
+
+/** An environment that the caller may read; NOT_FOUND otherwise. `lock` keeps it still until the transaction ends. */
+export async function getEnvironment(
+  sql: Sql | Tx,
+  caller: Caller,
+  id: string,
+  lock = false,
+): Promise<StoredEnvironment> {
+  const [row] = await sql<EnvironmentRow[]>`
+    select ${columns(sql)}, ${relations(sql, caller)} from environments e
+    where e.id = ${id} and ${readsEnvironment(sql, caller)} ${lock ? sql`for update` : sql``}`;
+  if (!row) throw notFound("environment", id);
+  return toEnvironment(row, relationOf(row, caller));
+}
+
+/** An environment read for the system's own work; undefined if there is none. */
+export async function lockEnvironment(tx: Tx, id: string): Promise<StoredEnvironment | undefined> {
+  const [row] = await tx<EnvironmentRow[]>`
+    select ${columns(tx)}, false as owner, false as e_user from environments e where e.id = ${id} for update`;
+  return row && toEnvironment(row, NOBODY);
+}
+
+/** Environments of a runner by id, as the runner sees them; deleted ones are left out. */
+export async function runnerEnvironments(
+  sql: Sql,
+  runnerId: string,
+  ids: readonly string[] | undefined,
+  after: string,
+  limit: number,
+): Promise<StoredEnvironment[]> {
+  const rows = await sql<EnvironmentRow[]>`
+    select ${columns(sql)}, false as owner, false as e_user from environments e
+    where e.runner_id = ${runnerId} and e.deleted_at is null and ${ids ? sql`e.id = any(${ids as string[]})` : sql`e.id > ${after || NIL}`}
+    order by e.id limit ${limit}`;
+  return rows.map((row) => toEnvironment(row, NOBODY));
+}
+
+const NIL = "00000000-0000-0000-0000-000000000000";
+
+/** Which of the environments that a runner said it still holds are deleted. */
+export async function deletedAmongHeld(sql: Sql, runnerId: string): Promise<string[]> {
+  const rows = await sql<{ id: string }[]>`
+    select e.id from runners r join environments e on e.id = any(r.local_environment_ids)
+    where r.id = ${runnerId} and e.runner_id = r.id and e.deleted_at is not null`;
+  return rows.map((row) => row.id);
+}
+
+/** Ids of a runner's environments that are not deleted. */
+export async function environmentIdsOfRunner(sql: Sql | Tx, runnerId: string): Promise<string[]> {
+  const rows = await sql<{ id: string }[]>`
+    select id from environments where runner_id = ${runnerId} and deleted_at is null order by id`;
+  return rows.map((row) => row.id);
+}
+
+/** Environments at which a sweep has to look, locked; others that look at the same time skip them. */
+export async function claimDueEnvironments(tx: Tx, now: Date, limit: number): Promise<StoredEnvironment[]> {
+  const rows = await tx<EnvironmentRow[]>`
+    select ${columns(tx)}, false as owner, false as e_user from environments e
+    where e.due_at <= ${now} order by e.due_at limit ${limit} for update skip locked`;
+  return rows.map((row) => toEnvironment(row, NOBODY));
+}
+
+/** Puts a row off that was due but had nothing to do. */
+export async function postpone(tx: Tx, id: string, until: Date | null): Promise<void> {
+  await tx`update environments set due_at = ${until} where id = ${id}`;
+}
+
+/** The end of a tombstone. */
+export async function purgeEnvironment(tx: Tx, id: string): Promise<void> {
+  await tx`delete from environments where id = ${id}`;
+}
+
+/**
+ * Holds every other creation and start of the same person back until the transaction ends, then counts: all
+ * environments that are neither archived nor going, and those of them that want to run.
+ */
+export async function countForQuota(
+  tx: Tx,
+  organizationId: string,
+  creatorId: string,
+): Promise<{ total: number; running: number }> {
+  await tx`select pg_advisory_xact_lock(hashtextextended(${`quota ${organizationId} ${creatorId}`}, 0))`;
+  const [row] = await tx<{ total: number; running: number }[]>`
+    select count(*)::int as total, count(*) filter (where desired_phase = ${EnvironmentPhase.RUNNING})::int as running
+    from environments where organization_id = ${organizationId} and creator_id = ${creatorId} and archived_at is null
+      and role = any(${[EnvironmentRole.DEFAULT, EnvironmentRole.WORKFLOW] as number[]})
+      and desired_phase <> ${EnvironmentPhase.DELETED} and deleted_at is null`;
+  return row ?? { total: 0, running: 0 };
+}
+
+/** As `countForQuota`, for a runner: environments that want to run on it. */
+export async function countRunningOnRunner(tx: Tx, runnerId: string): Promise<number> {
+  await tx`select pg_advisory_xact_lock(hashtextextended(${`runner ${runnerId}`}, 0))`;
+  const [row] = await tx<{ count: number }[]>`
+    select count(*)::int as count from environments
+    where runner_id = ${runnerId} and desired_phase = ${EnvironmentPhase.RUNNING} and deleted_at is null`;
+  return row?.count ?? 0;
+}
+
+/** Whether a session exists and belongs to this creator. */
+export async function ownsSession(sql: Sql | Tx, caller: Caller, sessionId: string): Promise<boolean> {
+  const rows = await sql`select from environment_sessions
+    where id = ${sessionId} and organization_id = ${caller.organizationId} and creator_id = ${caller.id}`;
+  return rows.length > 0;
+}
+
+type ListFilter = ListEnvironmentsRequest["filter"];
+
+const DEFAULT_ROLES = [EnvironmentRole.DEFAULT, EnvironmentRole.WORKFLOW];
+const escapeLike = (text: string) => text.toLowerCase().replace(/[\\%_]/g, "\\$&");
+
+/** `=` for one value: `= any` with a rare value in a large organization reads the whole index. */
+function oneOf(sql: Sql, column: Fragment, values: readonly (string | number)[]): Fragment {
+  const [first] = values;
+  if (values.length === 1 && first !== undefined) return sql`${column} = ${first}`;
+  return typeof first === "number"
+    ? sql`${column} = any(${values as number[]})`
+    : sql`${column} = any(${values as string[]})`;
+}
+
+function filterConditions(sql: Sql, caller: Caller, filter: ListFilter): Fragment[] {
+  const conditions: Fragment[] = [readsEnvironment(sql, caller)];
+  const among = (column: Fragment, values: readonly (string | number)[] | undefined) => {
+    if (values?.length) conditions.push(oneOf(sql, column, values));
+  };
+  const phases = filter?.statusPhases ?? [];
+  const wantsDeleted = phases.includes(EnvironmentPhase.DELETED);
+  among(sql`e.phase`, phases);
+  if (!wantsDeleted) conditions.push(sql`e.deleted_at is null`);
+  among(sql`e.runner_id`, filter?.runnerIds);
+  among(sql`e.creator_id`, filter?.creatorIds);
+  among(sql`e.project_id`, filter?.projectIds);
+  among(sql`e.session_id`, filter?.sessionIds);
+  among(sql`e.role`, filter?.roles.length ? filter.roles : DEFAULT_ROLES);
+  if (filter?.runnerKinds.length) {
+    conditions.push(
+      sql`exists (select from runners r where r.id = e.runner_id and r.kind = any(${filter.runnerKinds as number[]}))`,
+    );
+  }
+  const archival = filter?.archivalStatus || ArchivalStatus.ACTIVE;
+  if (archival === ArchivalStatus.ARCHIVED) conditions.push(sql`e.archived_at is not null`);
+  if (archival === ArchivalStatus.ACTIVE) conditions.push(sql`(e.archived_at is null or e.deleted_at is not null)`);
+  if (filter?.createdBefore) conditions.push(sql`e.created_at < ${timestampDate(filter.createdBefore)}`);
+  if (filter?.lockdownBefore) conditions.push(sql`e.lockdown_at < ${timestampDate(filter.lockdownBefore)}`);
+  if (filter?.search) conditions.push(sql`e.search like ${`%${escapeLike(filter.search)}%`}`);
+  return conditions;
+}
+
+/** Where a page by archival time goes on: time in ms (empty for never archived) and id. */
+function archivedPosition(after: string): { at: Date | null; id: string } {
+  const [time = "", id = ""] = after.split("/");
+  return { at: time ? new Date(Number(time)) : null, id };
+}
+
+function ordering(
+  sql: Sql,
+  sort: ListEnvironmentsRequest["sort"],
+  after: string,
+): { order: Fragment; position?: Fragment } {
+  const ascending = sort?.order === SortOrder.ASC;
+  if (sort?.field !== SortField.ARCHIVED_AT) {
+    const position = after ? (ascending ? sql`e.id > ${after}` : sql`e.id < ${after}`) : undefined;
+    return { order: ascending ? sql`e.id asc` : sql`e.id desc`, position };
+  }
+  const order = ascending ? sql`e.archived_at asc nulls last, e.id asc` : sql`e.archived_at desc nulls last, e.id desc`;
+  if (!after) return { order };
+  const { at, id } = archivedPosition(after);
+  const later = ascending ? sql`e.id > ${id}` : sql`e.id < ${id}`;
+  if (!at) return { order, position: sql`(e.archived_at is null and ${later})` };
+  const beyond = ascending ? sql`e.archived_at > ${at}` : sql`e.archived_at < ${at}`;
+  return { order, position: sql`(e.archived_at is null or ${beyond} or (e.archived_at = ${at} and ${later}))` };
+}
+
+/** Position of an environment in the order that was asked for. */
+export function listPosition(sort: ListEnvironmentsRequest["sort"], state: StoredEnvironment): string {
+  if (sort?.field !== SortField.ARCHIVED_AT) return state.id;
+  return `${date(state.metadata.archivedAt)?.getTime() ?? ""}/${state.id}`;
+}
+
+const conjunction = (sql: Sql, conditions: Fragment[]) => conditions.reduce((all, each) => sql`${all} and ${each}`);
+
+/** Environments that the caller may read, one more than the page holds. */
+export async function listEnvironments(
+  sql: Sql,
+  caller: Caller,
+  request: ListEnvironmentsRequest,
+  page: Page,
+): Promise<StoredEnvironment[]> {
+  const { order, position } = ordering(sql, request.sort, page.after);
+  const conditions = filterConditions(sql, caller, request.filter);
+  if (position) conditions.push(position);
+  const rows = await sql<EnvironmentRow[]>`
+    select ${columns(sql)}, ${relations(sql, caller)} from environments e
+    where ${conjunction(sql, conditions)} order by ${order} limit ${page.limit + 1}`;
+  return rows.map((row) => toEnvironment(row, relationOf(row, caller)));
+}
+
+/** How many the filter matches, counted up to `cap`. */
+export async function countEnvironments(sql: Sql, caller: Caller, filter: ListFilter, cap: number): Promise<number> {
+  const [row] = await sql<{ count: number }[]>`
+    select count(*)::int as count from (
+      select from environments e where ${conjunction(sql, filterConditions(sql, caller, filter))} limit ${cap}
+    ) as matching`;
+  return row?.count ?? 0;
+}

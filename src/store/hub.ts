@@ -1,0 +1,218 @@
+import { setTimeout as delay } from "node:timers/promises";
+import type { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
+import type { Db, Sql } from "./db.ts";
+
+/** What somebody can wait for. */
+export const Topic = { EVENTS: "events" } as const;
+export const runnerTopic = (runnerId: string) => `runner:${runnerId}`;
+export const callTopic = (callId: string) => `call:${callId}`;
+
+/** One row of the outbox. */
+export interface OutboxEvent {
+  organizationId: string;
+  environmentId: string | null;
+  resourceType: ResourceType;
+  resourceId: string;
+  operation: ResourceOperation;
+  creatorId: string | null;
+  /** Who could read the resource before it was deleted. */
+  readers: readonly string[] | null;
+}
+
+type Listener = () => void;
+type EventListener = (events: readonly OutboxEvent[]) => void;
+
+const CHANNEL = "berth";
+const NOTIFY_DELAY_MS = 10;
+const NOTIFY_BYTES = 7_000;
+const EVERYTHING = "*";
+const POLL_MS = 1_000;
+const RETRY_MS = 500;
+const BATCH = 1_000;
+
+interface EventRow {
+  horizon: string;
+  seq: number | null;
+  organization_id: string;
+  environment_id: string | null;
+  resource_type: ResourceType;
+  resource_id: string;
+  operation: ResourceOperation;
+  creator_id: string | null;
+  readers: string[] | null;
+}
+
+/**
+ * Wakes waiters in this process and in every other one, and reads the outbox once for all streams of this process.
+ *
+ * Waking: at once inside the process; for the others one NOTIFY per few milliseconds on a connection of its own, never
+ * inside a transaction, where it would serialise every commit of the database. Notifications are hints that may be
+ * lost: a poll each second makes up for them.
+ *
+ * Reading: rows of a transaction become visible at its commit, which may be long after a later `seq` was seen. So the
+ * outbox is read in windows of transaction ids, from the last horizon up to the oldest transaction still running;
+ * everything in a window is final. Within it `seq` gives the order.
+ */
+export class EventHub {
+  readonly #db: Db;
+  readonly #origin: string;
+  readonly #onError: (error: unknown) => void;
+  readonly #listeners = new Map<string, Set<Listener>>();
+  readonly #subscribers = new Set<EventListener>();
+  readonly #pending = new Set<string>();
+  readonly #stop = new AbortController();
+  #listening?: Sql;
+  #notifyTimer?: NodeJS.Timeout;
+  #poll?: NodeJS.Timeout;
+  #horizon?: string;
+  #dispatching?: Promise<void>;
+  #again = false;
+
+  /** `origin` names this process, so that it ignores its own notifications. */
+  constructor(db: Db, origin: string, onError: (error: unknown) => void) {
+    this.#db = db;
+    this.#origin = origin;
+    this.#onError = onError;
+  }
+
+  /** Starts to listen to other processes; until then only this one is heard. */
+  async start(): Promise<void> {
+    this.#listening = this.#db.dedicated();
+    await this.#listening.listen(
+      CHANNEL,
+      (payload) => this.#heard(payload),
+      // Also after a lost connection: whatever was missed meanwhile has to be looked for.
+      () => this.#emitAll(),
+    );
+    this.#poll = setInterval(() => this.#emit(Topic.EVENTS), POLL_MS);
+    this.#poll.unref();
+  }
+
+  /** Calls `listener` whenever the topic is woken; returns how to leave. */
+  on(topic: string, listener: Listener): () => void {
+    const listeners = this.#listeners.get(topic) ?? new Set();
+    listeners.add(listener);
+    this.#listeners.set(topic, listeners);
+    return () => {
+      listeners.delete(listener);
+      if (!listeners.size && this.#listeners.get(topic) === listeners) this.#listeners.delete(topic);
+    };
+  }
+
+  /** Says, after a commit, that there is something new about these topics. */
+  wake(...topics: string[]): void {
+    for (const topic of topics) {
+      this.#pending.add(topic);
+      this.#emit(topic);
+    }
+    this.#notifyTimer ??= setTimeout(() => void this.#notify(), NOTIFY_DELAY_MS);
+  }
+
+  /**
+   * Hands every event that commits from now on to `listener`, in batches and in order. Resolves once nothing can be
+   * missed any more.
+   */
+  async subscribe(listener: EventListener): Promise<() => void> {
+    if (!this.#horizon) {
+      const [row] = await this.#db.point<
+        { horizon: string }[]
+      >`select pg_snapshot_xmin(pg_current_snapshot())::text as horizon`;
+      this.#horizon ??= row?.horizon;
+    }
+    this.#subscribers.add(listener);
+    return () => {
+      this.#subscribers.delete(listener);
+      if (!this.#subscribers.size) this.#horizon = undefined;
+    };
+  }
+
+  async close(): Promise<void> {
+    this.#stop.abort();
+    clearInterval(this.#poll);
+    clearTimeout(this.#notifyTimer);
+    await this.#dispatching;
+    await this.#listening?.end({ timeout: 1 });
+  }
+
+  #heard(payload: string): void {
+    const [origin, ...topics] = payload.split(" ");
+    if (origin === this.#origin) return;
+    if (topics.includes(EVERYTHING)) this.#emitAll();
+    else for (const topic of topics) this.#emit(topic);
+  }
+
+  #emitAll(): void {
+    for (const topic of [Topic.EVENTS, ...this.#listeners.keys()]) this.#emit(topic);
+  }
+
+  #emit(topic: string): void {
+    if (topic === Topic.EVENTS) this.#dispatch();
+    for (const listener of [...(this.#listeners.get(topic) ?? [])]) listener();
+  }
+
+  async #notify(): Promise<void> {
+    const topics = [...this.#pending].join(" ");
+    this.#pending.clear();
+    this.#notifyTimer = undefined;
+    if (this.#stop.signal.aborted) return;
+    const payload = `${this.#origin} ${topics.length < NOTIFY_BYTES ? topics : EVERYTHING}`;
+    await this.#listening?.notify(CHANNEL, payload).catch(this.#onError);
+  }
+
+  #dispatch(): void {
+    this.#again = true;
+    if (this.#dispatching || !this.#subscribers.size) return;
+    this.#dispatching = this.#run().finally(() => {
+      this.#dispatching = undefined;
+      if (this.#again && !this.#stop.signal.aborted) this.#dispatch();
+    });
+  }
+
+  async #run(): Promise<void> {
+    while (this.#again && this.#subscribers.size && !this.#stop.signal.aborted) {
+      this.#again = false;
+      try {
+        await this.#readWindow();
+      } catch (error) {
+        this.#onError(error);
+        await delay(RETRY_MS, undefined, { ref: false });
+        this.#again = true;
+      }
+    }
+    this.#again &&= this.#subscribers.size > 0;
+  }
+
+  async #readWindow(): Promise<void> {
+    const from = this.#horizon;
+    if (!from) return;
+    let until: string | undefined;
+    for (let after = 0; ; ) {
+      const rows: EventRow[] = await this.#db.point<EventRow[]>`
+        with edge as (select ${until ? this.#db.point`${until}::xid8` : this.#db.point`pg_snapshot_xmin(pg_current_snapshot())`} as horizon)
+        select edge.horizon::text as horizon, e.* from edge left join lateral (
+          select seq, organization_id, environment_id, resource_type, resource_id, operation, creator_id, readers from events
+          where xid >= ${from}::xid8 and xid < edge.horizon and seq > ${after} order by seq limit ${BATCH}
+        ) e on true order by e.seq`;
+      until = rows[0]?.horizon;
+      this.#deliver(rows.filter((row) => row.seq !== null));
+      if (rows.length < BATCH) break;
+      after = rows.at(-1)?.seq ?? after;
+    }
+    // A subscriber that joined meanwhile set no horizon of its own, and one that left may have cleared it.
+    if (this.#horizon === from) this.#horizon = until;
+  }
+
+  #deliver(rows: readonly EventRow[]): void {
+    if (!rows.length) return;
+    const events = rows.map((row) => ({
+      organizationId: row.organization_id,
+      environmentId: row.environment_id,
+      resourceType: row.resource_type,
+      resourceId: row.resource_id,
+      operation: row.operation,
+      creatorId: row.creator_id,
+      readers: row.readers,
+    }));
+    for (const subscriber of [...this.#subscribers]) subscriber(events);
+  }
+}

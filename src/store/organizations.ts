@@ -1,0 +1,118 @@
+import { create, fromBinary, toBinary } from "@bufbuild/protobuf";
+import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
+import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
+import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
+import {
+  type OrganizationPolicies,
+  OrganizationPoliciesSchema,
+  OrganizationRole,
+} from "../../gen/gitpod/v1/organization_pb.js";
+import { RunnerKind, RunnerProvider } from "../../gen/gitpod/v1/runner_configuration_pb.js";
+import { RunnerPhase, RunnerSpecSchema, RunnerStatusSchema, RunnerVariant } from "../../gen/gitpod/v1/runner_pb.js";
+import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
+import { defaultPolicies } from "../domain/policies.ts";
+import type { Sql, Tx } from "./db.ts";
+import { type Actor, record } from "./record.ts";
+
+/** Names of the groups that every organization is born with. */
+export const MEMBERS_GROUP = "org-members";
+export const ADMINS_GROUP = "org-admins";
+
+/** Makes ids; later ones sort after earlier ones. */
+type NewId = () => string;
+
+/** An organization with all that belongs to one: policies, built-in groups, the local configuration runner. */
+export async function insertOrganization(
+  tx: Tx,
+  input: { id: string; name: string; creatorId: string; at: Date; actor: Actor; newId: NewId },
+): Promise<void> {
+  const { id, at, newId } = input;
+  await tx`insert into organizations (id, name, policies, created_at)
+    values (${id}, ${input.name}, ${toBinary(OrganizationPoliciesSchema, defaultPolicies(id))}, ${at})`;
+  for (const name of [MEMBERS_GROUP, ADMINS_GROUP]) {
+    await tx`insert into groups (id, organization_id, name, system_managed, created_at, updated_at)
+      values (${newId()}, ${id}, ${name}, true, ${at}, ${at})`;
+  }
+  const spec = create(RunnerSpecSchema, { desiredPhase: RunnerPhase.ACTIVE, variant: RunnerVariant.STANDARD });
+  const status = create(RunnerStatusSchema, { phase: RunnerPhase.ACTIVE });
+  await tx`
+    insert into runners (id, organization_id, creator_id, creator_principal, name, kind, provider, variant, desired_phase, phase, spec, status, created_at, updated_at)
+    values (${newId()}, ${id}, ${input.creatorId}, ${Principal.USER}, 'Local runners', ${RunnerKind.LOCAL_CONFIGURATION},
+      ${RunnerProvider.UNSPECIFIED}, ${spec.variant}, ${RunnerPhase.ACTIVE}, ${RunnerPhase.ACTIVE},
+      ${toBinary(RunnerSpecSchema, spec)}, ${toBinary(RunnerStatusSchema, status)}, ${at}, ${at})`;
+  await record(tx, {
+    organizationId: id,
+    resourceType: ResourceType.ORGANIZATION,
+    resourceId: id,
+    operation: ResourceOperation.CREATE,
+    at,
+    audit: { id: newId(), actor: input.actor, action: "Organization created" },
+  });
+}
+
+/** A user with its account, in the groups that its role implies. */
+export async function insertFirstUser(
+  tx: Tx,
+  input: {
+    userId: string;
+    accountId: string;
+    organizationId: string;
+    email: string;
+    name: string;
+    loginProvider: string;
+    at: Date;
+    actor: Actor;
+    newId: NewId;
+  },
+): Promise<void> {
+  const { userId, organizationId, at, newId } = input;
+  await tx`insert into accounts (id, email, email_verified, name, login_provider, created_at)
+    values (${input.accountId}, ${input.email}, true, ${input.name}, ${input.loginProvider}, ${at})`;
+  await tx`insert into users (id, organization_id, account_id, role, status, member_since)
+    values (${userId}, ${organizationId}, ${input.accountId}, ${OrganizationRole.ADMIN}, ${UserStatus.ACTIVE}, ${at})`;
+  for (const group of [MEMBERS_GROUP, ADMINS_GROUP]) {
+    await tx`insert into group_members (id, group_id, organization_id, member_id, member_principal, created_at)
+      select ${newId()}, id, organization_id, ${userId}, ${Principal.USER}, ${at} from groups
+      where organization_id = ${organizationId} and name = ${group} and system_managed`;
+  }
+  await record(tx, {
+    organizationId,
+    resourceType: ResourceType.USER,
+    resourceId: userId,
+    operation: ResourceOperation.CREATE,
+    at,
+    audit: { id: newId(), actor: input.actor, action: "User joined" },
+  });
+}
+
+/** Gives everybody in the organization the role USER on a runner. */
+export async function shareRunnerWithMembers(
+  tx: Tx,
+  input: { organizationId: string; runnerId: string; id: string; at: Date; actor: Actor; auditId: string },
+): Promise<void> {
+  await tx`insert into role_assignments (id, organization_id, group_id, resource_type, resource_id, resource_role, created_at)
+    select ${input.id}, organization_id, id, ${ResourceType.RUNNER}, ${input.runnerId}, ${ResourceRole.RUNNER_USER}, ${input.at}
+    from groups where organization_id = ${input.organizationId} and name = ${MEMBERS_GROUP} and system_managed`;
+  await record(tx, {
+    organizationId: input.organizationId,
+    resourceType: ResourceType.ROLE_ASSIGNMENT,
+    resourceId: input.id,
+    operation: ResourceOperation.CREATE,
+    at: input.at,
+    audit: { id: input.auditId, actor: input.actor, action: "Runner shared with org-members" },
+  });
+}
+
+/** What limits the members of an organization, and whether its LOCAL runners are switched on. */
+export async function readPolicies(
+  sql: Sql | Tx,
+  organizationId: string,
+): Promise<{ policies: OrganizationPolicies; localRunners: boolean }> {
+  const [row] = await sql<{ policies: Uint8Array; local_active: boolean | null }[]>`
+    select o.policies, (select r.desired_phase = ${RunnerPhase.ACTIVE} from runners r
+      where r.organization_id = o.id and r.kind = ${RunnerKind.LOCAL_CONFIGURATION}) as local_active
+    from organizations o where o.id = ${organizationId}`;
+  if (!row) throw new Error(`organization ${organizationId} is gone`);
+  const policies = fromBinary(OrganizationPoliciesSchema, row.policies);
+  return { policies, localRunners: policies.allowLocalRunners && row.local_active === true };
+}

@@ -1,0 +1,71 @@
+import { AuditLogEntryKind, ResourceOperation, type ResourceType } from "../../gen/gitpod/v1/event_pb.js";
+import type { Principal } from "../../gen/gitpod/v1/identity_pb.js";
+import type { Fragment, Sql, Tx } from "./db.ts";
+
+/** Who is written into the audit log. */
+export interface Actor {
+  /** Null for work of the system itself. */
+  id: string | null;
+  principal: Principal;
+  tokenId: string | null;
+}
+
+/** A change of one resource, told to watchers and, with an `action`, to the audit log. */
+export interface Change {
+  organizationId: string;
+  resourceType: ResourceType;
+  resourceId: string;
+  operation: ResourceOperation;
+  creatorId?: string;
+  environmentId?: string;
+  runnerId?: string;
+  at: Date;
+  /** Text of the audit entry; without it only the event is written. */
+  audit?: { id: string; actor: Actor; action: string; kind?: AuditLogEntryKind };
+}
+
+/** CTEs `event` and `audit` that belong into the statement that makes the change; start the statement with `with`. */
+export function recorded(sql: Sql | Tx, change: Change): Fragment {
+  // A deleted resource can no longer be asked who may read it, so the event keeps the answer.
+  const readers =
+    change.operation === ResourceOperation.DELETE
+      ? sql`array(select member.member_id from role_assignments share join group_members member on member.group_id = share.group_id
+          where share.resource_id = ${change.resourceId} union select ${change.creatorId}::uuid)`
+      : sql`null`;
+  const event = sql`event as (
+    insert into events (organization_id, environment_id, runner_id, resource_type, resource_id, operation, creator_id, readers, created_at)
+    values (${change.organizationId}, ${change.environmentId}, ${change.runnerId}, ${change.resourceType},
+      ${change.resourceId}, ${change.operation}, ${change.creatorId}, ${readers}, ${change.at})
+  )`;
+  const entry = change.audit;
+  if (!entry) return event;
+  return sql`${event}, audit as (
+    insert into audit_log (id, organization_id, actor_id, actor_principal, credential_id, subject_id, subject_type, kind, action, created_at)
+    values (${entry.id}, ${change.organizationId}, ${entry.actor.id}, ${entry.actor.principal}, ${entry.actor.tokenId},
+      ${change.resourceId}, ${change.resourceType}, ${entry.kind ?? AuditLogEntryKind.RESOURCE_CHANGE}, ${entry.action}, ${change.at})
+  )`;
+}
+
+/** Writes a change in a transaction that has already made it. */
+export async function record(tx: Tx, change: Change): Promise<void> {
+  await tx`with ${recorded(tx, change)} select`;
+}
+
+/** An audit entry about the use of a credential: nothing changed, so there is no event. */
+export async function recordAccess(
+  sql: Sql | Tx,
+  entry: {
+    id: string;
+    organizationId: string;
+    actor: Actor;
+    subjectId: string;
+    subjectType: ResourceType;
+    action: string;
+    at: Date;
+  },
+): Promise<void> {
+  await sql`
+    insert into audit_log (id, organization_id, actor_id, actor_principal, credential_id, subject_id, subject_type, kind, action, created_at)
+    values (${entry.id}, ${entry.organizationId}, ${entry.actor.id}, ${entry.actor.principal}, ${entry.actor.tokenId},
+      ${entry.subjectId}, ${entry.subjectType}, ${AuditLogEntryKind.CREDENTIAL_ACCESS}, ${entry.action}, ${entry.at})`;
+}

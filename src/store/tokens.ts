@@ -1,0 +1,226 @@
+import { AdmissionLevel } from "../../gen/gitpod/v1/environment_pb.js";
+import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
+import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
+import { OrganizationRole } from "../../gen/gitpod/v1/organization_pb.js";
+import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
+import type { Caller } from "../domain/principal.ts";
+import { TokenKind, tokenHash, tokenKind } from "../domain/tokens.ts";
+import type { Fragment, Sql, Tx } from "./db.ts";
+
+/** A token about to be stored; the text itself never is. */
+export interface NewToken {
+  id: string;
+  text: string;
+  kind: TokenKind;
+  organizationId: string;
+  subjectId: string;
+  subjectPrincipal: Principal;
+  createdAt: Date;
+  expiresAt?: Date;
+  environmentId?: string;
+  runnerId?: string;
+  port?: number;
+  readOnly?: boolean;
+  description?: string;
+}
+
+/** Kinds that the public API takes as a credential. */
+const API_KINDS: readonly TokenKind[] = [
+  TokenKind.PERSONAL_ACCESS,
+  TokenKind.SERVICE_ACCOUNT,
+  TokenKind.SERVICE_ACCOUNT_ACCESS,
+  TokenKind.RUNNER_ACCESS,
+  TokenKind.ENVIRONMENT,
+];
+
+/** Kinds that only the endpoints of a runner take. */
+const RUNNER_KINDS: readonly TokenKind[] = [
+  TokenKind.ENVIRONMENT,
+  TokenKind.ENVIRONMENT_ACCESS,
+  TokenKind.PORT_ACCESS,
+  TokenKind.LOGS,
+];
+
+export async function insertToken(sql: Sql | Tx, token: NewToken): Promise<void> {
+  await sql`
+    insert into tokens (id, hash, kind, organization_id, subject_id, subject_principal, environment_id, runner_id, port,
+      read_only, description, created_at, expires_at)
+    values (${token.id}, ${tokenHash(token.text)}, ${token.kind}, ${token.organizationId}, ${token.subjectId},
+      ${token.subjectPrincipal}, ${token.environmentId}, ${token.runnerId}, ${token.port}, ${token.readOnly ?? false},
+      ${token.description ?? ""}, ${token.createdAt}, ${token.expiresAt})`;
+}
+
+interface CallerRow {
+  token_id: string;
+  kind: TokenKind;
+  organization_id: string;
+  subject_id: string;
+  subject_principal: Principal;
+  read_only: boolean;
+  expired: boolean;
+  stale: boolean;
+  alive: boolean;
+  org_admin: boolean;
+  org_roles: number[];
+  runner_id: string | null;
+  name: string;
+  email: string;
+}
+
+/** What a credential turned out to be. */
+export type Credential =
+  | { state: "ok"; caller: Caller /** `last_used_at` is over a minute old. */; stale: boolean }
+  | { state: "expired" | "unknown" };
+
+async function lookUp(sql: Sql, which: Fragment, now: Date): Promise<CallerRow | undefined> {
+  const [row] = await sql<CallerRow[]>`
+    select t.id as token_id, t.kind, t.organization_id, t.subject_id, t.subject_principal, t.read_only,
+      coalesce(t.expires_at <= ${now}, false) as expired,
+      coalesce(t.last_used_at < ${now}::timestamptz - interval '1 minute', true) as stale,
+      case t.subject_principal
+        when ${Principal.USER} then u.status = ${UserStatus.ACTIVE}
+        when ${Principal.SERVICE_ACCOUNT} then not s.suspended and coalesce(s.valid_until > ${now}, true)
+        when ${Principal.RUNNER} then r.deleted_at is null and r.id is not null
+        when ${Principal.ENVIRONMENT} then e.deleted_at is null and e.id is not null
+        else false end as alive,
+      coalesce(u.role = ${OrganizationRole.ADMIN}, false) as org_admin,
+      array(select share.resource_role from group_members member
+        join role_assignments share on share.group_id = member.group_id
+        where member.member_id = t.subject_id and share.resource_id = t.organization_id) as org_roles,
+      coalesce(e.runner_id, r.id) as runner_id,
+      coalesce(a.name, s.name, r.name, '') as name, coalesce(a.email, '') as email
+    from tokens t
+      left join users u on t.subject_principal = ${Principal.USER} and u.id = t.subject_id
+      left join accounts a on a.id = u.account_id
+      left join service_accounts s on t.subject_principal = ${Principal.SERVICE_ACCOUNT} and s.id = t.subject_id
+      left join runners r on t.subject_principal = ${Principal.RUNNER} and r.id = t.subject_id
+      left join environments e on t.subject_principal = ${Principal.ENVIRONMENT} and e.id = t.subject_id
+    where ${which}`;
+  return row;
+}
+
+/**
+ * Looks an API credential up, with the state of its owner and the organization-wide roles that it brings, in one
+ * round trip. It runs on every call, so a revocation counts from its commit on.
+ */
+export async function findCaller(sql: Sql, text: string, now: Date): Promise<Credential> {
+  const kind = tokenKind(text);
+  if (!kind || !API_KINDS.includes(kind)) return { state: "unknown" };
+  const row = await lookUp(sql, sql`t.hash = ${tokenHash(text)}`, now);
+  if (!row || row.kind !== kind || !row.alive) return { state: "unknown" };
+  if (row.expired) return { state: "expired" };
+  return {
+    state: "ok",
+    stale: row.stale,
+    caller: {
+      principal: row.subject_principal,
+      id: row.subject_id,
+      organizationId: row.organization_id,
+      orgAdmin: row.org_admin || row.org_roles.includes(ResourceRole.ORG_ADMIN),
+      runnersAdmin: row.org_roles.includes(ResourceRole.ORG_RUNNERS_ADMIN),
+      environmentsReader: row.org_roles.includes(ResourceRole.ORG_ENVIRONMENTS_READER),
+      tokenKind: row.kind,
+      tokenId: row.token_id,
+      readOnly: row.read_only,
+      runnerId: row.runner_id ?? "",
+      name: row.name,
+      email: row.email,
+    },
+  };
+}
+
+/** Whether the credential behind a caller still opens anything, for streams that outlive their first check. */
+export async function isTokenAlive(sql: Sql, caller: Caller, now: Date): Promise<boolean> {
+  const row = await lookUp(sql, sql`t.id = ${caller.tokenId}`, now);
+  return row?.alive === true && !row.expired;
+}
+
+/** Marks a token as used; called at most once a minute and token. */
+export async function touchToken(sql: Sql, tokenId: string, now: Date): Promise<void> {
+  await sql`update tokens set last_used_at = ${now} where id = ${tokenId} and coalesce(last_used_at < ${now}, true)`;
+}
+
+/** Uses an exchange token up; of two callers at once one gets the runner's id, the other undefined. */
+export async function redeemExchangeToken(tx: Tx, text: string, now: Date): Promise<string | undefined> {
+  if (tokenKind(text) !== TokenKind.RUNNER_EXCHANGE) return undefined;
+  const [row] = await tx<{ runner_id: string }[]>`
+    update tokens t set used_at = ${now} from runners r
+    where t.hash = ${tokenHash(text)} and t.kind = ${TokenKind.RUNNER_EXCHANGE} and t.used_at is null and t.expires_at > ${now}
+      and r.id = t.runner_id and r.deleted_at is null
+    returning t.runner_id`;
+  return row?.runner_id;
+}
+
+/** A token that somebody presented to a runner. */
+export interface RunnerToken {
+  kind: TokenKind;
+  environmentId?: string;
+  port?: number;
+  subjectId: string;
+  subjectPrincipal: Principal;
+  expiresAt?: Date;
+}
+
+/**
+ * Looks up a token that opens something on this runner: kind, environment, and whether whoever asked for it is still
+ * active and may still use that environment. Undefined for everything else.
+ */
+export async function findRunnerToken(
+  sql: Sql,
+  runnerId: string,
+  text: string,
+  now: Date,
+): Promise<RunnerToken | undefined> {
+  const claimed = tokenKind(text);
+  if (!claimed || !RUNNER_KINDS.includes(claimed)) return undefined;
+  const [row] = await sql<
+    {
+      kind: TokenKind;
+      environment_id: string | null;
+      port: number | null;
+      subject_id: string;
+      subject_principal: Principal;
+      expires_at: Date | null;
+    }[]
+  >`
+    select t.kind, t.environment_id, t.port, t.subject_id, t.subject_principal, t.expires_at
+    from tokens t
+      left join environments e on e.id = t.environment_id
+      left join users u on t.subject_principal = ${Principal.USER} and u.id = t.subject_id
+      left join service_accounts s on t.subject_principal = ${Principal.SERVICE_ACCOUNT} and s.id = t.subject_id
+    where t.hash = ${tokenHash(text)} and t.kind = ${claimed} and coalesce(t.expires_at > ${now}, true)
+      and (e.runner_id = ${runnerId} or t.runner_id = ${runnerId}) and e.deleted_at is null
+      and case t.subject_principal
+        when ${Principal.USER} then u.status = ${UserStatus.ACTIVE}
+        when ${Principal.SERVICE_ACCOUNT} then not s.suspended and coalesce(s.valid_until > ${now}, true)
+        else true end
+      and (t.kind = ${TokenKind.ENVIRONMENT} or t.environment_id is null or t.subject_id = e.id or t.subject_id = e.creator_id
+        or e.admission = any(${[AdmissionLevel.ORGANIZATION, AdmissionLevel.EVERYONE] as number[]})
+        or exists (select from group_members member join role_assignments share on share.group_id = member.group_id
+          where member.member_id = t.subject_id and share.resource_id = e.id
+            and share.resource_role = any(${[ResourceRole.ENVIRONMENT_ADMIN, ResourceRole.ENVIRONMENT_USER] as number[]})))`;
+  if (!row) return undefined;
+  return {
+    kind: row.kind,
+    environmentId: row.environment_id ?? undefined,
+    port: row.port ?? undefined,
+    subjectId: row.subject_id,
+    subjectPrincipal: row.subject_principal,
+    expiresAt: row.expires_at ?? undefined,
+  };
+}
+
+/** Ends the token with which the processes of an environment call the API. */
+export async function revokeEnvironmentToken(tx: Tx, environmentId: string): Promise<void> {
+  await tx`delete from tokens where environment_id = ${environmentId} and kind = ${TokenKind.ENVIRONMENT}`;
+}
+
+/** Removes tokens whose end is a day past, at most `limit`; returns how many. */
+export async function purgeExpiredTokens(sql: Sql, now: Date, limit: number): Promise<number> {
+  const rows = await sql`
+    delete from tokens where id in (
+      select id from tokens where expires_at < ${now}::timestamptz - interval '1 day' and kind <> ${TokenKind.PERSONAL_ACCESS}
+      order by expires_at limit ${limit} for update skip locked
+    ) returning id`;
+  return rows.length;
+}
