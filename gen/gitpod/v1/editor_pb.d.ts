@@ -12,45 +12,63 @@ import type { PaginationRequest, PaginationResponse } from "./pagination_pb.js";
 export declare const file_gitpod_v1_editor: GenFile;
 
 /**
+ * An editor that environments can be opened in.
+ *
  * @generated from message gitpod.v1.Editor
  */
 export declare type Editor = Message<"gitpod.v1.Editor"> & {
   /**
+   * Its id, the same on every installation.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Display name.
+   *
    * @generated from field: string name = 2;
    */
   name: string;
 
   /**
+   * One line about it.
+   *
    * @generated from field: string short_description = 3;
    */
   shortDescription: string;
 
   /**
+   * What has to be installed first.
+   *
    * @generated from field: string installation_instructions = 4;
    */
   installationInstructions: string;
 
   /**
+   * Address of its icon.
+   *
    * @generated from field: string icon_url = 5;
    */
   iconUrl: string;
 
   /**
+   * Link with placeholders that ResolveEditorURL fills.
+   *
    * @generated from field: string url_template = 6;
    */
   urlTemplate: string;
 
   /**
+   * Short name such as `vscode`, usable where an id is.
+   *
    * @generated from field: string alias = 7;
    */
   alias: string;
 
   /**
+   * Versions to choose from; empty when there is no choice.
+   *
    * @generated from field: repeated gitpod.v1.EditorVersion versions = 8;
    */
   versions: EditorVersion[];
@@ -63,10 +81,14 @@ export declare type Editor = Message<"gitpod.v1.Editor"> & {
 export declare const EditorSchema: GenMessage<Editor>;
 
 /**
+ * A version of an editor.
+ *
  * @generated from message gitpod.v1.EditorVersion
  */
 export declare type EditorVersion = Message<"gitpod.v1.EditorVersion"> & {
   /**
+   * The version.
+   *
    * @generated from field: string version = 1;
    */
   version: string;
@@ -79,10 +101,14 @@ export declare type EditorVersion = Message<"gitpod.v1.EditorVersion"> & {
 export declare const EditorVersionSchema: GenMessage<EditorVersion>;
 
 /**
+ * Input of GetEditor.
+ *
  * @generated from message gitpod.v1.GetEditorRequest
  */
 export declare type GetEditorRequest = Message<"gitpod.v1.GetEditorRequest"> & {
   /**
+   * Id or alias.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
@@ -95,10 +121,14 @@ export declare type GetEditorRequest = Message<"gitpod.v1.GetEditorRequest"> & {
 export declare const GetEditorRequestSchema: GenMessage<GetEditorRequest>;
 
 /**
+ * Result of GetEditor.
+ *
  * @generated from message gitpod.v1.GetEditorResponse
  */
 export declare type GetEditorResponse = Message<"gitpod.v1.GetEditorResponse"> & {
   /**
+   * The editor.
+   *
    * @generated from field: gitpod.v1.Editor editor = 1;
    */
   editor?: Editor | undefined;
@@ -111,15 +141,21 @@ export declare type GetEditorResponse = Message<"gitpod.v1.GetEditorResponse"> &
 export declare const GetEditorResponseSchema: GenMessage<GetEditorResponse>;
 
 /**
+ * Input of ListEditors.
+ *
  * @generated from message gitpod.v1.ListEditorsRequest
  */
 export declare type ListEditorsRequest = Message<"gitpod.v1.ListEditorsRequest"> & {
   /**
+   * Which page to return.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Which ones to return; unset = all.
+   *
    * @generated from field: gitpod.v1.ListEditorsRequest.Filter filter = 2;
    */
   filter?: ListEditorsRequest_Filter | undefined;
@@ -132,10 +168,14 @@ export declare type ListEditorsRequest = Message<"gitpod.v1.ListEditorsRequest">
 export declare const ListEditorsRequestSchema: GenMessage<ListEditorsRequest>;
 
 /**
+ * Which editors to list.
+ *
  * @generated from message gitpod.v1.ListEditorsRequest.Filter
  */
 export declare type ListEditorsRequest_Filter = Message<"gitpod.v1.ListEditorsRequest.Filter"> & {
   /**
+   * Only those the organization's policy allows. Default false.
+   *
    * @generated from field: bool allowed_by_policy = 1;
    */
   allowedByPolicy: boolean;
@@ -148,15 +188,21 @@ export declare type ListEditorsRequest_Filter = Message<"gitpod.v1.ListEditorsRe
 export declare const ListEditorsRequest_FilterSchema: GenMessage<ListEditorsRequest_Filter>;
 
 /**
+ * Result of ListEditors.
+ *
  * @generated from message gitpod.v1.ListEditorsResponse
  */
 export declare type ListEditorsResponse = Message<"gitpod.v1.ListEditorsResponse"> & {
   /**
+   * One page.
+   *
    * @generated from field: repeated gitpod.v1.Editor editors = 1;
    */
   editors: Editor[];
 
   /**
+   * Where the next page begins.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 2;
    */
   pagination?: PaginationResponse | undefined;
@@ -169,25 +215,35 @@ export declare type ListEditorsResponse = Message<"gitpod.v1.ListEditorsResponse
 export declare const ListEditorsResponseSchema: GenMessage<ListEditorsResponse>;
 
 /**
+ * Input of ResolveEditorURL.
+ *
  * @generated from message gitpod.v1.ResolveEditorURLRequest
  */
 export declare type ResolveEditorURLRequest = Message<"gitpod.v1.ResolveEditorURLRequest"> & {
   /**
+   * The editor.
+   *
    * @generated from field: string editor_id = 1;
    */
   editorId: string;
 
   /**
+   * The environment.
+   *
    * @generated from field: string environment_id = 2;
    */
   environmentId: string;
 
   /**
+   * The caller's organization.
+   *
    * @generated from field: string organization_id = 3;
    */
   organizationId: string;
 
   /**
+   * Version to use; empty, or one that policy does not allow = the newest allowed one.
+   *
    * @generated from field: string version = 4;
    */
   version: string;
@@ -200,10 +256,14 @@ export declare type ResolveEditorURLRequest = Message<"gitpod.v1.ResolveEditorUR
 export declare const ResolveEditorURLRequestSchema: GenMessage<ResolveEditorURLRequest>;
 
 /**
+ * Result of ResolveEditorURL.
+ *
  * @generated from message gitpod.v1.ResolveEditorURLResponse
  */
 export declare type ResolveEditorURLResponse = Message<"gitpod.v1.ResolveEditorURLResponse"> & {
   /**
+   * The link.
+   *
    * @generated from field: string url = 1;
    */
   url: string;
@@ -216,10 +276,14 @@ export declare type ResolveEditorURLResponse = Message<"gitpod.v1.ResolveEditorU
 export declare const ResolveEditorURLResponseSchema: GenMessage<ResolveEditorURLResponse>;
 
 /**
+ * The built-in catalogue of editors, and links that open environments in them.
+ *
  * @generated from service gitpod.v1.EditorService
  */
 export declare const EditorService: GenService<{
   /**
+   * Lists editors in a fixed order. Users, service accounts, environments. Safe to repeat.
+   *
    * @generated from rpc gitpod.v1.EditorService.ListEditors
    */
   listEditors: {
@@ -228,6 +292,8 @@ export declare const EditorService: GenService<{
     output: typeof ListEditorsResponseSchema;
   },
   /**
+   * Returns an editor. Users, service accounts, environments. NOT_FOUND when unknown. Safe to repeat.
+   *
    * @generated from rpc gitpod.v1.EditorService.GetEditor
    */
   getEditor: {
@@ -236,6 +302,10 @@ export declare const EditorService: GenService<{
     output: typeof GetEditorResponseSchema;
   },
   /**
+   * Fills an editor's URL template for a running environment. Users and service accounts with ENVIRONMENT_USER on it.
+   * NOT_FOUND for another organization; FAILED_PRECONDITION when it is not running, has no SSH address, or policy
+   * forbids the editor; INVALID_ARGUMENT for an unknown version. Changes nothing.
+   *
    * @generated from rpc gitpod.v1.EditorService.ResolveEditorURL
    */
   resolveEditorURL: {

@@ -76,6 +76,8 @@ export const ResolveEditorURLResponseSchema = /*@__PURE__*/
   messageDesc(file_gitpod_v1_editor, 7);
 
 /**
+ * The built-in catalogue of editors, and links that open environments in them.
+ *
  * @generated from service gitpod.v1.EditorService
  */
 export const EditorService = /*@__PURE__*/

@@ -1140,7 +1140,7 @@ export declare type ServiceSpec = Message<"gitpod.v1.ServiceSpec"> & {
   runsOn?: RunsOn | undefined;
 
   /**
-   * Variables of its commands, later ones win over those of the environment.
+   * Variables of its commands; they win over those of the environment.
    *
    * @generated from field: repeated gitpod.v1.EnvironmentVariableItem env = 6;
    */
@@ -1174,14 +1174,14 @@ export declare type ServiceSpec_Commands = Message<"gitpod.v1.ServiceSpec.Comman
   start: string;
 
   /**
-   * Run every second until it exits 0, which makes the service RUNNING; empty = running as soon as started.
+   * Repeated, 1 s apart, until it exits 0, which makes the service RUNNING; empty = running as soon as started.
    *
    * @generated from field: string ready = 2;
    */
   ready: string;
 
   /**
-   * Run to stop it; empty = SIGTERM. What is left after 120 s is killed.
+   * Run to stop it, after which the start command is killed; empty = SIGTERM. At most 120 s, then all is killed.
    *
    * @generated from field: string stop = 3;
    */
@@ -1838,7 +1838,7 @@ export declare type TaskSpec = Message<"gitpod.v1.TaskSpec"> & {
   runsOn?: RunsOn | undefined;
 
   /**
-   * Variables of the command, later ones win over those of the environment.
+   * Variables of the command; they win over those of the environment.
    *
    * @generated from field: repeated gitpod.v1.EnvironmentVariableItem env = 3;
    */
@@ -2465,10 +2465,10 @@ export declare const TaskExecutionPhaseSchema: GenEnum<TaskExecutionPhase>;
 
 /**
  * Services, tasks and their executions inside one environment. "Editor" is the environment's creator, a holder of
- * ENVIRONMENT_ADMIN, or the environment itself; "user" also a holder of ENVIRONMENT_USER; "reader" also viewers and
- * organization admins, who may besides stop and delete. What the caller cannot see is NOT_FOUND, what it may not do
- * PERMISSION_DENIED; runners never call this service. Changes are refused with FAILED_PRECONDITION while the
- * environment is archived or being deleted. Reads are safe to repeat.
+ * ENVIRONMENT_ADMIN, or the environment itself; "user" also a holder of ENVIRONMENT_USER or a member let in by
+ * `spec.admission`; "reader" also viewers and organization admins, who may besides stop and delete. What the caller
+ * cannot see is NOT_FOUND, what it may not do PERMISSION_DENIED; runners never call this service. Creating, changing
+ * and starting are FAILED_PRECONDITION while the environment is archived or being deleted. Reads are safe to repeat.
  *
  * @generated from service gitpod.v1.EnvironmentAutomationService
  */

@@ -555,10 +555,10 @@ export const TaskExecutionPhase = /*@__PURE__*/
 
 /**
  * Services, tasks and their executions inside one environment. "Editor" is the environment's creator, a holder of
- * ENVIRONMENT_ADMIN, or the environment itself; "user" also a holder of ENVIRONMENT_USER; "reader" also viewers and
- * organization admins, who may besides stop and delete. What the caller cannot see is NOT_FOUND, what it may not do
- * PERMISSION_DENIED; runners never call this service. Changes are refused with FAILED_PRECONDITION while the
- * environment is archived or being deleted. Reads are safe to repeat.
+ * ENVIRONMENT_ADMIN, or the environment itself; "user" also a holder of ENVIRONMENT_USER or a member let in by
+ * `spec.admission`; "reader" also viewers and organization admins, who may besides stop and delete. What the caller
+ * cannot see is NOT_FOUND, what it may not do PERMISSION_DENIED; runners never call this service. Creating, changing
+ * and starting are FAILED_PRECONDITION while the environment is archived or being deleted. Reads are safe to repeat.
  *
  * @generated from service gitpod.v1.EnvironmentAutomationService
  */

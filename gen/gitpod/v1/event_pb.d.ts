@@ -15,14 +15,20 @@ import type { Timestamp } from "@bufbuild/protobuf/wkt";
 export declare const file_gitpod_v1_event: GenFile;
 
 /**
+ * What an audit entry of some kinds says more.
+ *
  * @generated from message gitpod.v1.AuditLogEntryDetails
  */
 export declare type AuditLogEntryDetails = Message<"gitpod.v1.AuditLogEntryDetails"> & {
   /**
+   * The details.
+   *
    * @generated from oneof gitpod.v1.AuditLogEntryDetails.payload
    */
   payload: {
     /**
+     * Executable that was blocked or recorded, without its command line.
+     *
      * @generated from field: gitpod.v1.ReportExecEventRequest veto_exec = 1;
      */
     value: ReportExecEventRequest;
@@ -37,10 +43,14 @@ export declare type AuditLogEntryDetails = Message<"gitpod.v1.AuditLogEntryDetai
 export declare const AuditLogEntryDetailsSchema: GenMessage<AuditLogEntryDetails>;
 
 /**
+ * Input of GetAuditLog.
+ *
  * @generated from message gitpod.v1.GetAuditLogRequest
  */
 export declare type GetAuditLogRequest = Message<"gitpod.v1.GetAuditLogRequest"> & {
   /**
+   * The entry.
+   *
    * @generated from field: string audit_log_entry_id = 1;
    */
   auditLogEntryId: string;
@@ -53,15 +63,21 @@ export declare type GetAuditLogRequest = Message<"gitpod.v1.GetAuditLogRequest">
 export declare const GetAuditLogRequestSchema: GenMessage<GetAuditLogRequest>;
 
 /**
+ * Result of GetAuditLog.
+ *
  * @generated from message gitpod.v1.GetAuditLogResponse
  */
 export declare type GetAuditLogResponse = Message<"gitpod.v1.GetAuditLogResponse"> & {
   /**
+   * The entry.
+   *
    * @generated from field: gitpod.v1.ListAuditLogsResponse.AuditLogEntry entry = 1;
    */
   entry?: ListAuditLogsResponse_AuditLogEntry | undefined;
 
   /**
+   * Details, only for entries of kind ENVIRONMENT_VETO.
+   *
    * @generated from field: gitpod.v1.AuditLogEntryDetails details = 2;
    */
   details?: AuditLogEntryDetails | undefined;
@@ -74,20 +90,28 @@ export declare type GetAuditLogResponse = Message<"gitpod.v1.GetAuditLogResponse
 export declare const GetAuditLogResponseSchema: GenMessage<GetAuditLogResponse>;
 
 /**
+ * Input of ListAuditLogs.
+ *
  * @generated from message gitpod.v1.ListAuditLogsRequest
  */
 export declare type ListAuditLogsRequest = Message<"gitpod.v1.ListAuditLogsRequest"> & {
   /**
+   * Which page to return.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Which ones to return; unset = all.
+   *
    * @generated from field: gitpod.v1.ListAuditLogsRequest.Filter filter = 2;
    */
   filter?: ListAuditLogsRequest_Filter | undefined;
 
   /**
+   * `createdAt`; unset = newest first.
+   *
    * @generated from field: gitpod.v1.Sort sort = 3;
    */
   sort?: Sort | undefined;
@@ -100,35 +124,49 @@ export declare type ListAuditLogsRequest = Message<"gitpod.v1.ListAuditLogsReque
 export declare const ListAuditLogsRequestSchema: GenMessage<ListAuditLogsRequest>;
 
 /**
+ * Fields narrow together, values inside one field widen; an empty field does not filter.
+ *
  * @generated from message gitpod.v1.ListAuditLogsRequest.Filter
  */
 export declare type ListAuditLogsRequest_Filter = Message<"gitpod.v1.ListAuditLogsRequest.Filter"> & {
   /**
+   * Done by these, at most 25.
+   *
    * @generated from field: repeated string actor_ids = 1;
    */
   actorIds: string[];
 
   /**
+   * Done by these kinds of principals, at most 25.
+   *
    * @generated from field: repeated gitpod.v1.Principal actor_principals = 2;
    */
   actorPrincipals: Principal[];
 
   /**
+   * Done to these, at most 25.
+   *
    * @generated from field: repeated string subject_ids = 3;
    */
   subjectIds: string[];
 
   /**
+   * Done to these kinds of resources, at most 25.
+   *
    * @generated from field: repeated gitpod.v1.ResourceType subject_types = 4;
    */
   subjectTypes: ResourceType[];
 
   /**
+   * From this time on.
+   *
    * @generated from field: optional google.protobuf.Timestamp from = 5;
    */
   from?: Timestamp | undefined;
 
   /**
+   * Before this time.
+   *
    * @generated from field: optional google.protobuf.Timestamp to = 6;
    */
   to?: Timestamp | undefined;
@@ -141,15 +179,21 @@ export declare type ListAuditLogsRequest_Filter = Message<"gitpod.v1.ListAuditLo
 export declare const ListAuditLogsRequest_FilterSchema: GenMessage<ListAuditLogsRequest_Filter>;
 
 /**
+ * Result of ListAuditLogs.
+ *
  * @generated from message gitpod.v1.ListAuditLogsResponse
  */
 export declare type ListAuditLogsResponse = Message<"gitpod.v1.ListAuditLogsResponse"> & {
   /**
+   * One page.
+   *
    * @generated from field: repeated gitpod.v1.ListAuditLogsResponse.AuditLogEntry entries = 1;
    */
   entries: ListAuditLogsResponse_AuditLogEntry[];
 
   /**
+   * Where the next page begins.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 2;
    */
   pagination?: PaginationResponse | undefined;
@@ -162,45 +206,63 @@ export declare type ListAuditLogsResponse = Message<"gitpod.v1.ListAuditLogsResp
 export declare const ListAuditLogsResponseSchema: GenMessage<ListAuditLogsResponse>;
 
 /**
+ * Something that was done. Never changes; outlives who did it and what it was done to.
+ *
  * @generated from message gitpod.v1.ListAuditLogsResponse.AuditLogEntry
  */
 export declare type ListAuditLogsResponse_AuditLogEntry = Message<"gitpod.v1.ListAuditLogsResponse.AuditLogEntry"> & {
   /**
+   * Its id.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Who did it; empty for the system.
+   *
    * @generated from field: string actor_id = 2;
    */
   actorId: string;
 
   /**
+   * What kind of principal that is; unspecified for the system.
+   *
    * @generated from field: gitpod.v1.Principal actor_principal = 3;
    */
   actorPrincipal: Principal;
 
   /**
+   * What it was done to.
+   *
    * @generated from field: string subject_id = 4;
    */
   subjectId: string;
 
   /**
+   * What kind of resource that is.
+   *
    * @generated from field: gitpod.v1.ResourceType subject_type = 5;
    */
   subjectType: ResourceType;
 
   /**
+   * What was done, for people to read; never holds secrets.
+   *
    * @generated from field: string action = 6;
    */
   action: string;
 
   /**
+   * When it was done.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 7;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * What kind of entry it is.
+   *
    * @generated from field: gitpod.v1.AuditLogEntryKind kind = 8;
    */
   kind: AuditLogEntryKind;
@@ -213,20 +275,28 @@ export declare type ListAuditLogsResponse_AuditLogEntry = Message<"gitpod.v1.Lis
 export declare const ListAuditLogsResponse_AuditLogEntrySchema: GenMessage<ListAuditLogsResponse_AuditLogEntry>;
 
 /**
+ * Input of WatchEvents.
+ *
  * @generated from message gitpod.v1.WatchEventsRequest
  */
 export declare type WatchEventsRequest = Message<"gitpod.v1.WatchEventsRequest"> & {
   /**
+   * What to watch; unset = the organization.
+   *
    * @generated from oneof gitpod.v1.WatchEventsRequest.scope
    */
   scope: {
     /**
+     * Everything in the organization but tasks, executions and services.
+     *
      * @generated from field: bool organization = 1;
      */
     value: boolean;
     case: "organization";
   } | {
     /**
+     * One environment with its tasks, executions and services. The stream opens with an UPDATE_STATUS for it.
+     *
      * @generated from field: string environment_id = 2;
      */
     value: string;
@@ -234,6 +304,8 @@ export declare type WatchEventsRequest = Message<"gitpod.v1.WatchEventsRequest">
   } | { case: undefined; value?: undefined };
 
   /**
+   * Only what matches one of these, at most 50; empty = all. Only for the organization.
+   *
    * @generated from field: repeated gitpod.v1.WatchEventsRequest.ResourceTypeFilter resource_type_filters = 3;
    */
   resourceTypeFilters: WatchEventsRequest_ResourceTypeFilter[];
@@ -246,20 +318,29 @@ export declare type WatchEventsRequest = Message<"gitpod.v1.WatchEventsRequest">
 export declare const WatchEventsRequestSchema: GenMessage<WatchEventsRequest>;
 
 /**
+ * All that is set must match.
+ *
  * @generated from message gitpod.v1.WatchEventsRequest.ResourceTypeFilter
  */
 export declare type WatchEventsRequest_ResourceTypeFilter = Message<"gitpod.v1.WatchEventsRequest.ResourceTypeFilter"> & {
   /**
+   * Kind of resource, never unspecified.
+   *
    * @generated from field: gitpod.v1.ResourceType resource_type = 1;
    */
   resourceType: ResourceType;
 
   /**
+   * These resources, at most 25; empty = all. The stream opens with an UPDATE_STATUS for each visible one, a DELETE
+   * for one already gone.
+   *
    * @generated from field: repeated string resource_ids = 2;
    */
   resourceIds: string[];
 
   /**
+   * Created by these, at most 25; empty = all. Does not hold back DELETE.
+   *
    * @generated from field: repeated string creator_ids = 3;
    */
   creatorIds: string[];
@@ -272,20 +353,28 @@ export declare type WatchEventsRequest_ResourceTypeFilter = Message<"gitpod.v1.W
 export declare const WatchEventsRequest_ResourceTypeFilterSchema: GenMessage<WatchEventsRequest_ResourceTypeFilter>;
 
 /**
+ * A change. With no field set it is a sign of life, sent after 20 s of silence.
+ *
  * @generated from message gitpod.v1.WatchEventsResponse
  */
 export declare type WatchEventsResponse = Message<"gitpod.v1.WatchEventsResponse"> & {
   /**
+   * What happened.
+   *
    * @generated from field: gitpod.v1.ResourceOperation operation = 1;
    */
   operation: ResourceOperation;
 
   /**
+   * Kind of resource.
+   *
    * @generated from field: gitpod.v1.ResourceType resource_type = 2;
    */
   resourceType: ResourceType;
 
   /**
+   * Id of the resource.
+   *
    * @generated from field: string resource_id = 3;
    */
   resourceId: string;
@@ -298,35 +387,49 @@ export declare type WatchEventsResponse = Message<"gitpod.v1.WatchEventsResponse
 export declare const WatchEventsResponseSchema: GenMessage<WatchEventsResponse>;
 
 /**
+ * Kinds of audit entries.
+ *
  * @generated from enum gitpod.v1.AuditLogEntryKind
  */
 export enum AuditLogEntryKind {
   /**
+   * Not set.
+   *
    * @generated from enum value: AUDIT_LOG_ENTRY_KIND_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * A security agent blocked an executable. Not written here.
+   *
    * @generated from enum value: AUDIT_LOG_ENTRY_KIND_AGENT_SECURITY_EXEC_BLOCKED = 1;
    */
   AGENT_SECURITY_EXEC_BLOCKED = 1,
 
   /**
+   * A security agent recorded an executable. Not written here.
+   *
    * @generated from enum value: AUDIT_LOG_ENTRY_KIND_AGENT_SECURITY_EXEC_AUDITED = 2;
    */
   AGENT_SECURITY_EXEC_AUDITED = 2,
 
   /**
+   * Something was changed, or somebody logged in or out.
+   *
    * @generated from enum value: AUDIT_LOG_ENTRY_KIND_RESOURCE_CHANGE = 3;
    */
   RESOURCE_CHANGE = 3,
 
   /**
+   * A token was issued or a secret was read.
+   *
    * @generated from enum value: AUDIT_LOG_ENTRY_KIND_CREDENTIAL_ACCESS = 4;
    */
   CREDENTIAL_ACCESS = 4,
 
   /**
+   * A runner's kernel controls vetoed something. Reserved, nothing reports it yet.
+   *
    * @generated from enum value: AUDIT_LOG_ENTRY_KIND_ENVIRONMENT_VETO = 5;
    */
   ENVIRONMENT_VETO = 5,
@@ -338,30 +441,42 @@ export enum AuditLogEntryKind {
 export declare const AuditLogEntryKindSchema: GenEnum<AuditLogEntryKind>;
 
 /**
+ * What happened to a resource.
+ *
  * @generated from enum gitpod.v1.ResourceOperation
  */
 export enum ResourceOperation {
   /**
+   * Not set; only in signs of life.
+   *
    * @generated from enum value: RESOURCE_OPERATION_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * It was created.
+   *
    * @generated from enum value: RESOURCE_OPERATION_CREATE = 1;
    */
   CREATE = 1,
 
   /**
+   * It was changed.
+   *
    * @generated from enum value: RESOURCE_OPERATION_UPDATE = 2;
    */
   UPDATE = 2,
 
   /**
+   * It is gone.
+   *
    * @generated from enum value: RESOURCE_OPERATION_DELETE = 3;
    */
   DELETE = 3,
 
   /**
+   * Only its status was changed, or a stream opens with its current state.
+   *
    * @generated from enum value: RESOURCE_OPERATION_UPDATE_STATUS = 4;
    */
   UPDATE_STATUS = 4,
@@ -373,260 +488,364 @@ export enum ResourceOperation {
 export declare const ResourceOperationSchema: GenEnum<ResourceOperation>;
 
 /**
+ * Kinds of resources. Those marked "not served" do not occur here.
+ *
  * @generated from enum gitpod.v1.ResourceType
  */
 export enum ResourceType {
   /**
+   * Not set.
+   *
    * @generated from enum value: RESOURCE_TYPE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * An environment.
+   *
    * @generated from enum value: RESOURCE_TYPE_ENVIRONMENT = 1;
    */
   ENVIRONMENT = 1,
 
   /**
+   * A runner.
+   *
    * @generated from enum value: RESOURCE_TYPE_RUNNER = 2;
    */
   RUNNER = 2,
 
   /**
+   * A project.
+   *
    * @generated from enum value: RESOURCE_TYPE_PROJECT = 3;
    */
   PROJECT = 3,
 
   /**
+   * A task of an environment.
+   *
    * @generated from enum value: RESOURCE_TYPE_TASK = 4;
    */
   TASK = 4,
 
   /**
+   * A run of a task.
+   *
    * @generated from enum value: RESOURCE_TYPE_TASK_EXECUTION = 5;
    */
   TASK_EXECUTION = 5,
 
   /**
+   * A service of an environment.
+   *
    * @generated from enum value: RESOURCE_TYPE_SERVICE = 6;
    */
   SERVICE = 6,
 
   /**
+   * An organization.
+   *
    * @generated from enum value: RESOURCE_TYPE_ORGANIZATION = 7;
    */
   ORGANIZATION = 7,
 
   /**
+   * A user.
+   *
    * @generated from enum value: RESOURCE_TYPE_USER = 8;
    */
   USER = 8,
 
   /**
+   * An environment class.
+   *
    * @generated from enum value: RESOURCE_TYPE_ENVIRONMENT_CLASS = 9;
    */
   ENVIRONMENT_CLASS = 9,
 
   /**
+   * A runner's link to a source-control host.
+   *
    * @generated from enum value: RESOURCE_TYPE_RUNNER_SCM_INTEGRATION = 10;
    */
   RUNNER_SCM_INTEGRATION = 10,
 
   /**
+   * A credential for a source-control host.
+   *
    * @generated from enum value: RESOURCE_TYPE_HOST_AUTHENTICATION_TOKEN = 11;
    */
   HOST_AUTHENTICATION_TOKEN = 11,
 
   /**
+   * A group.
+   *
    * @generated from enum value: RESOURCE_TYPE_GROUP = 12;
    */
   GROUP = 12,
 
   /**
+   * A user's token.
+   *
    * @generated from enum value: RESOURCE_TYPE_PERSONAL_ACCESS_TOKEN = 13;
    */
   PERSONAL_ACCESS_TOKEN = 13,
 
   /**
+   * A user's preference.
+   *
    * @generated from enum value: RESOURCE_TYPE_USER_PREFERENCE = 14;
    */
   USER_PREFERENCE = 14,
 
   /**
+   * A service account.
+   *
    * @generated from enum value: RESOURCE_TYPE_SERVICE_ACCOUNT = 15;
    */
   SERVICE_ACCOUNT = 15,
 
   /**
+   * A secret of a project.
+   *
    * @generated from enum value: RESOURCE_TYPE_SECRET = 16;
    */
   SECRET = 16,
 
   /**
+   * A single sign-on configuration.
+   *
    * @generated from enum value: RESOURCE_TYPE_SSO_CONFIG = 17;
    */
   SSO_CONFIG = 17,
 
   /**
+   * A proof of owning a domain.
+   *
    * @generated from enum value: RESOURCE_TYPE_DOMAIN_VERIFICATION = 18;
    */
   DOMAIN_VERIFICATION = 18,
 
   /**
+   * A run of an agent. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_AGENT_EXECUTION = 19;
    */
   AGENT_EXECUTION = 19,
 
   /**
+   * A runner's language model. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_RUNNER_LLM_INTEGRATION = 20;
    */
   RUNNER_LLM_INTEGRATION = 20,
 
   /**
+   * An agent. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_AGENT = 21;
    */
   AGENT = 21,
 
   /**
+   * A session of an environment. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_ENVIRONMENT_SESSION = 22;
    */
   ENVIRONMENT_SESSION = 22,
 
   /**
+   * A secret of a user.
+   *
    * @generated from enum value: RESOURCE_TYPE_USER_SECRET = 23;
    */
   USER_SECRET = 23,
 
   /**
+   * An organization's policies.
+   *
    * @generated from enum value: RESOURCE_TYPE_ORGANIZATION_POLICY = 24;
    */
   ORGANIZATION_POLICY = 24,
 
   /**
+   * A secret of an organization.
+   *
    * @generated from enum value: RESOURCE_TYPE_ORGANIZATION_SECRET = 25;
    */
   ORGANIZATION_SECRET = 25,
 
   /**
+   * The classes of a project; the id is the project's.
+   *
    * @generated from enum value: RESOURCE_TYPE_PROJECT_ENVIRONMENT_CLASS = 26;
    */
   PROJECT_ENVIRONMENT_CLASS = 26,
 
   /**
+   * Billing. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_BILLING = 27;
    */
   BILLING = 27,
 
   /**
+   * A prompt. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_PROMPT = 28;
    */
   PROMPT = 28,
 
   /**
+   * A coupon. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_COUPON = 29;
    */
   COUPON = 29,
 
   /**
+   * Use of a coupon. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_COUPON_REDEMPTION = 30;
    */
   COUPON_REDEMPTION = 30,
 
   /**
+   * An account.
+   *
    * @generated from enum value: RESOURCE_TYPE_ACCOUNT = 31;
    */
   ACCOUNT = 31,
 
   /**
+   * An integration. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_INTEGRATION = 32;
    */
   INTEGRATION = 32,
 
   /**
+   * A workflow. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_WORKFLOW = 33;
    */
   WORKFLOW = 33,
 
   /**
+   * A run of a workflow. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_WORKFLOW_EXECUTION = 34;
    */
   WORKFLOW_EXECUTION = 34,
 
   /**
+   * An action in a run of a workflow. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_WORKFLOW_EXECUTION_ACTION = 35;
    */
   WORKFLOW_EXECUTION_ACTION = 35,
 
   /**
+   * A snapshot. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_SNAPSHOT = 36;
    */
   SNAPSHOT = 36,
 
   /**
+   * A prebuild. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_PREBUILD = 37;
    */
   PREBUILD = 37,
 
   /**
+   * An organization's language model. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_ORGANIZATION_LLM_INTEGRATION = 38;
    */
   ORGANIZATION_LLM_INTEGRATION = 38,
 
   /**
+   * An organization's own domain.
+   *
    * @generated from enum value: RESOURCE_TYPE_CUSTOM_DOMAIN = 39;
    */
   CUSTOM_DOMAIN = 39,
 
   /**
+   * Who may use a resource; the id is that resource's.
+   *
    * @generated from enum value: RESOURCE_TYPE_ROLE_ASSIGNMENT_CHANGED = 40;
    */
   ROLE_ASSIGNMENT_CHANGED = 40,
 
   /**
+   * The members of a group; the id is the group's.
+   *
    * @generated from enum value: RESOURCE_TYPE_GROUP_MEMBERSHIP_CHANGED = 41;
    */
   GROUP_MEMBERSHIP_CHANGED = 41,
 
   /**
+   * A webhook. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_WEBHOOK = 42;
    */
   WEBHOOK = 42,
 
   /**
+   * A SCIM configuration.
+   *
    * @generated from enum value: RESOURCE_TYPE_SCIM_CONFIGURATION = 43;
    */
   SCIM_CONFIGURATION = 43,
 
   /**
+   * A secret of a service account.
+   *
    * @generated from enum value: RESOURCE_TYPE_SERVICE_ACCOUNT_SECRET = 44;
    */
   SERVICE_ACCOUNT_SECRET = 44,
 
   /**
+   * An organization's announcement.
+   *
    * @generated from enum value: RESOURCE_TYPE_ANNOUNCEMENT_BANNER = 45;
    */
   ANNOUNCEMENT_BANNER = 45,
 
   /**
+   * A service account's token.
+   *
    * @generated from enum value: RESOURCE_TYPE_SERVICE_ACCOUNT_TOKEN = 46;
    */
   SERVICE_ACCOUNT_TOKEN = 46,
 
   /**
+   * A role of a group on a resource.
+   *
    * @generated from enum value: RESOURCE_TYPE_ROLE_ASSIGNMENT = 47;
    */
   ROLE_ASSIGNMENT = 47,
 
   /**
+   * A warm pool. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_WARM_POOL = 48;
    */
   WARM_POOL = 48,
 
   /**
+   * A notification. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_NOTIFICATION = 49;
    */
   NOTIFICATION = 49,
 
   /**
+   * A security policy. Not served.
+   *
    * @generated from enum value: RESOURCE_TYPE_SECURITY_POLICY = 50;
    */
   SECURITY_POLICY = 50,
@@ -638,10 +857,17 @@ export enum ResourceType {
 export declare const ResourceTypeSchema: GenEnum<ResourceType>;
 
 /**
+ * What happens: a live stream of changes, and the audit log.
+ *
  * @generated from service gitpod.v1.EventService
  */
 export declare const EventService: GenService<{
   /**
+   * Streams changes the caller may see, one id per message, as a hint to read again; nothing is replayed after a
+   * reconnect. Users and service accounts; environments about themselves. INVALID_ARGUMENT for filters with an
+   * environment scope; NOT_FOUND for an invisible environment; RESOURCE_EXHAUSTED above 50 streams; ends with
+   * UNAVAILABLE on shutdown or when the client is too slow, with UNAUTHENTICATED within 5 s of the token's end.
+   *
    * @generated from rpc gitpod.v1.EventService.WatchEvents
    */
   watchEvents: {
@@ -650,6 +876,9 @@ export declare const EventService: GenService<{
     output: typeof WatchEventsResponseSchema;
   },
   /**
+   * Lists audit entries, newest first unless sorted. Organization admins and ORG_AUDIT_LOG_READER, others
+   * PERMISSION_DENIED. INVALID_ARGUMENT when `from` is not before `to`. Safe to repeat.
+   *
    * @generated from rpc gitpod.v1.EventService.ListAuditLogs
    */
   listAuditLogs: {
@@ -658,6 +887,9 @@ export declare const EventService: GenService<{
     output: typeof ListAuditLogsResponseSchema;
   },
   /**
+   * Returns an audit entry. Organization admins and ORG_AUDIT_LOG_READER, others PERMISSION_DENIED. NOT_FOUND when
+   * unknown or past retention. Safe to repeat.
+   *
    * @generated from rpc gitpod.v1.EventService.GetAuditLog
    */
   getAuditLog: {

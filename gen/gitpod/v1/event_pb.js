@@ -92,6 +92,8 @@ export const AuditLogEntryKindSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_event, 0);
 
 /**
+ * Kinds of audit entries.
+ *
  * @generated from enum gitpod.v1.AuditLogEntryKind
  */
 export const AuditLogEntryKind = /*@__PURE__*/
@@ -104,6 +106,8 @@ export const ResourceOperationSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_event, 1);
 
 /**
+ * What happened to a resource.
+ *
  * @generated from enum gitpod.v1.ResourceOperation
  */
 export const ResourceOperation = /*@__PURE__*/
@@ -116,12 +120,16 @@ export const ResourceTypeSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_event, 2);
 
 /**
+ * Kinds of resources. Those marked "not served" do not occur here.
+ *
  * @generated from enum gitpod.v1.ResourceType
  */
 export const ResourceType = /*@__PURE__*/
   tsEnum(ResourceTypeSchema);
 
 /**
+ * What happens: a live stream of changes, and the audit log.
+ *
  * @generated from service gitpod.v1.EventService
  */
 export const EventService = /*@__PURE__*/

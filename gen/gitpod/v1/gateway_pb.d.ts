@@ -12,20 +12,28 @@ import type { PaginationRequest, PaginationResponse } from "./pagination_pb.js";
 export declare const file_gitpod_v1_gateway: GenFile;
 
 /**
+ * An entry point to this installation.
+ *
  * @generated from message gitpod.v1.Gateway
  */
 export declare type Gateway = Message<"gitpod.v1.Gateway"> & {
   /**
+   * Its name.
+   *
    * @generated from field: string name = 1;
    */
   name: string;
 
   /**
+   * Its base URL.
+   *
    * @generated from field: string url = 2;
    */
   url: string;
 
   /**
+   * Where it is; may be empty.
+   *
    * @generated from field: string region = 3;
    */
   region: string;
@@ -38,10 +46,14 @@ export declare type Gateway = Message<"gitpod.v1.Gateway"> & {
 export declare const GatewaySchema: GenMessage<Gateway>;
 
 /**
+ * Input of ListGateways.
+ *
  * @generated from message gitpod.v1.ListGatewaysRequest
  */
 export declare type ListGatewaysRequest = Message<"gitpod.v1.ListGatewaysRequest"> & {
   /**
+   * Which page to return.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
@@ -54,15 +66,21 @@ export declare type ListGatewaysRequest = Message<"gitpod.v1.ListGatewaysRequest
 export declare const ListGatewaysRequestSchema: GenMessage<ListGatewaysRequest>;
 
 /**
+ * Result of ListGateways.
+ *
  * @generated from message gitpod.v1.ListGatewaysResponse
  */
 export declare type ListGatewaysResponse = Message<"gitpod.v1.ListGatewaysResponse"> & {
   /**
+   * One page.
+   *
    * @generated from field: repeated gitpod.v1.Gateway gateways = 1;
    */
   gateways: Gateway[];
 
   /**
+   * Where the next page begins.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 2;
    */
   pagination?: PaginationResponse | undefined;
@@ -75,10 +93,15 @@ export declare type ListGatewaysResponse = Message<"gitpod.v1.ListGatewaysRespon
 export declare const ListGatewaysResponseSchema: GenMessage<ListGatewaysResponse>;
 
 /**
+ * Entry points to this installation.
+ *
  * @generated from service gitpod.v1.GatewayService
  */
 export declare const GatewayService: GenService<{
   /**
+   * Lists the gateways the operator configured, by name; never empty. Users, service accounts, environments, runners.
+   * Safe to repeat.
+   *
    * @generated from rpc gitpod.v1.GatewayService.ListGateways
    */
   listGateways: {

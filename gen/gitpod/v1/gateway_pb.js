@@ -34,6 +34,8 @@ export const ListGatewaysResponseSchema = /*@__PURE__*/
   messageDesc(file_gitpod_v1_gateway, 2);
 
 /**
+ * Entry points to this installation.
+ *
  * @generated from service gitpod.v1.GatewayService
  */
 export const GatewayService = /*@__PURE__*/

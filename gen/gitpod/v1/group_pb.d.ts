@@ -15,20 +15,28 @@ import type { PaginationRequest, PaginationResponse } from "./pagination_pb.js";
 export declare const file_gitpod_v1_group: GenFile;
 
 /**
+ * Input of CreateGroup.
+ *
  * @generated from message gitpod.v1.CreateGroupRequest
  */
 export declare type CreateGroupRequest = Message<"gitpod.v1.CreateGroupRequest"> & {
   /**
+   * The caller's organization; NOT_FOUND for another.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * Name, 3-80 characters, unique in the organization ignoring case.
+   *
    * @generated from field: string name = 2;
    */
   name: string;
 
   /**
+   * Description, at most 255 characters.
+   *
    * @generated from field: string description = 3;
    */
   description: string;
@@ -41,10 +49,14 @@ export declare type CreateGroupRequest = Message<"gitpod.v1.CreateGroupRequest">
 export declare const CreateGroupRequestSchema: GenMessage<CreateGroupRequest>;
 
 /**
+ * Result of CreateGroup.
+ *
  * @generated from message gitpod.v1.CreateGroupResponse
  */
 export declare type CreateGroupResponse = Message<"gitpod.v1.CreateGroupResponse"> & {
   /**
+   * The new group.
+   *
    * @generated from field: gitpod.v1.Group group = 1;
    */
   group?: Group | undefined;
@@ -57,15 +69,21 @@ export declare type CreateGroupResponse = Message<"gitpod.v1.CreateGroupResponse
 export declare const CreateGroupResponseSchema: GenMessage<CreateGroupResponse>;
 
 /**
+ * Input of CreateMembership.
+ *
  * @generated from message gitpod.v1.CreateMembershipRequest
  */
 export declare type CreateMembershipRequest = Message<"gitpod.v1.CreateMembershipRequest"> & {
   /**
+   * The group.
+   *
    * @generated from field: string group_id = 1;
    */
   groupId: string;
 
   /**
+   * User or service account to add.
+   *
    * @generated from field: gitpod.v1.Subject subject = 2;
    */
   subject?: Subject | undefined;
@@ -78,10 +96,14 @@ export declare type CreateMembershipRequest = Message<"gitpod.v1.CreateMembershi
 export declare const CreateMembershipRequestSchema: GenMessage<CreateMembershipRequest>;
 
 /**
+ * Result of CreateMembership.
+ *
  * @generated from message gitpod.v1.CreateMembershipResponse
  */
 export declare type CreateMembershipResponse = Message<"gitpod.v1.CreateMembershipResponse"> & {
   /**
+   * The new membership.
+   *
    * @generated from field: gitpod.v1.GroupMembership member = 1;
    */
   member?: GroupMembership | undefined;
@@ -94,25 +116,35 @@ export declare type CreateMembershipResponse = Message<"gitpod.v1.CreateMembersh
 export declare const CreateMembershipResponseSchema: GenMessage<CreateMembershipResponse>;
 
 /**
+ * Input of CreateRoleAssignment.
+ *
  * @generated from message gitpod.v1.CreateRoleAssignmentRequest
  */
 export declare type CreateRoleAssignmentRequest = Message<"gitpod.v1.CreateRoleAssignmentRequest"> & {
   /**
+   * The group.
+   *
    * @generated from field: string group_id = 1;
    */
   groupId: string;
 
   /**
+   * ORGANIZATION, RUNNER, PROJECT, ENVIRONMENT, GROUP or SERVICE_ACCOUNT.
+   *
    * @generated from field: gitpod.v1.ResourceType resource_type = 2;
    */
   resourceType: ResourceType;
 
   /**
+   * The resource.
+   *
    * @generated from field: string resource_id = 3;
    */
   resourceId: string;
 
   /**
+   * A role for that kind of resource.
+   *
    * @generated from field: gitpod.v1.ResourceRole resource_role = 4;
    */
   resourceRole: ResourceRole;
@@ -125,10 +157,14 @@ export declare type CreateRoleAssignmentRequest = Message<"gitpod.v1.CreateRoleA
 export declare const CreateRoleAssignmentRequestSchema: GenMessage<CreateRoleAssignmentRequest>;
 
 /**
+ * Result of CreateRoleAssignment.
+ *
  * @generated from message gitpod.v1.CreateRoleAssignmentResponse
  */
 export declare type CreateRoleAssignmentResponse = Message<"gitpod.v1.CreateRoleAssignmentResponse"> & {
   /**
+   * The new assignment.
+   *
    * @generated from field: gitpod.v1.RoleAssignment assignment = 1;
    */
   assignment?: RoleAssignment | undefined;
@@ -141,10 +177,14 @@ export declare type CreateRoleAssignmentResponse = Message<"gitpod.v1.CreateRole
 export declare const CreateRoleAssignmentResponseSchema: GenMessage<CreateRoleAssignmentResponse>;
 
 /**
+ * Input of DeleteGroup.
+ *
  * @generated from message gitpod.v1.DeleteGroupRequest
  */
 export declare type DeleteGroupRequest = Message<"gitpod.v1.DeleteGroupRequest"> & {
   /**
+   * The group.
+   *
    * @generated from field: string group_id = 1;
    */
   groupId: string;
@@ -157,6 +197,8 @@ export declare type DeleteGroupRequest = Message<"gitpod.v1.DeleteGroupRequest">
 export declare const DeleteGroupRequestSchema: GenMessage<DeleteGroupRequest>;
 
 /**
+ * Result of DeleteGroup, empty.
+ *
  * @generated from message gitpod.v1.DeleteGroupResponse
  */
 export declare type DeleteGroupResponse = Message<"gitpod.v1.DeleteGroupResponse"> & {
@@ -169,10 +211,14 @@ export declare type DeleteGroupResponse = Message<"gitpod.v1.DeleteGroupResponse
 export declare const DeleteGroupResponseSchema: GenMessage<DeleteGroupResponse>;
 
 /**
+ * Input of DeleteMembership.
+ *
  * @generated from message gitpod.v1.DeleteMembershipRequest
  */
 export declare type DeleteMembershipRequest = Message<"gitpod.v1.DeleteMembershipRequest"> & {
   /**
+   * The membership.
+   *
    * @generated from field: string membership_id = 1;
    */
   membershipId: string;
@@ -185,6 +231,8 @@ export declare type DeleteMembershipRequest = Message<"gitpod.v1.DeleteMembershi
 export declare const DeleteMembershipRequestSchema: GenMessage<DeleteMembershipRequest>;
 
 /**
+ * Result of DeleteMembership, empty.
+ *
  * @generated from message gitpod.v1.DeleteMembershipResponse
  */
 export declare type DeleteMembershipResponse = Message<"gitpod.v1.DeleteMembershipResponse"> & {
@@ -197,10 +245,14 @@ export declare type DeleteMembershipResponse = Message<"gitpod.v1.DeleteMembersh
 export declare const DeleteMembershipResponseSchema: GenMessage<DeleteMembershipResponse>;
 
 /**
+ * Input of DeleteRoleAssignment.
+ *
  * @generated from message gitpod.v1.DeleteRoleAssignmentRequest
  */
 export declare type DeleteRoleAssignmentRequest = Message<"gitpod.v1.DeleteRoleAssignmentRequest"> & {
   /**
+   * The assignment.
+   *
    * @generated from field: string assignment_id = 1;
    */
   assignmentId: string;
@@ -213,6 +265,8 @@ export declare type DeleteRoleAssignmentRequest = Message<"gitpod.v1.DeleteRoleA
 export declare const DeleteRoleAssignmentRequestSchema: GenMessage<DeleteRoleAssignmentRequest>;
 
 /**
+ * Result of DeleteRoleAssignment, empty.
+ *
  * @generated from message gitpod.v1.DeleteRoleAssignmentResponse
  */
 export declare type DeleteRoleAssignmentResponse = Message<"gitpod.v1.DeleteRoleAssignmentResponse"> & {
@@ -225,26 +279,36 @@ export declare type DeleteRoleAssignmentResponse = Message<"gitpod.v1.DeleteRole
 export declare const DeleteRoleAssignmentResponseSchema: GenMessage<DeleteRoleAssignmentResponse>;
 
 /**
+ * Input of GetGroup.
+ *
  * @generated from message gitpod.v1.GetGroupRequest
  */
 export declare type GetGroupRequest = Message<"gitpod.v1.GetGroupRequest"> & {
   /**
+   * The same as `id`; use that.
+   *
    * @generated from field: string group_id = 1 [deprecated = true];
    * @deprecated
    */
   groupId: string;
 
   /**
+   * Which group.
+   *
    * @generated from oneof gitpod.v1.GetGroupRequest.group
    */
   group: {
     /**
+     * Its id.
+     *
      * @generated from field: string id = 2;
      */
     value: string;
     case: "id";
   } | {
     /**
+     * Its name, ignoring case, 3-80 characters.
+     *
      * @generated from field: string name = 3;
      */
     value: string;
@@ -259,10 +323,14 @@ export declare type GetGroupRequest = Message<"gitpod.v1.GetGroupRequest"> & {
 export declare const GetGroupRequestSchema: GenMessage<GetGroupRequest>;
 
 /**
+ * Result of GetGroup.
+ *
  * @generated from message gitpod.v1.GetGroupResponse
  */
 export declare type GetGroupResponse = Message<"gitpod.v1.GetGroupResponse"> & {
   /**
+   * The group.
+   *
    * @generated from field: gitpod.v1.Group group = 1;
    */
   group?: Group | undefined;
@@ -275,15 +343,21 @@ export declare type GetGroupResponse = Message<"gitpod.v1.GetGroupResponse"> & {
 export declare const GetGroupResponseSchema: GenMessage<GetGroupResponse>;
 
 /**
+ * Input of GetMembership.
+ *
  * @generated from message gitpod.v1.GetMembershipRequest
  */
 export declare type GetMembershipRequest = Message<"gitpod.v1.GetMembershipRequest"> & {
   /**
+   * The group.
+   *
    * @generated from field: string group_id = 1;
    */
   groupId: string;
 
   /**
+   * Who to look for.
+   *
    * @generated from field: gitpod.v1.Subject subject = 2;
    */
   subject?: Subject | undefined;
@@ -296,10 +370,14 @@ export declare type GetMembershipRequest = Message<"gitpod.v1.GetMembershipReque
 export declare const GetMembershipRequestSchema: GenMessage<GetMembershipRequest>;
 
 /**
+ * Result of GetMembership.
+ *
  * @generated from message gitpod.v1.GetMembershipResponse
  */
 export declare type GetMembershipResponse = Message<"gitpod.v1.GetMembershipResponse"> & {
   /**
+   * The membership; unset when the subject is not a member.
+   *
    * @generated from field: gitpod.v1.GroupMembership member = 1;
    */
   member?: GroupMembership | undefined;
@@ -312,50 +390,70 @@ export declare type GetMembershipResponse = Message<"gitpod.v1.GetMembershipResp
 export declare const GetMembershipResponseSchema: GenMessage<GetMembershipResponse>;
 
 /**
+ * A group of users and service accounts.
+ *
  * @generated from message gitpod.v1.Group
  */
 export declare type Group = Message<"gitpod.v1.Group"> & {
   /**
+   * Its id.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Organization it belongs to.
+   *
    * @generated from field: string organization_id = 2;
    */
   organizationId: string;
 
   /**
+   * Name, unique in the organization ignoring case.
+   *
    * @generated from field: string name = 3;
    */
   name: string;
 
   /**
+   * Whether it is built in: `org-members` or `org-admins`.
+   *
    * @generated from field: bool system_managed = 4;
    */
   systemManaged: boolean;
 
   /**
+   * When it was created.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 5;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * When it was last changed.
+   *
    * @generated from field: google.protobuf.Timestamp updated_at = 6;
    */
   updatedAt?: Timestamp | undefined;
 
   /**
+   * Description, at most 255 characters.
+   *
    * @generated from field: string description = 7;
    */
   description: string;
 
   /**
+   * How many members it has now.
+   *
    * @generated from field: int32 member_count = 8;
    */
   memberCount: number;
 
   /**
+   * Whether it stands for one principal that resources are shared with directly.
+   *
    * @generated from field: bool direct_share = 9;
    */
   directShare: boolean;
@@ -368,30 +466,42 @@ export declare type Group = Message<"gitpod.v1.Group"> & {
 export declare const GroupSchema: GenMessage<Group>;
 
 /**
+ * A member of a group.
+ *
  * @generated from message gitpod.v1.GroupMembership
  */
 export declare type GroupMembership = Message<"gitpod.v1.GroupMembership"> & {
   /**
+   * Id of the membership.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * The member.
+   *
    * @generated from field: gitpod.v1.Subject subject = 2;
    */
   subject?: Subject | undefined;
 
   /**
+   * The group.
+   *
    * @generated from field: string group_id = 3;
    */
   groupId: string;
 
   /**
+   * The member's name.
+   *
    * @generated from field: string name = 4;
    */
   name: string;
 
   /**
+   * The member's picture; may be empty.
+   *
    * @generated from field: string avatar_url = 5;
    */
   avatarUrl: string;
@@ -404,15 +514,21 @@ export declare type GroupMembership = Message<"gitpod.v1.GroupMembership"> & {
 export declare const GroupMembershipSchema: GenMessage<GroupMembership>;
 
 /**
+ * Input of ListGroups.
+ *
  * @generated from message gitpod.v1.ListGroupsRequest
  */
 export declare type ListGroupsRequest = Message<"gitpod.v1.ListGroupsRequest"> & {
   /**
+   * Which page to return.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Which ones to return; unset = all.
+   *
    * @generated from field: gitpod.v1.ListGroupsRequest.Filter filter = 2;
    */
   filter?: ListGroupsRequest_Filter | undefined;
@@ -425,30 +541,42 @@ export declare type ListGroupsRequest = Message<"gitpod.v1.ListGroupsRequest"> &
 export declare const ListGroupsRequestSchema: GenMessage<ListGroupsRequest>;
 
 /**
+ * All that is set must match.
+ *
  * @generated from message gitpod.v1.ListGroupsRequest.Filter
  */
 export declare type ListGroupsRequest_Filter = Message<"gitpod.v1.ListGroupsRequest.Filter"> & {
   /**
+   * Text in name, description or id, ignoring case; at most 256 characters.
+   *
    * @generated from field: string search = 1;
    */
   search: string;
 
   /**
+   * These groups, at most 25.
+   *
    * @generated from field: repeated string group_ids = 2;
    */
   groupIds: string[];
 
   /**
+   * Only built-in ones, or only others.
+   *
    * @generated from field: optional bool system_managed = 3;
    */
   systemManaged?: boolean | undefined;
 
   /**
+   * True: only groups behind direct shares. Unset leaves them out.
+   *
    * @generated from field: optional bool direct_share = 4;
    */
   directShare?: boolean | undefined;
 
   /**
+   * Leave out groups that hold a role directly on this resource.
+   *
    * @generated from field: gitpod.v1.ListGroupsRequest.Filter.ExcludeAssignedToResource exclude_assigned_to_resource = 5;
    */
   excludeAssignedToResource?: ListGroupsRequest_Filter_ExcludeAssignedToResource | undefined;
@@ -461,15 +589,21 @@ export declare type ListGroupsRequest_Filter = Message<"gitpod.v1.ListGroupsRequ
 export declare const ListGroupsRequest_FilterSchema: GenMessage<ListGroupsRequest_Filter>;
 
 /**
+ * A resource.
+ *
  * @generated from message gitpod.v1.ListGroupsRequest.Filter.ExcludeAssignedToResource
  */
 export declare type ListGroupsRequest_Filter_ExcludeAssignedToResource = Message<"gitpod.v1.ListGroupsRequest.Filter.ExcludeAssignedToResource"> & {
   /**
+   * Its kind, never unspecified.
+   *
    * @generated from field: gitpod.v1.ResourceType resource_type = 1;
    */
   resourceType: ResourceType;
 
   /**
+   * Its id.
+   *
    * @generated from field: string resource_id = 2;
    */
   resourceId: string;
@@ -482,15 +616,21 @@ export declare type ListGroupsRequest_Filter_ExcludeAssignedToResource = Message
 export declare const ListGroupsRequest_Filter_ExcludeAssignedToResourceSchema: GenMessage<ListGroupsRequest_Filter_ExcludeAssignedToResource>;
 
 /**
+ * Result of ListGroups.
+ *
  * @generated from message gitpod.v1.ListGroupsResponse
  */
 export declare type ListGroupsResponse = Message<"gitpod.v1.ListGroupsResponse"> & {
   /**
+   * Where the next page begins.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * One page.
+   *
    * @generated from field: repeated gitpod.v1.Group groups = 2;
    */
   groups: Group[];
@@ -503,20 +643,28 @@ export declare type ListGroupsResponse = Message<"gitpod.v1.ListGroupsResponse">
 export declare const ListGroupsResponseSchema: GenMessage<ListGroupsResponse>;
 
 /**
+ * Input of ListMemberships.
+ *
  * @generated from message gitpod.v1.ListMembershipsRequest
  */
 export declare type ListMembershipsRequest = Message<"gitpod.v1.ListMembershipsRequest"> & {
   /**
+   * Which page to return.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * The group.
+   *
    * @generated from field: string group_id = 2;
    */
   groupId: string;
 
   /**
+   * Which ones to return; unset = all.
+   *
    * @generated from field: gitpod.v1.ListMembershipsRequest.Filter filter = 3;
    */
   filter?: ListMembershipsRequest_Filter | undefined;
@@ -529,10 +677,14 @@ export declare type ListMembershipsRequest = Message<"gitpod.v1.ListMembershipsR
 export declare const ListMembershipsRequestSchema: GenMessage<ListMembershipsRequest>;
 
 /**
+ * Which members to list.
+ *
  * @generated from message gitpod.v1.ListMembershipsRequest.Filter
  */
 export declare type ListMembershipsRequest_Filter = Message<"gitpod.v1.ListMembershipsRequest.Filter"> & {
   /**
+   * Text in name, email, id or a service account's description, ignoring case; at most 256 characters.
+   *
    * @generated from field: string search = 1;
    */
   search: string;
@@ -545,15 +697,21 @@ export declare type ListMembershipsRequest_Filter = Message<"gitpod.v1.ListMembe
 export declare const ListMembershipsRequest_FilterSchema: GenMessage<ListMembershipsRequest_Filter>;
 
 /**
+ * Result of ListMemberships.
+ *
  * @generated from message gitpod.v1.ListMembershipsResponse
  */
 export declare type ListMembershipsResponse = Message<"gitpod.v1.ListMembershipsResponse"> & {
   /**
+   * Where the next page begins.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * One page.
+   *
    * @generated from field: repeated gitpod.v1.GroupMembership members = 2;
    */
   members: GroupMembership[];
@@ -566,15 +724,21 @@ export declare type ListMembershipsResponse = Message<"gitpod.v1.ListMemberships
 export declare const ListMembershipsResponseSchema: GenMessage<ListMembershipsResponse>;
 
 /**
+ * Input of ListRoleAssignments.
+ *
  * @generated from message gitpod.v1.ListRoleAssignmentsRequest
  */
 export declare type ListRoleAssignmentsRequest = Message<"gitpod.v1.ListRoleAssignmentsRequest"> & {
   /**
+   * Which page to return.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Which ones to return; unset = all.
+   *
    * @generated from field: gitpod.v1.ListRoleAssignmentsRequest.Filter filter = 2;
    */
   filter?: ListRoleAssignmentsRequest_Filter | undefined;
@@ -587,35 +751,49 @@ export declare type ListRoleAssignmentsRequest = Message<"gitpod.v1.ListRoleAssi
 export declare const ListRoleAssignmentsRequestSchema: GenMessage<ListRoleAssignmentsRequest>;
 
 /**
+ * Fields narrow together, values inside one field widen; an empty field does not filter.
+ *
  * @generated from message gitpod.v1.ListRoleAssignmentsRequest.Filter
  */
 export declare type ListRoleAssignmentsRequest_Filter = Message<"gitpod.v1.ListRoleAssignmentsRequest.Filter"> & {
   /**
+   * On these kinds of resources.
+   *
    * @generated from field: repeated gitpod.v1.ResourceType resource_types = 1;
    */
   resourceTypes: ResourceType[];
 
   /**
+   * With these roles.
+   *
    * @generated from field: repeated gitpod.v1.ResourceRole resource_roles = 2;
    */
   resourceRoles: ResourceRole[];
 
   /**
+   * Of this group.
+   *
    * @generated from field: string group_id = 3;
    */
   groupId: string;
 
   /**
+   * Of the groups of this user.
+   *
    * @generated from field: string user_id = 4;
    */
   userId: string;
 
   /**
+   * On this resource; derived assignments are listed too.
+   *
    * @generated from field: string resource_id = 5;
    */
   resourceId: string;
 
   /**
+   * On these resources, at most 25; derived assignments are listed too. Not together with `resource_id`.
+   *
    * @generated from field: repeated string resource_ids = 6;
    */
   resourceIds: string[];
@@ -628,15 +806,21 @@ export declare type ListRoleAssignmentsRequest_Filter = Message<"gitpod.v1.ListR
 export declare const ListRoleAssignmentsRequest_FilterSchema: GenMessage<ListRoleAssignmentsRequest_Filter>;
 
 /**
+ * Result of ListRoleAssignments.
+ *
  * @generated from message gitpod.v1.ListRoleAssignmentsResponse
  */
 export declare type ListRoleAssignmentsResponse = Message<"gitpod.v1.ListRoleAssignmentsResponse"> & {
   /**
+   * Where the next page begins.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * One page.
+   *
    * @generated from field: repeated gitpod.v1.RoleAssignment assignments = 2;
    */
   assignments: RoleAssignment[];
@@ -649,40 +833,56 @@ export declare type ListRoleAssignmentsResponse = Message<"gitpod.v1.ListRoleAss
 export declare const ListRoleAssignmentsResponseSchema: GenMessage<ListRoleAssignmentsResponse>;
 
 /**
+ * A role of a group on a resource.
+ *
  * @generated from message gitpod.v1.RoleAssignment
  */
 export declare type RoleAssignment = Message<"gitpod.v1.RoleAssignment"> & {
   /**
+   * Its id; for a derived one made up, but stable.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * The group.
+   *
    * @generated from field: string group_id = 2;
    */
   groupId: string;
 
   /**
+   * Organization it belongs to.
+   *
    * @generated from field: string organization_id = 3;
    */
   organizationId: string;
 
   /**
+   * The resource.
+   *
    * @generated from field: string resource_id = 4;
    */
   resourceId: string;
 
   /**
+   * Kind of the resource.
+   *
    * @generated from field: gitpod.v1.ResourceType resource_type = 5;
    */
   resourceType: ResourceType;
 
   /**
+   * The role.
+   *
    * @generated from field: gitpod.v1.ResourceRole resource_role = 6;
    */
   resourceRole: ResourceRole;
 
   /**
+   * Organization role it follows from; such an assignment is read-only.
+   *
    * @generated from field: optional gitpod.v1.ResourceRole derived_from_org_role = 7;
    */
   derivedFromOrgRole?: ResourceRole | undefined;
@@ -695,30 +895,42 @@ export declare type RoleAssignment = Message<"gitpod.v1.RoleAssignment"> & {
 export declare const RoleAssignmentSchema: GenMessage<RoleAssignment>;
 
 /**
+ * Input of ShareResourceWithPrincipal.
+ *
  * @generated from message gitpod.v1.ShareResourceWithPrincipalRequest
  */
 export declare type ShareResourceWithPrincipalRequest = Message<"gitpod.v1.ShareResourceWithPrincipalRequest"> & {
   /**
+   * Kind of the resource; not ORGANIZATION.
+   *
    * @generated from field: gitpod.v1.ResourceType resource_type = 1;
    */
   resourceType: ResourceType;
 
   /**
+   * The resource.
+   *
    * @generated from field: string resource_id = 2;
    */
   resourceId: string;
 
   /**
+   * USER or SERVICE_ACCOUNT.
+   *
    * @generated from field: gitpod.v1.Principal principal = 3;
    */
   principal: Principal;
 
   /**
+   * Who to share it with.
+   *
    * @generated from field: string principal_id = 4;
    */
   principalId: string;
 
   /**
+   * A role for that kind of resource.
+   *
    * @generated from field: gitpod.v1.ResourceRole role = 5;
    */
   role: ResourceRole;
@@ -731,6 +943,8 @@ export declare type ShareResourceWithPrincipalRequest = Message<"gitpod.v1.Share
 export declare const ShareResourceWithPrincipalRequestSchema: GenMessage<ShareResourceWithPrincipalRequest>;
 
 /**
+ * Result of ShareResourceWithPrincipal, empty.
+ *
  * @generated from message gitpod.v1.ShareResourceWithPrincipalResponse
  */
 export declare type ShareResourceWithPrincipalResponse = Message<"gitpod.v1.ShareResourceWithPrincipalResponse"> & {
@@ -743,25 +957,35 @@ export declare type ShareResourceWithPrincipalResponse = Message<"gitpod.v1.Shar
 export declare const ShareResourceWithPrincipalResponseSchema: GenMessage<ShareResourceWithPrincipalResponse>;
 
 /**
+ * Input of UnshareResourceWithPrincipal.
+ *
  * @generated from message gitpod.v1.UnshareResourceWithPrincipalRequest
  */
 export declare type UnshareResourceWithPrincipalRequest = Message<"gitpod.v1.UnshareResourceWithPrincipalRequest"> & {
   /**
+   * Kind of the resource.
+   *
    * @generated from field: gitpod.v1.ResourceType resource_type = 1;
    */
   resourceType: ResourceType;
 
   /**
+   * The resource.
+   *
    * @generated from field: string resource_id = 2;
    */
   resourceId: string;
 
   /**
+   * USER or SERVICE_ACCOUNT.
+   *
    * @generated from field: gitpod.v1.Principal principal = 3;
    */
   principal: Principal;
 
   /**
+   * Who it is shared with.
+   *
    * @generated from field: string principal_id = 4;
    */
   principalId: string;
@@ -774,6 +998,8 @@ export declare type UnshareResourceWithPrincipalRequest = Message<"gitpod.v1.Uns
 export declare const UnshareResourceWithPrincipalRequestSchema: GenMessage<UnshareResourceWithPrincipalRequest>;
 
 /**
+ * Result of UnshareResourceWithPrincipal, empty.
+ *
  * @generated from message gitpod.v1.UnshareResourceWithPrincipalResponse
  */
 export declare type UnshareResourceWithPrincipalResponse = Message<"gitpod.v1.UnshareResourceWithPrincipalResponse"> & {
@@ -786,20 +1012,28 @@ export declare type UnshareResourceWithPrincipalResponse = Message<"gitpod.v1.Un
 export declare const UnshareResourceWithPrincipalResponseSchema: GenMessage<UnshareResourceWithPrincipalResponse>;
 
 /**
+ * Input of UpdateGroup.
+ *
  * @generated from message gitpod.v1.UpdateGroupRequest
  */
 export declare type UpdateGroupRequest = Message<"gitpod.v1.UpdateGroupRequest"> & {
   /**
+   * The group.
+   *
    * @generated from field: string group_id = 1;
    */
   groupId: string;
 
   /**
+   * New name, 3-80 characters.
+   *
    * @generated from field: string name = 2;
    */
   name: string;
 
   /**
+   * New description, at most 255 characters; empty clears it.
+   *
    * @generated from field: string description = 3;
    */
   description: string;
@@ -812,10 +1046,14 @@ export declare type UpdateGroupRequest = Message<"gitpod.v1.UpdateGroupRequest">
 export declare const UpdateGroupRequestSchema: GenMessage<UpdateGroupRequest>;
 
 /**
+ * Result of UpdateGroup.
+ *
  * @generated from message gitpod.v1.UpdateGroupResponse
  */
 export declare type UpdateGroupResponse = Message<"gitpod.v1.UpdateGroupResponse"> & {
   /**
+   * The group as it is now.
+   *
    * @generated from field: gitpod.v1.Group group = 1;
    */
   group?: Group | undefined;
@@ -828,345 +1066,483 @@ export declare type UpdateGroupResponse = Message<"gitpod.v1.UpdateGroupResponse
 export declare const UpdateGroupResponseSchema: GenMessage<UpdateGroupResponse>;
 
 /**
+ * Roles on resources. Those marked "not assignable" are refused with INVALID_ARGUMENT.
+ *
  * @generated from enum gitpod.v1.ResourceRole
  */
 export enum ResourceRole {
   /**
+   * Not set; refused in requests.
+   *
    * @generated from enum value: RESOURCE_ROLE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Do what organization admins do.
+   *
    * @generated from enum value: RESOURCE_ROLE_ORG_ADMIN = 1;
    */
   ORG_ADMIN = 1,
 
   /**
+   * Belong to the organization. Not assignable: every user and service account does.
+   *
    * @generated from enum value: RESOURCE_ROLE_ORG_MEMBER = 2;
    */
   ORG_MEMBER = 2,
 
   /**
+   * Create runners and hold ADMIN on all of them.
+   *
    * @generated from enum value: RESOURCE_ROLE_ORG_RUNNERS_ADMIN = 50;
    */
   ORG_RUNNERS_ADMIN = 50,
 
   /**
+   * Create projects and hold ADMIN on all of them.
+   *
    * @generated from enum value: RESOURCE_ROLE_ORG_PROJECTS_ADMIN = 51;
    */
   ORG_PROJECTS_ADMIN = 51,
 
   /**
+   * Manage workflows. Stored without effect.
+   *
    * @generated from enum value: RESOURCE_ROLE_ORG_AUTOMATIONS_ADMIN = 52;
    */
   ORG_AUTOMATIONS_ADMIN = 52,
 
   /**
+   * Create groups and hold ADMIN on them, except those with an ORG_* role.
+   *
    * @generated from enum value: RESOURCE_ROLE_ORG_GROUPS_ADMIN = 53;
    */
   ORG_GROUPS_ADMIN = 53,
 
   /**
+   * See all environments.
+   *
    * @generated from enum value: RESOURCE_ROLE_ORG_ENVIRONMENTS_READER = 66;
    */
   ORG_ENVIRONMENTS_READER = 66,
 
   /**
+   * Read the audit log.
+   *
    * @generated from enum value: RESOURCE_ROLE_ORG_AUDIT_LOG_READER = 64;
    */
   ORG_AUDIT_LOG_READER = 64,
 
   /**
+   * See billing. Stored without effect.
+   *
    * @generated from enum value: RESOURCE_ROLE_ORG_BILLING_VIEWER = 67;
    */
   ORG_BILLING_VIEWER = 67,
 
   /**
+   * See insights. Stored without effect.
+   *
    * @generated from enum value: RESOURCE_ROLE_ORG_INSIGHTS_VIEWER = 68;
    */
   ORG_INSIGHTS_VIEWER = 68,
 
   /**
+   * Manage security policies. Stored without effect.
+   *
    * @generated from enum value: RESOURCE_ROLE_ORG_SECURITY_ADMIN = 69;
    */
   ORG_SECURITY_ADMIN = 69,
 
   /**
+   * Change a group and its members, share it.
+   *
    * @generated from enum value: RESOURCE_ROLE_GROUP_ADMIN = 3;
    */
   GROUP_ADMIN = 3,
 
   /**
+   * See a group, as every member can.
+   *
    * @generated from enum value: RESOURCE_ROLE_GROUP_VIEWER = 4;
    */
   GROUP_VIEWER = 4,
 
   /**
+   * Be a user. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_USER_IDENTITY = 5;
    */
   USER_IDENTITY = 5,
 
   /**
+   * See a user. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_USER_VIEWER = 6;
    */
   USER_VIEWER = 6,
 
   /**
+   * Manage a user. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_USER_ADMIN = 7;
    */
   USER_ADMIN = 7,
 
   /**
+   * Be an environment. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_ENVIRONMENT_IDENTITY = 8;
    */
   ENVIRONMENT_IDENTITY = 8,
 
   /**
+   * Start, change, share and delete an environment; includes USER.
+   *
    * @generated from enum value: RESOURCE_ROLE_ENVIRONMENT_ADMIN = 9;
    */
   ENVIRONMENT_ADMIN = 9,
 
   /**
+   * Enter an environment, run its tasks and services, read its logs; includes VIEWER.
+   *
    * @generated from enum value: RESOURCE_ROLE_ENVIRONMENT_USER = 10;
    */
   ENVIRONMENT_USER = 10,
 
   /**
+   * See an environment.
+   *
    * @generated from enum value: RESOURCE_ROLE_ENVIRONMENT_VIEWER = 11;
    */
   ENVIRONMENT_VIEWER = 11,
 
   /**
+   * Run an environment. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_ENVIRONMENT_RUNNER = 12;
    */
   ENVIRONMENT_RUNNER = 12,
 
   /**
+   * Be a runner. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_RUNNER_IDENTITY = 13;
    */
   RUNNER_IDENTITY = 13,
 
   /**
+   * Change a runner, its classes, integrations and sharing, issue tokens, delete it; includes USER.
+   *
    * @generated from enum value: RESOURCE_ROLE_RUNNER_ADMIN = 14;
    */
   RUNNER_ADMIN = 14,
 
   /**
+   * Manage a local runner. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_RUNNER_LOCAL_ADMIN = 15;
    */
   RUNNER_LOCAL_ADMIN = 15,
 
   /**
+   * Manage a managed runner. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_RUNNER_MANAGED_ADMIN = 16;
    */
   RUNNER_MANAGED_ADMIN = 16,
 
   /**
+   * See a runner and create environments on it.
+   *
    * @generated from enum value: RESOURCE_ROLE_RUNNER_USER = 17;
    */
   RUNNER_USER = 17,
 
   /**
+   * Read a runner's configuration. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_RUNNER_CONFIGURATION_READER = 18;
    */
   RUNNER_CONFIGURATION_READER = 18,
 
   /**
+   * Manage a credential for a source-control host. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_HOST_AUTHENTICATION_TOKEN_ADMIN = 19;
    */
   HOST_AUTHENTICATION_TOKEN_ADMIN = 19,
 
   /**
+   * Renew a credential for a source-control host. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_HOST_AUTHENTICATION_TOKEN_UPDATER = 20;
    */
   HOST_AUTHENTICATION_TOKEN_UPDATER = 20,
 
   /**
+   * Share and delete a project; includes EDITOR.
+   *
    * @generated from enum value: RESOURCE_ROLE_PROJECT_ADMIN = 21;
    */
   PROJECT_ADMIN = 21,
 
   /**
+   * See a project and create environments from it, given a runner they may use.
+   *
    * @generated from enum value: RESOURCE_ROLE_PROJECT_USER = 22;
    */
   PROJECT_USER = 22,
 
   /**
+   * Change a project's settings, classes and secrets; includes USER.
+   *
    * @generated from enum value: RESOURCE_ROLE_PROJECT_EDITOR = 23;
    */
   PROJECT_EDITOR = 23,
 
   /**
+   * Manage a service of an environment. Not assignable: follows from the environment.
+   *
    * @generated from enum value: RESOURCE_ROLE_ENVIRONMENT_SERVICE_ADMIN = 24;
    */
   ENVIRONMENT_SERVICE_ADMIN = 24,
 
   /**
+   * See a service of an environment. Not assignable: follows from the environment.
+   *
    * @generated from enum value: RESOURCE_ROLE_ENVIRONMENT_SERVICE_VIEWER = 25;
    */
   ENVIRONMENT_SERVICE_VIEWER = 25,
 
   /**
+   * Start and stop a service of an environment. Not assignable: follows from the environment.
+   *
    * @generated from enum value: RESOURCE_ROLE_ENVIRONMENT_SERVICE_USER = 26;
    */
   ENVIRONMENT_SERVICE_USER = 26,
 
   /**
+   * Be the environment of a service. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_ENVIRONMENT_SERVICE_ENV = 27;
    */
   ENVIRONMENT_SERVICE_ENV = 27,
 
   /**
+   * Manage a task of an environment. Not assignable: follows from the environment.
+   *
    * @generated from enum value: RESOURCE_ROLE_ENVIRONMENT_TASK_ADMIN = 28;
    */
   ENVIRONMENT_TASK_ADMIN = 28,
 
   /**
+   * See a task of an environment. Not assignable: follows from the environment.
+   *
    * @generated from enum value: RESOURCE_ROLE_ENVIRONMENT_TASK_VIEWER = 29;
    */
   ENVIRONMENT_TASK_VIEWER = 29,
 
   /**
+   * Start and stop a task of an environment. Not assignable: follows from the environment.
+   *
    * @generated from enum value: RESOURCE_ROLE_ENVIRONMENT_TASK_USER = 30;
    */
   ENVIRONMENT_TASK_USER = 30,
 
   /**
+   * Be the environment of a task. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_ENVIRONMENT_TASK_ENV = 31;
    */
   ENVIRONMENT_TASK_ENV = 31,
 
   /**
+   * Be a service account. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_SERVICE_ACCOUNT_IDENTITY = 32;
    */
   SERVICE_ACCOUNT_IDENTITY = 32,
 
   /**
+   * Issue access tokens of a service account and manage its secrets.
+   *
    * @generated from enum value: RESOURCE_ROLE_SERVICE_ACCOUNT_ADMIN = 33;
    */
   SERVICE_ACCOUNT_ADMIN = 33,
 
   /**
+   * Use a run of an agent. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_AGENT_EXECUTION_USER = 35;
    */
   AGENT_EXECUTION_USER = 35,
 
   /**
+   * Manage a run of an agent. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_AGENT_EXECUTION_ADMIN = 36;
    */
   AGENT_EXECUTION_ADMIN = 36,
 
   /**
+   * Carry out a run of an agent. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_AGENT_EXECUTION_RUNNER = 37;
    */
   AGENT_EXECUTION_RUNNER = 37,
 
   /**
+   * Report outputs of a run of an agent. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_AGENT_EXECUTION_OUTPUTS_REPORTER = 46;
    */
   AGENT_EXECUTION_OUTPUTS_REPORTER = 46,
 
   /**
+   * See a run of an agent. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_AGENT_EXECUTION_VIEWER = 65;
    */
   AGENT_EXECUTION_VIEWER = 65,
 
   /**
+   * Manage an agent. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_AGENT_ADMIN = 38;
    */
   AGENT_ADMIN = 38,
 
   /**
+   * See an agent. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_AGENT_VIEWER = 39;
    */
   AGENT_VIEWER = 39,
 
   /**
+   * Run an agent. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_AGENT_EXECUTOR = 40;
    */
   AGENT_EXECUTOR = 40,
 
   /**
+   * Manage a workflow. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_WORKFLOW_ADMIN = 41;
    */
   WORKFLOW_ADMIN = 41,
 
   /**
+   * Use a workflow. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_WORKFLOW_USER = 42;
    */
   WORKFLOW_USER = 42,
 
   /**
+   * See a workflow. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_WORKFLOW_VIEWER = 43;
    */
   WORKFLOW_VIEWER = 43,
 
   /**
+   * Run a workflow. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_WORKFLOW_EXECUTOR = 47;
    */
   WORKFLOW_EXECUTOR = 47,
 
   /**
+   * Manage a snapshot. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_SNAPSHOT_ADMIN = 44;
    */
   SNAPSHOT_ADMIN = 44,
 
   /**
+   * Make a snapshot. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_SNAPSHOT_RUNNER = 45;
    */
   SNAPSHOT_RUNNER = 45,
 
   /**
+   * Manage a webhook. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_WEBHOOK_ADMIN = 48;
    */
   WEBHOOK_ADMIN = 48,
 
   /**
+   * See a webhook. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_WEBHOOK_VIEWER = 49;
    */
   WEBHOOK_VIEWER = 49,
 
   /**
+   * Carry out a warm pool. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_WARMPOOL_RUNNER = 54;
    */
   WARMPOOL_RUNNER = 54,
 
   /**
+   * Manage a warm pool. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_WARMPOOL_ADMIN = 55;
    */
   WARMPOOL_ADMIN = 55,
 
   /**
+   * See a warm pool. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_WARMPOOL_VIEWER = 56;
    */
   WARMPOOL_VIEWER = 56,
 
   /**
+   * Manage a session. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_SESSION_ADMIN = 60;
    */
   SESSION_ADMIN = 60,
 
   /**
+   * Use a session. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_SESSION_USER = 61;
    */
   SESSION_USER = 61,
 
   /**
+   * Manage a team. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_TEAM_ADMIN = 62;
    */
   TEAM_ADMIN = 62,
 
   /**
+   * See a team. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_TEAM_VIEWER = 63;
    */
   TEAM_VIEWER = 63,
 
   /**
+   * Manage a security policy. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_SECURITY_POLICY_ADMIN = 70;
    */
   SECURITY_POLICY_ADMIN = 70,
 
   /**
+   * See a security policy. Not assignable.
+   *
    * @generated from enum value: RESOURCE_ROLE_SECURITY_POLICY_VIEWER = 71;
    */
   SECURITY_POLICY_VIEWER = 71,
@@ -1178,10 +1554,20 @@ export enum ResourceRole {
 export declare const ResourceRoleSchema: GenEnum<ResourceRole>;
 
 /**
+ * Groups of users and service accounts, and the roles they hold on resources; every member of the organization may read
+ * groups. "Admin" is an organization admin or ORG_GROUPS_ADMIN. Roles are assigned by organization admins, the matching
+ * ORG_* admin and holders of the resource's ADMIN role; on the organization and on service accounts by organization
+ * admins alone, on environments by creator and ENVIRONMENT_ADMIN alone. What the caller cannot see is NOT_FOUND, what
+ * it may not do PERMISSION_DENIED; built-in groups and those behind direct shares cannot be changed or deleted, those
+ * synced by SCIM neither renamed nor given members (FAILED_PRECONDITION). Reads are safe to repeat.
+ *
  * @generated from service gitpod.v1.GroupService
  */
 export declare const GroupService: GenService<{
   /**
+   * Creates an empty group. Admins. ALREADY_EXISTS when the name is taken, ignoring case; RESOURCE_EXHAUSTED above 1000
+   * groups. Not idempotent.
+   *
    * @generated from rpc gitpod.v1.GroupService.CreateGroup
    */
   createGroup: {
@@ -1190,6 +1576,8 @@ export declare const GroupService: GenService<{
     output: typeof CreateGroupResponseSchema;
   },
   /**
+   * Returns a group by id or name. INVALID_ARGUMENT when neither is given.
+   *
    * @generated from rpc gitpod.v1.GroupService.GetGroup
    */
   getGroup: {
@@ -1198,6 +1586,8 @@ export declare const GroupService: GenService<{
     output: typeof GetGroupResponseSchema;
   },
   /**
+   * Lists groups, newest first, without those behind direct shares unless asked for.
+   *
    * @generated from rpc gitpod.v1.GroupService.ListGroups
    */
   listGroups: {
@@ -1206,6 +1596,9 @@ export declare const GroupService: GenService<{
     output: typeof ListGroupsResponseSchema;
   },
   /**
+   * Sets name and description, both always. Admins and GROUP_ADMIN of it; for a group with an ORG_* role only
+   * organization admins. ALREADY_EXISTS when the name is taken. Idempotent.
+   *
    * @generated from rpc gitpod.v1.GroupService.UpdateGroup
    */
   updateGroup: {
@@ -1214,6 +1607,9 @@ export declare const GroupService: GenService<{
     output: typeof UpdateGroupResponseSchema;
   },
   /**
+   * Deletes a group; what its members could do through it ends at once. Admins; for a group with an ORG_* role only
+   * organization admins. A second call is NOT_FOUND.
+   *
    * @generated from rpc gitpod.v1.GroupService.DeleteGroup
    */
   deleteGroup: {
@@ -1222,6 +1618,10 @@ export declare const GroupService: GenService<{
     output: typeof DeleteGroupResponseSchema;
   },
   /**
+   * Adds a user or service account. Admins and GROUP_ADMIN of it; for a group with an ORG_* role only organization
+   * admins. ALREADY_EXISTS for a member; NOT_FOUND for one who is unknown, has left, or is suspended; INVALID_ARGUMENT
+   * for other principals; RESOURCE_EXHAUSTED above 10000 members. Not idempotent.
+   *
    * @generated from rpc gitpod.v1.GroupService.CreateMembership
    */
   createMembership: {
@@ -1230,6 +1630,8 @@ export declare const GroupService: GenService<{
     output: typeof CreateMembershipResponseSchema;
   },
   /**
+   * Removes a member. As CreateMembership, and the member itself. A second call is NOT_FOUND.
+   *
    * @generated from rpc gitpod.v1.GroupService.DeleteMembership
    */
   deleteMembership: {
@@ -1238,6 +1640,8 @@ export declare const GroupService: GenService<{
     output: typeof DeleteMembershipResponseSchema;
   },
   /**
+   * Returns the membership of a subject; not being a member is no error.
+   *
    * @generated from rpc gitpod.v1.GroupService.GetMembership
    */
   getMembership: {
@@ -1246,6 +1650,8 @@ export declare const GroupService: GenService<{
     output: typeof GetMembershipResponseSchema;
   },
   /**
+   * Lists members of a group, newest first.
+   *
    * @generated from rpc gitpod.v1.GroupService.ListMemberships
    */
   listMemberships: {
@@ -1254,6 +1660,10 @@ export declare const GroupService: GenService<{
     output: typeof ListMembershipsResponseSchema;
   },
   /**
+   * Gives a group a role on a resource. ALREADY_EXISTS when it has one there (on the organization: that one);
+   * INVALID_ARGUMENT for a role that cannot be assigned there; FAILED_PRECONDITION for ORG_* to `org-members`, anything
+   * to `org-admins`, or a project none of whose runners the group can use. Not idempotent.
+   *
    * @generated from rpc gitpod.v1.GroupService.CreateRoleAssignment
    */
   createRoleAssignment: {
@@ -1262,6 +1672,10 @@ export declare const GroupService: GenService<{
     output: typeof CreateRoleAssignmentResponseSchema;
   },
   /**
+   * Lists assignments, newest first. Organization admins see all; others those on the organization, those of their own
+   * groups, and, when filtered by resource, all on resources where they may assign. INVALID_ARGUMENT when `resource_id`
+   * and `resource_ids` are both set.
+   *
    * @generated from rpc gitpod.v1.GroupService.ListRoleAssignments
    */
   listRoleAssignments: {
@@ -1270,6 +1684,8 @@ export declare const GroupService: GenService<{
     output: typeof ListRoleAssignmentsResponseSchema;
   },
   /**
+   * Takes a role away at once. Who may assign it. FAILED_PRECONDITION for a derived one. A second call is NOT_FOUND.
+   *
    * @generated from rpc gitpod.v1.GroupService.DeleteRoleAssignment
    */
   deleteRoleAssignment: {
@@ -1278,6 +1694,10 @@ export declare const GroupService: GenService<{
     output: typeof DeleteRoleAssignmentResponseSchema;
   },
   /**
+   * Gives one user or service account a role on a resource, in place of an earlier direct one. Who may assign it.
+   * NOT_FOUND for one who is unknown or has left; INVALID_ARGUMENT for the organization or a role that cannot be
+   * assigned. Idempotent.
+   *
    * @generated from rpc gitpod.v1.GroupService.ShareResourceWithPrincipal
    */
   shareResourceWithPrincipal: {
@@ -1286,6 +1706,9 @@ export declare const GroupService: GenService<{
     output: typeof ShareResourceWithPrincipalResponseSchema;
   },
   /**
+   * Takes the direct share away at once; roles through other groups stay. Who may assign it. Idempotent: no effect when
+   * there is none.
+   *
    * @generated from rpc gitpod.v1.GroupService.UnshareResourceWithPrincipal
    */
   unshareResourceWithPrincipal: {

@@ -267,12 +267,21 @@ export const ResourceRoleSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_group, 0);
 
 /**
+ * Roles on resources. Those marked "not assignable" are refused with INVALID_ARGUMENT.
+ *
  * @generated from enum gitpod.v1.ResourceRole
  */
 export const ResourceRole = /*@__PURE__*/
   tsEnum(ResourceRoleSchema);
 
 /**
+ * Groups of users and service accounts, and the roles they hold on resources; every member of the organization may read
+ * groups. "Admin" is an organization admin or ORG_GROUPS_ADMIN. Roles are assigned by organization admins, the matching
+ * ORG_* admin and holders of the resource's ADMIN role; on the organization and on service accounts by organization
+ * admins alone, on environments by creator and ENVIRONMENT_ADMIN alone. What the caller cannot see is NOT_FOUND, what
+ * it may not do PERMISSION_DENIED; built-in groups and those behind direct shares cannot be changed or deleted, those
+ * synced by SCIM neither renamed nor given members (FAILED_PRECONDITION). Reads are safe to repeat.
+ *
  * @generated from service gitpod.v1.GroupService
  */
 export const GroupService = /*@__PURE__*/

@@ -17,15 +17,21 @@ import type { Duration, Timestamp } from "@bufbuild/protobuf/wkt";
 export declare const file_gitpod_v1_project: GenFile;
 
 /**
+ * Input of CreateProjectFromEnvironment.
+ *
  * @generated from message gitpod.v1.CreateProjectFromEnvironmentRequest
  */
 export declare type CreateProjectFromEnvironmentRequest = Message<"gitpod.v1.CreateProjectFromEnvironmentRequest"> & {
   /**
+   * Name of the project, 1-80 characters.
+   *
    * @generated from field: string name = 1;
    */
   name: string;
 
   /**
+   * Environment to copy from; the caller must be its creator or hold ENVIRONMENT_ADMIN.
+   *
    * @generated from field: string environment_id = 2;
    */
   environmentId: string;
@@ -38,10 +44,14 @@ export declare type CreateProjectFromEnvironmentRequest = Message<"gitpod.v1.Cre
 export declare const CreateProjectFromEnvironmentRequestSchema: GenMessage<CreateProjectFromEnvironmentRequest>;
 
 /**
+ * Result of CreateProjectFromEnvironment.
+ *
  * @generated from message gitpod.v1.CreateProjectFromEnvironmentResponse
  */
 export declare type CreateProjectFromEnvironmentResponse = Message<"gitpod.v1.CreateProjectFromEnvironmentResponse"> & {
   /**
+   * The new project.
+   *
    * @generated from field: gitpod.v1.Project project = 1;
    */
   project?: Project | undefined;
@@ -54,20 +64,28 @@ export declare type CreateProjectFromEnvironmentResponse = Message<"gitpod.v1.Cr
 export declare const CreateProjectFromEnvironmentResponseSchema: GenMessage<CreateProjectFromEnvironmentResponse>;
 
 /**
+ * Input of CreateProjectPolicy.
+ *
  * @generated from message gitpod.v1.CreateProjectPolicyRequest
  */
 export declare type CreateProjectPolicyRequest = Message<"gitpod.v1.CreateProjectPolicyRequest"> & {
   /**
+   * The project.
+   *
    * @generated from field: string project_id = 1;
    */
   projectId: string;
 
   /**
+   * Group to share it with.
+   *
    * @generated from field: string group_id = 2;
    */
   groupId: string;
 
   /**
+   * Role the group gets.
+   *
    * @generated from field: gitpod.v1.ProjectRole role = 3;
    */
   role: ProjectRole;
@@ -80,10 +98,14 @@ export declare type CreateProjectPolicyRequest = Message<"gitpod.v1.CreateProjec
 export declare const CreateProjectPolicyRequestSchema: GenMessage<CreateProjectPolicyRequest>;
 
 /**
+ * Result of CreateProjectPolicy.
+ *
  * @generated from message gitpod.v1.CreateProjectPolicyResponse
  */
 export declare type CreateProjectPolicyResponse = Message<"gitpod.v1.CreateProjectPolicyResponse"> & {
   /**
+   * The new entry.
+   *
    * @generated from field: gitpod.v1.ProjectPolicy policy = 1;
    */
   policy?: ProjectPolicy | undefined;
@@ -96,35 +118,49 @@ export declare type CreateProjectPolicyResponse = Message<"gitpod.v1.CreateProje
 export declare const CreateProjectPolicyResponseSchema: GenMessage<CreateProjectPolicyResponse>;
 
 /**
+ * Input of CreateProject.
+ *
  * @generated from message gitpod.v1.CreateProjectRequest
  */
 export declare type CreateProjectRequest = Message<"gitpod.v1.CreateProjectRequest"> & {
   /**
+   * Display name, 1-80 characters, not unique.
+   *
    * @generated from field: string name = 1;
    */
   name: string;
 
   /**
+   * What environments hold, 1-10 specs; needed.
+   *
    * @generated from field: gitpod.v1.EnvironmentInitializer initializer = 2;
    */
   initializer?: EnvironmentInitializer | undefined;
 
   /**
+   * Dev container file, relative to the repository without `..`; empty = the usual places.
+   *
    * @generated from field: string devcontainer_file_path = 4;
    */
   devcontainerFilePath: string;
 
   /**
+   * Automations file, relative to the repository without `..`; empty = the usual places.
+   *
    * @generated from field: string automations_file_path = 5;
    */
   automationsFilePath: string;
 
   /**
+   * Longer description, at most 8192 characters.
+   *
    * @generated from field: string technical_description = 6;
    */
   technicalDescription: string;
 
   /**
+   * When and where to make prebuilds; stored, none is made yet.
+   *
    * @generated from field: gitpod.v1.ProjectPrebuildConfiguration prebuild_configuration = 7;
    */
   prebuildConfiguration?: ProjectPrebuildConfiguration | undefined;
@@ -137,10 +173,14 @@ export declare type CreateProjectRequest = Message<"gitpod.v1.CreateProjectReque
 export declare const CreateProjectRequestSchema: GenMessage<CreateProjectRequest>;
 
 /**
+ * Result of CreateProject.
+ *
  * @generated from message gitpod.v1.CreateProjectResponse
  */
 export declare type CreateProjectResponse = Message<"gitpod.v1.CreateProjectResponse"> & {
   /**
+   * The new project, with its technical description.
+   *
    * @generated from field: gitpod.v1.Project project = 1;
    */
   project?: Project | undefined;
@@ -153,10 +193,14 @@ export declare type CreateProjectResponse = Message<"gitpod.v1.CreateProjectResp
 export declare const CreateProjectResponseSchema: GenMessage<CreateProjectResponse>;
 
 /**
+ * Input of CreateProjects.
+ *
  * @generated from message gitpod.v1.CreateProjectsRequest
  */
 export declare type CreateProjectsRequest = Message<"gitpod.v1.CreateProjectsRequest"> & {
   /**
+   * Projects to create, 1-100.
+   *
    * @generated from field: repeated gitpod.v1.CreateProjectRequest projects = 1;
    */
   projects: CreateProjectRequest[];
@@ -169,15 +213,21 @@ export declare type CreateProjectsRequest = Message<"gitpod.v1.CreateProjectsReq
 export declare const CreateProjectsRequestSchema: GenMessage<CreateProjectsRequest>;
 
 /**
+ * Result of CreateProjects.
+ *
  * @generated from message gitpod.v1.CreateProjectsResponse
  */
 export declare type CreateProjectsResponse = Message<"gitpod.v1.CreateProjectsResponse"> & {
   /**
+   * Those that were created.
+   *
    * @generated from field: repeated gitpod.v1.Project created_projects = 1;
    */
   createdProjects: Project[];
 
   /**
+   * Those that were not.
+   *
    * @generated from field: repeated gitpod.v1.CreateProjectsResponse.Failure failed_projects = 2;
    */
   failedProjects: CreateProjectsResponse_Failure[];
@@ -190,20 +240,28 @@ export declare type CreateProjectsResponse = Message<"gitpod.v1.CreateProjectsRe
 export declare const CreateProjectsResponseSchema: GenMessage<CreateProjectsResponse>;
 
 /**
+ * A project that was not created.
+ *
  * @generated from message gitpod.v1.CreateProjectsResponse.Failure
  */
 export declare type CreateProjectsResponse_Failure = Message<"gitpod.v1.CreateProjectsResponse.Failure"> & {
   /**
+   * Its place in the request, from 0.
+   *
    * @generated from field: int32 index = 1;
    */
   index: number;
 
   /**
+   * Its name.
+   *
    * @generated from field: string name = 2;
    */
   name: string;
 
   /**
+   * Error code and message, as `<code>: <message>`.
+   *
    * @generated from field: string error = 3;
    */
   error: string;
@@ -216,15 +274,21 @@ export declare type CreateProjectsResponse_Failure = Message<"gitpod.v1.CreatePr
 export declare const CreateProjectsResponse_FailureSchema: GenMessage<CreateProjectsResponse_Failure>;
 
 /**
+ * Input of DeleteProjectPolicy.
+ *
  * @generated from message gitpod.v1.DeleteProjectPolicyRequest
  */
 export declare type DeleteProjectPolicyRequest = Message<"gitpod.v1.DeleteProjectPolicyRequest"> & {
   /**
+   * The project.
+   *
    * @generated from field: string project_id = 1;
    */
   projectId: string;
 
   /**
+   * The group.
+   *
    * @generated from field: string group_id = 2;
    */
   groupId: string;
@@ -237,6 +301,8 @@ export declare type DeleteProjectPolicyRequest = Message<"gitpod.v1.DeleteProjec
 export declare const DeleteProjectPolicyRequestSchema: GenMessage<DeleteProjectPolicyRequest>;
 
 /**
+ * Result of DeleteProjectPolicy, empty.
+ *
  * @generated from message gitpod.v1.DeleteProjectPolicyResponse
  */
 export declare type DeleteProjectPolicyResponse = Message<"gitpod.v1.DeleteProjectPolicyResponse"> & {
@@ -249,10 +315,14 @@ export declare type DeleteProjectPolicyResponse = Message<"gitpod.v1.DeleteProje
 export declare const DeleteProjectPolicyResponseSchema: GenMessage<DeleteProjectPolicyResponse>;
 
 /**
+ * Input of DeleteProject.
+ *
  * @generated from message gitpod.v1.DeleteProjectRequest
  */
 export declare type DeleteProjectRequest = Message<"gitpod.v1.DeleteProjectRequest"> & {
   /**
+   * The project.
+   *
    * @generated from field: string project_id = 1;
    */
   projectId: string;
@@ -265,6 +335,8 @@ export declare type DeleteProjectRequest = Message<"gitpod.v1.DeleteProjectReque
 export declare const DeleteProjectRequestSchema: GenMessage<DeleteProjectRequest>;
 
 /**
+ * Result of DeleteProject, empty.
+ *
  * @generated from message gitpod.v1.DeleteProjectResponse
  */
 export declare type DeleteProjectResponse = Message<"gitpod.v1.DeleteProjectResponse"> & {
@@ -277,10 +349,14 @@ export declare type DeleteProjectResponse = Message<"gitpod.v1.DeleteProjectResp
 export declare const DeleteProjectResponseSchema: GenMessage<DeleteProjectResponse>;
 
 /**
+ * Input of DeleteProjects.
+ *
  * @generated from message gitpod.v1.DeleteProjectsRequest
  */
 export declare type DeleteProjectsRequest = Message<"gitpod.v1.DeleteProjectsRequest"> & {
   /**
+   * Projects to delete, 1-100.
+   *
    * @generated from field: repeated string project_ids = 1;
    */
   projectIds: string[];
@@ -293,15 +369,21 @@ export declare type DeleteProjectsRequest = Message<"gitpod.v1.DeleteProjectsReq
 export declare const DeleteProjectsRequestSchema: GenMessage<DeleteProjectsRequest>;
 
 /**
+ * Result of DeleteProjects.
+ *
  * @generated from message gitpod.v1.DeleteProjectsResponse
  */
 export declare type DeleteProjectsResponse = Message<"gitpod.v1.DeleteProjectsResponse"> & {
   /**
+   * Those whose deletion has begun.
+   *
    * @generated from field: repeated string deleted_project_ids = 1;
    */
   deletedProjectIds: string[];
 
   /**
+   * Those that were not deleted.
+   *
    * @generated from field: repeated gitpod.v1.DeleteProjectsResponse.Failure failed_projects = 2;
    */
   failedProjects: DeleteProjectsResponse_Failure[];
@@ -314,20 +396,28 @@ export declare type DeleteProjectsResponse = Message<"gitpod.v1.DeleteProjectsRe
 export declare const DeleteProjectsResponseSchema: GenMessage<DeleteProjectsResponse>;
 
 /**
+ * A project that was not deleted.
+ *
  * @generated from message gitpod.v1.DeleteProjectsResponse.Failure
  */
 export declare type DeleteProjectsResponse_Failure = Message<"gitpod.v1.DeleteProjectsResponse.Failure"> & {
   /**
+   * Its place in the request, from 0.
+   *
    * @generated from field: int32 index = 1;
    */
   index: number;
 
   /**
+   * Its id.
+   *
    * @generated from field: string project_id = 2;
    */
   projectId: string;
 
   /**
+   * Error code and message, as `<code>: <message>`.
+   *
    * @generated from field: string error = 3;
    */
   error: string;
@@ -340,10 +430,14 @@ export declare type DeleteProjectsResponse_Failure = Message<"gitpod.v1.DeletePr
 export declare const DeleteProjectsResponse_FailureSchema: GenMessage<DeleteProjectsResponse_Failure>;
 
 /**
+ * Versions of one editor.
+ *
  * @generated from message gitpod.v1.EditorVersions
  */
 export declare type EditorVersions = Message<"gitpod.v1.EditorVersions"> & {
   /**
+   * The versions, such as an editor lists them.
+   *
    * @generated from field: repeated string versions = 1;
    */
   versions: string[];
@@ -356,10 +450,14 @@ export declare type EditorVersions = Message<"gitpod.v1.EditorVersions"> & {
 export declare const EditorVersionsSchema: GenMessage<EditorVersions>;
 
 /**
+ * Input of GetProject.
+ *
  * @generated from message gitpod.v1.GetProjectRequest
  */
 export declare type GetProjectRequest = Message<"gitpod.v1.GetProjectRequest"> & {
   /**
+   * The project.
+   *
    * @generated from field: string project_id = 1;
    */
   projectId: string;
@@ -372,10 +470,14 @@ export declare type GetProjectRequest = Message<"gitpod.v1.GetProjectRequest"> &
 export declare const GetProjectRequestSchema: GenMessage<GetProjectRequest>;
 
 /**
+ * Result of GetProject.
+ *
  * @generated from message gitpod.v1.GetProjectResponse
  */
 export declare type GetProjectResponse = Message<"gitpod.v1.GetProjectResponse"> & {
   /**
+   * The project, without its technical description.
+   *
    * @generated from field: gitpod.v1.Project project = 1;
    */
   project?: Project | undefined;
@@ -388,15 +490,21 @@ export declare type GetProjectResponse = Message<"gitpod.v1.GetProjectResponse">
 export declare const GetProjectResponseSchema: GenMessage<GetProjectResponse>;
 
 /**
+ * Input of ListProjectEnvironmentClasses.
+ *
  * @generated from message gitpod.v1.ListProjectEnvironmentClassesRequest
  */
 export declare type ListProjectEnvironmentClassesRequest = Message<"gitpod.v1.ListProjectEnvironmentClassesRequest"> & {
   /**
+   * Which page to return.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * The project.
+   *
    * @generated from field: string project_id = 2;
    */
   projectId: string;
@@ -409,15 +517,21 @@ export declare type ListProjectEnvironmentClassesRequest = Message<"gitpod.v1.Li
 export declare const ListProjectEnvironmentClassesRequestSchema: GenMessage<ListProjectEnvironmentClassesRequest>;
 
 /**
+ * Result of ListProjectEnvironmentClasses.
+ *
  * @generated from message gitpod.v1.ListProjectEnvironmentClassesResponse
  */
 export declare type ListProjectEnvironmentClassesResponse = Message<"gitpod.v1.ListProjectEnvironmentClassesResponse"> & {
   /**
+   * Where the next page begins.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * One page.
+   *
    * @generated from field: repeated gitpod.v1.ProjectEnvironmentClass project_environment_classes = 2;
    */
   projectEnvironmentClasses: ProjectEnvironmentClass[];
@@ -430,15 +544,21 @@ export declare type ListProjectEnvironmentClassesResponse = Message<"gitpod.v1.L
 export declare const ListProjectEnvironmentClassesResponseSchema: GenMessage<ListProjectEnvironmentClassesResponse>;
 
 /**
+ * Input of ListProjectPolicies.
+ *
  * @generated from message gitpod.v1.ListProjectPoliciesRequest
  */
 export declare type ListProjectPoliciesRequest = Message<"gitpod.v1.ListProjectPoliciesRequest"> & {
   /**
+   * Which page to return.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * The project.
+   *
    * @generated from field: string project_id = 2;
    */
   projectId: string;
@@ -451,15 +571,21 @@ export declare type ListProjectPoliciesRequest = Message<"gitpod.v1.ListProjectP
 export declare const ListProjectPoliciesRequestSchema: GenMessage<ListProjectPoliciesRequest>;
 
 /**
+ * Result of ListProjectPolicies.
+ *
  * @generated from message gitpod.v1.ListProjectPoliciesResponse
  */
 export declare type ListProjectPoliciesResponse = Message<"gitpod.v1.ListProjectPoliciesResponse"> & {
   /**
+   * Where the next page begins.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * One page.
+   *
    * @generated from field: repeated gitpod.v1.ProjectPolicy policies = 2;
    */
   policies: ProjectPolicy[];
@@ -472,25 +598,35 @@ export declare type ListProjectPoliciesResponse = Message<"gitpod.v1.ListProject
 export declare const ListProjectPoliciesResponseSchema: GenMessage<ListProjectPoliciesResponse>;
 
 /**
+ * Input of ListProjects.
+ *
  * @generated from message gitpod.v1.ListProjectsRequest
  */
 export declare type ListProjectsRequest = Message<"gitpod.v1.ListProjectsRequest"> & {
   /**
+   * Which page to return.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Which ones to return; unset = all.
+   *
    * @generated from field: gitpod.v1.ListProjectsRequest.Filter filter = 2;
    */
   filter?: ListProjectsRequest_Filter | undefined;
 
   /**
+   * `id` or `popularity`, by default descending. Unset = popularity.
+   *
    * @generated from field: gitpod.v1.Sort sort = 3;
    */
   sort?: Sort | undefined;
 
   /**
+   * Whether to count all matches.
+   *
    * @generated from field: gitpod.v1.CountRequest count = 4;
    */
   count?: CountRequest | undefined;
@@ -503,35 +639,49 @@ export declare type ListProjectsRequest = Message<"gitpod.v1.ListProjectsRequest
 export declare const ListProjectsRequestSchema: GenMessage<ListProjectsRequest>;
 
 /**
+ * Fields narrow together, values inside one field widen; an empty field does not filter.
+ *
  * @generated from message gitpod.v1.ListProjectsRequest.Filter
  */
 export declare type ListProjectsRequest_Filter = Message<"gitpod.v1.ListProjectsRequest.Filter"> & {
   /**
+   * These projects, at most 25.
+   *
    * @generated from field: repeated string project_ids = 1;
    */
   projectIds: string[];
 
   /**
+   * Text in name, id or repository name, ignoring case; at most 256 characters.
+   *
    * @generated from field: string search = 2;
    */
   search: string;
 
   /**
+   * With classes on these runners, at most 25.
+   *
    * @generated from field: repeated string runner_ids = 3;
    */
   runnerIds: string[];
 
   /**
+   * With classes on runners of these kinds, at most 25; LOCAL includes local-runner entries.
+   *
    * @generated from field: repeated gitpod.v1.RunnerKind runner_kinds = 4;
    */
   runnerKinds: RunnerKind[];
 
   /**
+   * With exactly these repository addresses, at most 25.
+   *
    * @generated from field: repeated string spec_remote_uris = 5;
    */
   specRemoteUris: string[];
 
   /**
+   * Created by these, at most 25.
+   *
    * @generated from field: repeated string creator_ids = 6;
    */
   creatorIds: string[];
@@ -544,20 +694,28 @@ export declare type ListProjectsRequest_Filter = Message<"gitpod.v1.ListProjects
 export declare const ListProjectsRequest_FilterSchema: GenMessage<ListProjectsRequest_Filter>;
 
 /**
+ * Result of ListProjects.
+ *
  * @generated from message gitpod.v1.ListProjectsResponse
  */
 export declare type ListProjectsResponse = Message<"gitpod.v1.ListProjectsResponse"> & {
   /**
+   * Where the next page begins.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * One page.
+   *
    * @generated from field: repeated gitpod.v1.Project projects = 2;
    */
   projects: Project[];
 
   /**
+   * Number of all matches, when asked for and on the first page.
+   *
    * @generated from field: gitpod.v1.CountResponse count = 3;
    */
   count?: CountResponse | undefined;
@@ -570,14 +728,20 @@ export declare type ListProjectsResponse = Message<"gitpod.v1.ListProjectsRespon
 export declare const ListProjectsResponseSchema: GenMessage<ListProjectsResponse>;
 
 /**
+ * What starts a prebuild; stored, none is made yet.
+ *
  * @generated from message gitpod.v1.PrebuildTrigger
  */
 export declare type PrebuildTrigger = Message<"gitpod.v1.PrebuildTrigger"> & {
   /**
+   * Which trigger.
+   *
    * @generated from oneof gitpod.v1.PrebuildTrigger.trigger
    */
   trigger: {
     /**
+     * Once a day.
+     *
      * @generated from field: gitpod.v1.PrebuildTrigger.DailySchedule daily_schedule = 1;
      */
     value: PrebuildTrigger_DailySchedule;
@@ -592,10 +756,14 @@ export declare type PrebuildTrigger = Message<"gitpod.v1.PrebuildTrigger"> & {
 export declare const PrebuildTriggerSchema: GenMessage<PrebuildTrigger>;
 
 /**
+ * A time of day.
+ *
  * @generated from message gitpod.v1.PrebuildTrigger.DailySchedule
  */
 export declare type PrebuildTrigger_DailySchedule = Message<"gitpod.v1.PrebuildTrigger.DailySchedule"> & {
   /**
+   * Hour in UTC, 0-23.
+   *
    * @generated from field: int32 hour_utc = 1;
    */
   hourUtc: number;
@@ -608,66 +776,92 @@ export declare type PrebuildTrigger_DailySchedule = Message<"gitpod.v1.PrebuildT
 export declare const PrebuildTrigger_DailyScheduleSchema: GenMessage<PrebuildTrigger_DailySchedule>;
 
 /**
+ * A repository with the settings for environments made from it.
+ *
  * @generated from message gitpod.v1.Project
  */
 export declare type Project = Message<"gitpod.v1.Project"> & {
   /**
+   * Its id.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Name, owner and times.
+   *
    * @generated from field: gitpod.v1.ProjectMetadata metadata = 2;
    */
   metadata?: ProjectMetadata | undefined;
 
   /**
+   * What environments hold.
+   *
    * @generated from field: gitpod.v1.EnvironmentInitializer initializer = 3;
    */
   initializer?: EnvironmentInitializer | undefined;
 
   /**
+   * The first of `environment_classes`; use those.
+   *
    * @generated from field: gitpod.v1.ProjectEnvironmentClass environment_class = 4 [deprecated = true];
    * @deprecated
    */
   environmentClass?: ProjectEnvironmentClass | undefined;
 
   /**
+   * Dev container file, relative to the repository; empty = the usual places.
+   *
    * @generated from field: string devcontainer_file_path = 5;
    */
   devcontainerFilePath: string;
 
   /**
+   * Classes it offers, by `order`.
+   *
    * @generated from field: repeated gitpod.v1.ProjectEnvironmentClass environment_classes = 11;
    */
   environmentClasses: ProjectEnvironmentClass[];
 
   /**
+   * Who made environments from it.
+   *
    * @generated from field: gitpod.v1.Project.UsedBy used_by = 6;
    */
   usedBy?: Project_UsedBy | undefined;
 
   /**
+   * Automations file, relative to the repository; empty = the usual places.
+   *
    * @generated from field: string automations_file_path = 7;
    */
   automationsFilePath: string;
 
   /**
+   * Longer description; CreateProject returns it, GetProject does not.
+   *
    * @generated from field: string technical_description = 8;
    */
   technicalDescription: string;
 
   /**
+   * When and where to make prebuilds; stored as sent, none is made yet.
+   *
    * @generated from field: gitpod.v1.ProjectPrebuildConfiguration prebuild_configuration = 9;
    */
   prebuildConfiguration?: ProjectPrebuildConfiguration | undefined;
 
   /**
+   * ACTIVE, or DELETED once deletion began.
+   *
    * @generated from field: gitpod.v1.ProjectPhase desired_phase = 10;
    */
   desiredPhase: ProjectPhase;
 
   /**
+   * Editors recommended to its users.
+   *
    * @generated from field: gitpod.v1.RecommendedEditors recommended_editors = 12;
    */
   recommendedEditors?: RecommendedEditors | undefined;
@@ -680,15 +874,21 @@ export declare type Project = Message<"gitpod.v1.Project"> & {
 export declare const ProjectSchema: GenMessage<Project>;
 
 /**
+ * Who made environments from a project.
+ *
  * @generated from message gitpod.v1.Project.UsedBy
  */
 export declare type Project_UsedBy = Message<"gitpod.v1.Project.UsedBy"> & {
   /**
+   * The 10 most recent ones.
+   *
    * @generated from field: repeated gitpod.v1.Subject subjects = 4;
    */
   subjects: Subject[];
 
   /**
+   * How many there are.
+   *
    * @generated from field: int32 total_subjects = 3;
    */
   totalSubjects: number;
@@ -701,20 +901,28 @@ export declare type Project_UsedBy = Message<"gitpod.v1.Project.UsedBy"> & {
 export declare const Project_UsedBySchema: GenMessage<Project_UsedBy>;
 
 /**
+ * A class a project offers.
+ *
  * @generated from message gitpod.v1.ProjectEnvironmentClass
  */
 export declare type ProjectEnvironmentClass = Message<"gitpod.v1.ProjectEnvironmentClass"> & {
   /**
+   * Which class; exactly one is set.
+   *
    * @generated from oneof gitpod.v1.ProjectEnvironmentClass.environment_class
    */
   environmentClass: {
     /**
+     * True: any class on a local runner the user may use. At most one entry.
+     *
      * @generated from field: bool local_runner = 1;
      */
     value: boolean;
     case: "localRunner";
   } | {
     /**
+     * This class, of a runner of any kind; skipped while it is disabled.
+     *
      * @generated from field: string environment_class_id = 2;
      */
     value: string;
@@ -722,6 +930,8 @@ export declare type ProjectEnvironmentClass = Message<"gitpod.v1.ProjectEnvironm
   } | { case: undefined; value?: undefined };
 
   /**
+   * Place in the list, 0 or more and unique; the lowest one the user may use is the default.
+   *
    * @generated from field: int32 order = 3;
    */
   order: number;
@@ -734,30 +944,42 @@ export declare type ProjectEnvironmentClass = Message<"gitpod.v1.ProjectEnvironm
 export declare const ProjectEnvironmentClassSchema: GenMessage<ProjectEnvironmentClass>;
 
 /**
+ * Name, owner and times of a project.
+ *
  * @generated from message gitpod.v1.ProjectMetadata
  */
 export declare type ProjectMetadata = Message<"gitpod.v1.ProjectMetadata"> & {
   /**
+   * Organization it belongs to.
+   *
    * @generated from field: string organization_id = 1;
    */
   organizationId: string;
 
   /**
+   * Display name, 1-80 characters, not unique.
+   *
    * @generated from field: string name = 2;
    */
   name: string;
 
   /**
+   * Who created it; holds PROJECT_ADMIN.
+   *
    * @generated from field: gitpod.v1.Subject creator = 3;
    */
   creator?: Subject | undefined;
 
   /**
+   * When it was created.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 4;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * When it was last changed.
+   *
    * @generated from field: google.protobuf.Timestamp updated_at = 5;
    */
   updatedAt?: Timestamp | undefined;
@@ -770,15 +992,21 @@ export declare type ProjectMetadata = Message<"gitpod.v1.ProjectMetadata"> & {
 export declare const ProjectMetadataSchema: GenMessage<ProjectMetadata>;
 
 /**
+ * A group's role on a project.
+ *
  * @generated from message gitpod.v1.ProjectPolicy
  */
 export declare type ProjectPolicy = Message<"gitpod.v1.ProjectPolicy"> & {
   /**
+   * The group.
+   *
    * @generated from field: string group_id = 1;
    */
   groupId: string;
 
   /**
+   * Its role.
+   *
    * @generated from field: gitpod.v1.ProjectRole role = 2;
    */
   role: ProjectRole;
@@ -791,35 +1019,49 @@ export declare type ProjectPolicy = Message<"gitpod.v1.ProjectPolicy"> & {
 export declare const ProjectPolicySchema: GenMessage<ProjectPolicy>;
 
 /**
+ * When and where to make prebuilds. Stored and returned as sent; no prebuild is made yet.
+ *
  * @generated from message gitpod.v1.ProjectPrebuildConfiguration
  */
 export declare type ProjectPrebuildConfiguration = Message<"gitpod.v1.ProjectPrebuildConfiguration"> & {
   /**
+   * Whether to make any. Default false.
+   *
    * @generated from field: bool enabled = 1;
    */
   enabled: boolean;
 
   /**
+   * Classes to make them for; need not be offered by the project.
+   *
    * @generated from field: repeated string environment_class_ids = 2;
    */
   environmentClassIds: string[];
 
   /**
+   * Longest time one may take, 300-7200 s; unset = 1 hour.
+   *
    * @generated from field: google.protobuf.Duration timeout = 3;
    */
   timeout?: Duration | undefined;
 
   /**
+   * What starts one.
+   *
    * @generated from field: gitpod.v1.PrebuildTrigger trigger = 4;
    */
   trigger?: PrebuildTrigger | undefined;
 
   /**
+   * User or service account they run as; users may name only themselves. Default the project's creator.
+   *
    * @generated from field: gitpod.v1.Subject executor = 5;
    */
   executor?: Subject | undefined;
 
   /**
+   * Whether to prepare JetBrains editors too. Default false.
+   *
    * @generated from field: bool enable_jetbrains_warmup = 6;
    */
   enableJetbrainsWarmup: boolean;
@@ -832,10 +1074,14 @@ export declare type ProjectPrebuildConfiguration = Message<"gitpod.v1.ProjectPre
 export declare const ProjectPrebuildConfigurationSchema: GenMessage<ProjectPrebuildConfiguration>;
 
 /**
+ * Editors recommended to a project's users.
+ *
  * @generated from message gitpod.v1.RecommendedEditors
  */
 export declare type RecommendedEditors = Message<"gitpod.v1.RecommendedEditors"> & {
   /**
+   * Recommended versions by editor alias.
+   *
    * @generated from field: map<string, gitpod.v1.EditorVersions> editors = 1;
    */
   editors: { [key: string]: EditorVersions };
@@ -848,15 +1094,21 @@ export declare type RecommendedEditors = Message<"gitpod.v1.RecommendedEditors">
 export declare const RecommendedEditorsSchema: GenMessage<RecommendedEditors>;
 
 /**
+ * Input of UpdateProjectEnvironmentClasses.
+ *
  * @generated from message gitpod.v1.UpdateProjectEnvironmentClassesRequest
  */
 export declare type UpdateProjectEnvironmentClassesRequest = Message<"gitpod.v1.UpdateProjectEnvironmentClassesRequest"> & {
   /**
+   * The project.
+   *
    * @generated from field: string project_id = 1;
    */
   projectId: string;
 
   /**
+   * The new list, 1-30 entries.
+   *
    * @generated from field: repeated gitpod.v1.ProjectEnvironmentClass project_environment_classes = 2;
    */
   projectEnvironmentClasses: ProjectEnvironmentClass[];
@@ -869,6 +1121,8 @@ export declare type UpdateProjectEnvironmentClassesRequest = Message<"gitpod.v1.
 export declare const UpdateProjectEnvironmentClassesRequestSchema: GenMessage<UpdateProjectEnvironmentClassesRequest>;
 
 /**
+ * Result of UpdateProjectEnvironmentClasses, empty.
+ *
  * @generated from message gitpod.v1.UpdateProjectEnvironmentClassesResponse
  */
 export declare type UpdateProjectEnvironmentClassesResponse = Message<"gitpod.v1.UpdateProjectEnvironmentClassesResponse"> & {
@@ -881,20 +1135,28 @@ export declare type UpdateProjectEnvironmentClassesResponse = Message<"gitpod.v1
 export declare const UpdateProjectEnvironmentClassesResponseSchema: GenMessage<UpdateProjectEnvironmentClassesResponse>;
 
 /**
+ * Input of UpdateProjectPolicy.
+ *
  * @generated from message gitpod.v1.UpdateProjectPolicyRequest
  */
 export declare type UpdateProjectPolicyRequest = Message<"gitpod.v1.UpdateProjectPolicyRequest"> & {
   /**
+   * The project.
+   *
    * @generated from field: string project_id = 1;
    */
   projectId: string;
 
   /**
+   * The group.
+   *
    * @generated from field: string group_id = 2;
    */
   groupId: string;
 
   /**
+   * Its new role.
+   *
    * @generated from field: gitpod.v1.ProjectRole role = 3;
    */
   role: ProjectRole;
@@ -907,10 +1169,14 @@ export declare type UpdateProjectPolicyRequest = Message<"gitpod.v1.UpdateProjec
 export declare const UpdateProjectPolicyRequestSchema: GenMessage<UpdateProjectPolicyRequest>;
 
 /**
+ * Result of UpdateProjectPolicy.
+ *
  * @generated from message gitpod.v1.UpdateProjectPolicyResponse
  */
 export declare type UpdateProjectPolicyResponse = Message<"gitpod.v1.UpdateProjectPolicyResponse"> & {
   /**
+   * The entry as it is now.
+   *
    * @generated from field: gitpod.v1.ProjectPolicy policy = 1;
    */
   policy?: ProjectPolicy | undefined;
@@ -923,45 +1189,63 @@ export declare type UpdateProjectPolicyResponse = Message<"gitpod.v1.UpdateProje
 export declare const UpdateProjectPolicyResponseSchema: GenMessage<UpdateProjectPolicyResponse>;
 
 /**
+ * Input of UpdateProject; what is not set stays.
+ *
  * @generated from message gitpod.v1.UpdateProjectRequest
  */
 export declare type UpdateProjectRequest = Message<"gitpod.v1.UpdateProjectRequest"> & {
   /**
+   * The project.
+   *
    * @generated from field: string project_id = 1;
    */
   projectId: string;
 
   /**
+   * New name, 1-80 characters.
+   *
    * @generated from field: optional string name = 2;
    */
   name?: string | undefined;
 
   /**
+   * New initializer, replacing all of it.
+   *
    * @generated from field: optional gitpod.v1.EnvironmentInitializer initializer = 4;
    */
   initializer?: EnvironmentInitializer | undefined;
 
   /**
+   * New dev container file, relative to the repository; empty clears it.
+   *
    * @generated from field: optional string devcontainer_file_path = 5;
    */
   devcontainerFilePath?: string | undefined;
 
   /**
+   * New automations file, relative to the repository; empty clears it.
+   *
    * @generated from field: optional string automations_file_path = 6;
    */
   automationsFilePath?: string | undefined;
 
   /**
+   * New description, at most 8192 characters.
+   *
    * @generated from field: optional string technical_description = 7;
    */
   technicalDescription?: string | undefined;
 
   /**
+   * New prebuild configuration, replacing all of it.
+   *
    * @generated from field: optional gitpod.v1.ProjectPrebuildConfiguration prebuild_configuration = 8;
    */
   prebuildConfiguration?: ProjectPrebuildConfiguration | undefined;
 
   /**
+   * New recommendations, replacing all of them.
+   *
    * @generated from field: optional gitpod.v1.RecommendedEditors recommended_editors = 9;
    */
   recommendedEditors?: RecommendedEditors | undefined;
@@ -974,10 +1258,14 @@ export declare type UpdateProjectRequest = Message<"gitpod.v1.UpdateProjectReque
 export declare const UpdateProjectRequestSchema: GenMessage<UpdateProjectRequest>;
 
 /**
+ * Result of UpdateProject.
+ *
  * @generated from message gitpod.v1.UpdateProjectResponse
  */
 export declare type UpdateProjectResponse = Message<"gitpod.v1.UpdateProjectResponse"> & {
   /**
+   * The project as it is now.
+   *
    * @generated from field: gitpod.v1.Project project = 1;
    */
   project?: Project | undefined;
@@ -990,10 +1278,14 @@ export declare type UpdateProjectResponse = Message<"gitpod.v1.UpdateProjectResp
 export declare const UpdateProjectResponseSchema: GenMessage<UpdateProjectResponse>;
 
 /**
+ * Input of UpdateProjects.
+ *
  * @generated from message gitpod.v1.UpdateProjectsRequest
  */
 export declare type UpdateProjectsRequest = Message<"gitpod.v1.UpdateProjectsRequest"> & {
   /**
+   * Changes, one entry per project, 1-100.
+   *
    * @generated from field: repeated gitpod.v1.UpdateProjectRequest projects = 1;
    */
   projects: UpdateProjectRequest[];
@@ -1006,15 +1298,21 @@ export declare type UpdateProjectsRequest = Message<"gitpod.v1.UpdateProjectsReq
 export declare const UpdateProjectsRequestSchema: GenMessage<UpdateProjectsRequest>;
 
 /**
+ * Result of UpdateProjects.
+ *
  * @generated from message gitpod.v1.UpdateProjectsResponse
  */
 export declare type UpdateProjectsResponse = Message<"gitpod.v1.UpdateProjectsResponse"> & {
   /**
+   * Those that were changed.
+   *
    * @generated from field: repeated gitpod.v1.Project updated_projects = 1;
    */
   updatedProjects: Project[];
 
   /**
+   * Those that were not.
+   *
    * @generated from field: repeated gitpod.v1.UpdateProjectsResponse.Failure failed_projects = 2;
    */
   failedProjects: UpdateProjectsResponse_Failure[];
@@ -1027,20 +1325,28 @@ export declare type UpdateProjectsResponse = Message<"gitpod.v1.UpdateProjectsRe
 export declare const UpdateProjectsResponseSchema: GenMessage<UpdateProjectsResponse>;
 
 /**
+ * A project that was not changed.
+ *
  * @generated from message gitpod.v1.UpdateProjectsResponse.Failure
  */
 export declare type UpdateProjectsResponse_Failure = Message<"gitpod.v1.UpdateProjectsResponse.Failure"> & {
   /**
+   * Its place in the request, from 0.
+   *
    * @generated from field: int32 index = 1;
    */
   index: number;
 
   /**
+   * Its id.
+   *
    * @generated from field: string project_id = 2;
    */
   projectId: string;
 
   /**
+   * Error code and message, as `<code>: <message>`.
+   *
    * @generated from field: string error = 3;
    */
   error: string;
@@ -1053,20 +1359,28 @@ export declare type UpdateProjectsResponse_Failure = Message<"gitpod.v1.UpdatePr
 export declare const UpdateProjectsResponse_FailureSchema: GenMessage<UpdateProjectsResponse_Failure>;
 
 /**
+ * What is wanted of a project.
+ *
  * @generated from enum gitpod.v1.ProjectPhase
  */
 export enum ProjectPhase {
   /**
+   * Not set.
+   *
    * @generated from enum value: PROJECT_PHASE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * In use.
+   *
    * @generated from enum value: PROJECT_PHASE_ACTIVE = 1;
    */
   ACTIVE = 1,
 
   /**
+   * Being deleted; there is no way back.
+   *
    * @generated from enum value: PROJECT_PHASE_DELETED = 2;
    */
   DELETED = 2,
@@ -1078,25 +1392,35 @@ export enum ProjectPhase {
 export declare const ProjectPhaseSchema: GenEnum<ProjectPhase>;
 
 /**
+ * Role of a group on a project; each includes those below it: ADMIN, EDITOR, USER.
+ *
  * @generated from enum gitpod.v1.ProjectRole
  */
 export enum ProjectRole {
   /**
+   * Not set; refused in requests.
+   *
    * @generated from enum value: PROJECT_ROLE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * Share and delete it.
+   *
    * @generated from enum value: PROJECT_ROLE_ADMIN = 1;
    */
   ADMIN = 1,
 
   /**
+   * See it and create environments from it, given a runner they may use.
+   *
    * @generated from enum value: PROJECT_ROLE_USER = 2;
    */
   USER = 2,
 
   /**
+   * Change its settings, classes and secrets.
+   *
    * @generated from enum value: PROJECT_ROLE_EDITOR = 3;
    */
   EDITOR = 3,
@@ -1108,10 +1432,19 @@ export enum ProjectRole {
 export declare const ProjectRoleSchema: GenEnum<ProjectRole>;
 
 /**
+ * Projects: repositories with the settings for environments made from them. "Editor" is a holder of PROJECT_EDITOR or
+ * an admin, "admin" a holder of PROJECT_ADMIN (creators are), with ORG_PROJECTS_ADMIN, or an organization admin; any
+ * project role makes a "reader". A project the caller cannot see is NOT_FOUND, what it may not do PERMISSION_DENIED.
+ * While a project is being deleted every change but deletion is FAILED_PRECONDITION. Reads are safe to repeat.
+ *
  * @generated from service gitpod.v1.ProjectService
  */
 export declare const ProjectService: GenService<{
   /**
+   * Creates a project without environment classes. Organization admins, ORG_PROJECTS_ADMIN, and members unless policy
+   * forbids it (PERMISSION_DENIED). INVALID_ARGUMENT for a bad initializer or path; NOT_FOUND for an unknown prebuild
+   * class; RESOURCE_EXHAUSTED above 5000 projects. Not idempotent: names may repeat.
+   *
    * @generated from rpc gitpod.v1.ProjectService.CreateProject
    */
   createProject: {
@@ -1120,6 +1453,9 @@ export declare const ProjectService: GenService<{
     output: typeof CreateProjectResponseSchema;
   },
   /**
+   * Creates several projects in order, each as CreateProject does and on its own: the call succeeds even when all of
+   * them fail. One invalid field refuses all; PERMISSION_DENIED when the caller may create none. Not idempotent.
+   *
    * @generated from rpc gitpod.v1.ProjectService.CreateProjects
    */
   createProjects: {
@@ -1128,6 +1464,9 @@ export declare const ProjectService: GenService<{
     output: typeof CreateProjectsResponseSchema;
   },
   /**
+   * Changes several projects in order, each as UpdateProject does and on its own: the call succeeds even when all of
+   * them fail. One invalid field refuses all. Idempotent.
+   *
    * @generated from rpc gitpod.v1.ProjectService.UpdateProjects
    */
   updateProjects: {
@@ -1136,6 +1475,9 @@ export declare const ProjectService: GenService<{
     output: typeof UpdateProjectsResponseSchema;
   },
   /**
+   * Deletes several projects in order, each as DeleteProject does and on its own: the call succeeds even when all of
+   * them fail.
+   *
    * @generated from rpc gitpod.v1.ProjectService.DeleteProjects
    */
   deleteProjects: {
@@ -1144,6 +1486,9 @@ export declare const ProjectService: GenService<{
     output: typeof DeleteProjectsResponseSchema;
   },
   /**
+   * Creates a project from an environment: its initializer, dev container path, automations path and class. Who may
+   * create projects and owns the environment. FAILED_PRECONDITION when it has no repository. Not idempotent.
+   *
    * @generated from rpc gitpod.v1.ProjectService.CreateProjectFromEnvironment
    */
   createProjectFromEnvironment: {
@@ -1152,6 +1497,8 @@ export declare const ProjectService: GenService<{
     output: typeof CreateProjectFromEnvironmentResponseSchema;
   },
   /**
+   * Returns a project without its technical description. Readers; while it is being deleted only admins.
+   *
    * @generated from rpc gitpod.v1.ProjectService.GetProject
    */
   getProject: {
@@ -1160,6 +1507,9 @@ export declare const ProjectService: GenService<{
     output: typeof GetProjectResponseSchema;
   },
   /**
+   * Changes the given fields. Editors. INVALID_ARGUMENT for a bad initializer or path, or an editor or version that
+   * does not exist. Idempotent: repeating the same values changes nothing.
+   *
    * @generated from rpc gitpod.v1.ProjectService.UpdateProject
    */
   updateProject: {
@@ -1168,6 +1518,9 @@ export declare const ProjectService: GenService<{
     output: typeof UpdateProjectResponseSchema;
   },
   /**
+   * Lists the projects the caller can see, most popular first unless sorted; those being deleted are left out.
+   * INVALID_ARGUMENT for an unknown sort field.
+   *
    * @generated from rpc gitpod.v1.ProjectService.ListProjects
    */
   listProjects: {
@@ -1176,6 +1529,9 @@ export declare const ProjectService: GenService<{
     output: typeof ListProjectsResponseSchema;
   },
   /**
+   * Deletes a project with its sharing, secrets and classes; returns before that is done. Its environments go on
+   * without project secrets. Admins. Repeatable while it is being deleted, then NOT_FOUND.
+   *
    * @generated from rpc gitpod.v1.ProjectService.DeleteProject
    */
   deleteProject: {
@@ -1184,6 +1540,8 @@ export declare const ProjectService: GenService<{
     output: typeof DeleteProjectResponseSchema;
   },
   /**
+   * Lists the groups a project is shared with directly, newest first. Readers.
+   *
    * @generated from rpc gitpod.v1.ProjectService.ListProjectPolicies
    */
   listProjectPolicies: {
@@ -1192,6 +1550,10 @@ export declare const ProjectService: GenService<{
     output: typeof ListProjectPoliciesResponseSchema;
   },
   /**
+   * Shares a project with a group; the same as a role assignment. Admins. ALREADY_EXISTS when the group has a role;
+   * INVALID_ARGUMENT for an unspecified role; FAILED_PRECONDITION when the group can use no runner of the project's
+   * classes. Not idempotent.
+   *
    * @generated from rpc gitpod.v1.ProjectService.CreateProjectPolicy
    */
   createProjectPolicy: {
@@ -1200,6 +1562,8 @@ export declare const ProjectService: GenService<{
     output: typeof CreateProjectPolicyResponseSchema;
   },
   /**
+   * Ends sharing with a group at once. Admins. NOT_FOUND when it is not shared with it, so a second call fails.
+   *
    * @generated from rpc gitpod.v1.ProjectService.DeleteProjectPolicy
    */
   deleteProjectPolicy: {
@@ -1208,6 +1572,8 @@ export declare const ProjectService: GenService<{
     output: typeof DeleteProjectPolicyResponseSchema;
   },
   /**
+   * Changes a group's role. Admins. NOT_FOUND when it is not shared with the group. Idempotent.
+   *
    * @generated from rpc gitpod.v1.ProjectService.UpdateProjectPolicy
    */
   updateProjectPolicy: {
@@ -1216,6 +1582,8 @@ export declare const ProjectService: GenService<{
     output: typeof UpdateProjectPolicyResponseSchema;
   },
   /**
+   * Lists the environment classes a project offers, by `order`. Readers.
+   *
    * @generated from rpc gitpod.v1.ProjectService.ListProjectEnvironmentClasses
    */
   listProjectEnvironmentClasses: {
@@ -1224,6 +1592,9 @@ export declare const ProjectService: GenService<{
     output: typeof ListProjectEnvironmentClassesResponseSchema;
   },
   /**
+   * Replaces the environment classes a project offers. Editors. INVALID_ARGUMENT for a class or an order given twice,
+   * or several local-runner entries; NOT_FOUND for a class the caller cannot see. Idempotent.
+   *
    * @generated from rpc gitpod.v1.ProjectService.UpdateProjectEnvironmentClasses
    */
   updateProjectEnvironmentClasses: {

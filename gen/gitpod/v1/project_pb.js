@@ -332,6 +332,8 @@ export const ProjectPhaseSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_project, 0);
 
 /**
+ * What is wanted of a project.
+ *
  * @generated from enum gitpod.v1.ProjectPhase
  */
 export const ProjectPhase = /*@__PURE__*/
@@ -344,12 +346,19 @@ export const ProjectRoleSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_project, 1);
 
 /**
+ * Role of a group on a project; each includes those below it: ADMIN, EDITOR, USER.
+ *
  * @generated from enum gitpod.v1.ProjectRole
  */
 export const ProjectRole = /*@__PURE__*/
   tsEnum(ProjectRoleSchema);
 
 /**
+ * Projects: repositories with the settings for environments made from them. "Editor" is a holder of PROJECT_EDITOR or
+ * an admin, "admin" a holder of PROJECT_ADMIN (creators are), with ORG_PROJECTS_ADMIN, or an organization admin; any
+ * project role makes a "reader". A project the caller cannot see is NOT_FOUND, what it may not do PERMISSION_DENIED.
+ * While a project is being deleted every change but deletion is FAILED_PRECONDITION. Reads are safe to repeat.
+ *
  * @generated from service gitpod.v1.ProjectService
  */
 export const ProjectService = /*@__PURE__*/

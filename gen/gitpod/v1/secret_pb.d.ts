@@ -14,53 +14,74 @@ import type { Subject } from "./identity_pb.js";
 export declare const file_gitpod_v1_secret: GenFile;
 
 /**
+ * Input of CreateSecret. Only the value can be changed later.
+ *
  * @generated from message gitpod.v1.CreateSecretRequest
  */
 export declare type CreateSecretRequest = Message<"gitpod.v1.CreateSecretRequest"> & {
   /**
+   * Name, 3-127 letters, digits or `_`, unique in its scope; for a variable no leading digit and not one such as PATH.
+   *
    * @generated from field: string name = 1;
    */
   name: string;
 
   /**
+   * The same as a project scope; use `scope`.
+   *
    * @generated from field: string project_id = 2 [deprecated = true];
    * @deprecated
    */
   projectId: string;
 
   /**
+   * The value, at most 10240 characters; empty only when `source` gets it elsewhere, no NUL for a variable.
+   *
    * @generated from field: string value = 3;
    */
   value: string;
 
   /**
+   * Where the value comes from; unset = `value`.
+   *
    * @generated from field: gitpod.v1.Secret.Source source = 13;
    */
   source?: Secret_Source | undefined;
 
   /**
+   * How processes get at it; exactly one, and only true for the flags.
+   *
    * @generated from oneof gitpod.v1.CreateSecretRequest.mount
    */
   mount: {
     /**
+     * File holding the value, an absolute path.
+     *
      * @generated from field: string file_path = 7;
      */
     value: string;
     case: "filePath";
   } | {
     /**
+     * Variable of the same name.
+     *
      * @generated from field: bool environment_variable = 8;
      */
     value: boolean;
     case: "environmentVariable";
   } | {
     /**
+     * Container registry to log in to: host, optional port and http(s) scheme. The value is `user:password`, plain or
+     * in base64.
+     *
      * @generated from field: string container_registry_basic_auth_host = 9;
      */
     value: string;
     case: "containerRegistryBasicAuthHost";
   } | {
     /**
+     * Not mounted; only read through GetSecretValue.
+     *
      * @generated from field: bool api_only = 11;
      */
     value: boolean;
@@ -68,11 +89,15 @@ export declare type CreateSecretRequest = Message<"gitpod.v1.CreateSecretRequest
   } | { case: undefined; value?: undefined };
 
   /**
+   * Let only a proxy use the value, on the way to its hosts.
+   *
    * @generated from field: gitpod.v1.Secret.CredentialProxy credential_proxy = 12;
    */
   credentialProxy?: Secret_CredentialProxy | undefined;
 
   /**
+   * Whom it belongs to; exactly one.
+   *
    * @generated from field: gitpod.v1.SecretScope scope = 10;
    */
   scope?: SecretScope | undefined;
@@ -85,10 +110,14 @@ export declare type CreateSecretRequest = Message<"gitpod.v1.CreateSecretRequest
 export declare const CreateSecretRequestSchema: GenMessage<CreateSecretRequest>;
 
 /**
+ * Result of CreateSecret.
+ *
  * @generated from message gitpod.v1.CreateSecretResponse
  */
 export declare type CreateSecretResponse = Message<"gitpod.v1.CreateSecretResponse"> & {
   /**
+   * The new secret, without its value.
+   *
    * @generated from field: gitpod.v1.Secret secret = 1;
    */
   secret?: Secret | undefined;
@@ -101,10 +130,14 @@ export declare type CreateSecretResponse = Message<"gitpod.v1.CreateSecretRespon
 export declare const CreateSecretResponseSchema: GenMessage<CreateSecretResponse>;
 
 /**
+ * Input of DeleteSecret.
+ *
  * @generated from message gitpod.v1.DeleteSecretRequest
  */
 export declare type DeleteSecretRequest = Message<"gitpod.v1.DeleteSecretRequest"> & {
   /**
+   * The secret.
+   *
    * @generated from field: string secret_id = 1;
    */
   secretId: string;
@@ -117,6 +150,8 @@ export declare type DeleteSecretRequest = Message<"gitpod.v1.DeleteSecretRequest
 export declare const DeleteSecretRequestSchema: GenMessage<DeleteSecretRequest>;
 
 /**
+ * Result of DeleteSecret, empty.
+ *
  * @generated from message gitpod.v1.DeleteSecretResponse
  */
 export declare type DeleteSecretResponse = Message<"gitpod.v1.DeleteSecretResponse"> & {
@@ -129,10 +164,14 @@ export declare type DeleteSecretResponse = Message<"gitpod.v1.DeleteSecretRespon
 export declare const DeleteSecretResponseSchema: GenMessage<DeleteSecretResponse>;
 
 /**
+ * Input of GetSecretValue.
+ *
  * @generated from message gitpod.v1.GetSecretValueRequest
  */
 export declare type GetSecretValueRequest = Message<"gitpod.v1.GetSecretValueRequest"> & {
   /**
+   * The secret.
+   *
    * @generated from field: string secret_id = 1;
    */
   secretId: string;
@@ -145,10 +184,14 @@ export declare type GetSecretValueRequest = Message<"gitpod.v1.GetSecretValueReq
 export declare const GetSecretValueRequestSchema: GenMessage<GetSecretValueRequest>;
 
 /**
+ * Result of GetSecretValue; never cached.
+ *
  * @generated from message gitpod.v1.GetSecretValueResponse
  */
 export declare type GetSecretValueResponse = Message<"gitpod.v1.GetSecretValueResponse"> & {
   /**
+   * The value in plain text.
+   *
    * @generated from field: string value = 1;
    */
   value: string;
@@ -161,15 +204,21 @@ export declare type GetSecretValueResponse = Message<"gitpod.v1.GetSecretValueRe
 export declare const GetSecretValueResponseSchema: GenMessage<GetSecretValueResponse>;
 
 /**
+ * Input of ListSecrets.
+ *
  * @generated from message gitpod.v1.ListSecretsRequest
  */
 export declare type ListSecretsRequest = Message<"gitpod.v1.ListSecretsRequest"> & {
   /**
+   * Which page to return.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Which ones to return; unset = all.
+   *
    * @generated from field: gitpod.v1.ListSecretsRequest.Filter filter = 2;
    */
   filter?: ListSecretsRequest_Filter | undefined;
@@ -182,16 +231,22 @@ export declare type ListSecretsRequest = Message<"gitpod.v1.ListSecretsRequest">
 export declare const ListSecretsRequestSchema: GenMessage<ListSecretsRequest>;
 
 /**
+ * Which secrets to list.
+ *
  * @generated from message gitpod.v1.ListSecretsRequest.Filter
  */
 export declare type ListSecretsRequest_Filter = Message<"gitpod.v1.ListSecretsRequest.Filter"> & {
   /**
+   * Ignored; use `scope`.
+   *
    * @generated from field: repeated string project_ids = 1 [deprecated = true];
    * @deprecated
    */
   projectIds: string[];
 
   /**
+   * Of this owner; unset = all the caller may list.
+   *
    * @generated from field: gitpod.v1.SecretScope scope = 2;
    */
   scope?: SecretScope | undefined;
@@ -204,15 +259,21 @@ export declare type ListSecretsRequest_Filter = Message<"gitpod.v1.ListSecretsRe
 export declare const ListSecretsRequest_FilterSchema: GenMessage<ListSecretsRequest_Filter>;
 
 /**
+ * Result of ListSecrets.
+ *
  * @generated from message gitpod.v1.ListSecretsResponse
  */
 export declare type ListSecretsResponse = Message<"gitpod.v1.ListSecretsResponse"> & {
   /**
+   * Where the next page begins.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 1;
    */
   pagination?: PaginationResponse | undefined;
 
   /**
+   * One page.
+   *
    * @generated from field: repeated gitpod.v1.Secret secrets = 2;
    */
   secrets: Secret[];
@@ -225,63 +286,87 @@ export declare type ListSecretsResponse = Message<"gitpod.v1.ListSecretsResponse
 export declare const ListSecretsResponseSchema: GenMessage<ListSecretsResponse>;
 
 /**
+ * A secret without its value.
+ *
  * @generated from message gitpod.v1.Secret
  */
 export declare type Secret = Message<"gitpod.v1.Secret"> & {
   /**
+   * Its id.
+   *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
+   * Name, unique in its scope.
+   *
    * @generated from field: string name = 2;
    */
   name: string;
 
   /**
+   * The project, for project scope; use `scope`.
+   *
    * @generated from field: string project_id = 3 [deprecated = true];
    * @deprecated
    */
   projectId: string;
 
   /**
+   * When it was created.
+   *
    * @generated from field: google.protobuf.Timestamp created_at = 4;
    */
   createdAt?: Timestamp | undefined;
 
   /**
+   * When it was last changed.
+   *
    * @generated from field: google.protobuf.Timestamp updated_at = 5;
    */
   updatedAt?: Timestamp | undefined;
 
   /**
+   * Who created it.
+   *
    * @generated from field: gitpod.v1.Subject creator = 6;
    */
   creator?: Subject | undefined;
 
   /**
+   * How processes get at it.
+   *
    * @generated from oneof gitpod.v1.Secret.mount
    */
   mount: {
     /**
+     * File holding the value.
+     *
      * @generated from field: string file_path = 7;
      */
     value: string;
     case: "filePath";
   } | {
     /**
+     * Variable of the same name.
+     *
      * @generated from field: bool environment_variable = 8;
      */
     value: boolean;
     case: "environmentVariable";
   } | {
     /**
+     * Container registry that is logged in to.
+     *
      * @generated from field: string container_registry_basic_auth_host = 9;
      */
     value: string;
     case: "containerRegistryBasicAuthHost";
   } | {
     /**
+     * Not mounted; only read through GetSecretValue.
+     *
      * @generated from field: bool api_only = 11;
      */
     value: boolean;
@@ -289,16 +374,22 @@ export declare type Secret = Message<"gitpod.v1.Secret"> & {
   } | { case: undefined; value?: undefined };
 
   /**
+   * Whom it belongs to.
+   *
    * @generated from field: gitpod.v1.SecretScope scope = 10;
    */
   scope?: SecretScope | undefined;
 
   /**
+   * Set when only a proxy may use the value; a runner without one reports the secret UNAVAILABLE.
+   *
    * @generated from field: gitpod.v1.Secret.CredentialProxy credential_proxy = 12;
    */
   credentialProxy?: Secret_CredentialProxy | undefined;
 
   /**
+   * Where the value comes from.
+   *
    * @generated from field: gitpod.v1.Secret.Source source = 13;
    */
   source?: Secret_Source | undefined;
@@ -311,20 +402,28 @@ export declare type Secret = Message<"gitpod.v1.Secret"> & {
 export declare const SecretSchema: GenMessage<Secret>;
 
 /**
+ * Use of a value by a proxy that adds it to requests, so that it never enters the environment.
+ *
  * @generated from message gitpod.v1.Secret.CredentialProxy
  */
 export declare type Secret_CredentialProxy = Message<"gitpod.v1.Secret.CredentialProxy"> & {
   /**
+   * Hosts it is meant for, `name` or `*.name` without a scheme; at least one.
+   *
    * @generated from field: repeated string target_hosts = 1;
    */
   targetHosts: string[];
 
   /**
+   * HTTP header that carries the value.
+   *
    * @generated from field: string header = 2;
    */
   header: string;
 
   /**
+   * How the value is encoded.
+   *
    * @generated from field: gitpod.v1.Secret.CredentialProxy.Format format = 3;
    */
   format: Secret_CredentialProxy_Format;
@@ -337,20 +436,28 @@ export declare type Secret_CredentialProxy = Message<"gitpod.v1.Secret.Credentia
 export declare const Secret_CredentialProxySchema: GenMessage<Secret_CredentialProxy>;
 
 /**
+ * How a value is encoded.
+ *
  * @generated from enum gitpod.v1.Secret.CredentialProxy.Format
  */
 export enum Secret_CredentialProxy_Format {
   /**
+   * The same as PLAIN.
+   *
    * @generated from enum value: FORMAT_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
+   * As it is sent.
+   *
    * @generated from enum value: FORMAT_PLAIN = 1;
    */
   PLAIN = 1,
 
   /**
+   * In base64; the proxy decodes it before use.
+   *
    * @generated from enum value: FORMAT_BASE64 = 2;
    */
   BASE64 = 2,
@@ -362,20 +469,28 @@ export enum Secret_CredentialProxy_Format {
 export declare const Secret_CredentialProxy_FormatSchema: GenEnum<Secret_CredentialProxy_Format>;
 
 /**
+ * Where a value comes from.
+ *
  * @generated from message gitpod.v1.Secret.Source
  */
 export declare type Secret_Source = Message<"gitpod.v1.Secret.Source"> & {
   /**
+   * Which source.
+   *
    * @generated from oneof gitpod.v1.Secret.Source.value
    */
   value: {
     /**
+     * The value given with the secret.
+     *
      * @generated from field: bool verbatim = 1;
      */
     value: boolean;
     case: "verbatim";
   } | {
     /**
+     * A token got from JFrog in exchange for an ID token; FAILED on a runner that cannot do so.
+     *
      * @generated from field: gitpod.v1.Secret.Source.OidcJFrog oidc_jfrog = 2;
      */
     value: Secret_Source_OidcJFrog;
@@ -390,15 +505,21 @@ export declare type Secret_Source = Message<"gitpod.v1.Secret.Source"> & {
 export declare const Secret_SourceSchema: GenMessage<Secret_Source>;
 
 /**
+ * A token exchange with JFrog.
+ *
  * @generated from message gitpod.v1.Secret.Source.OidcJFrog
  */
 export declare type Secret_Source_OidcJFrog = Message<"gitpod.v1.Secret.Source.OidcJFrog"> & {
   /**
+   * Host of the JFrog platform, with an optional port.
+   *
    * @generated from field: string host = 1;
    */
   host: string;
 
   /**
+   * Name of the OIDC provider configured there.
+   *
    * @generated from field: string provider_name = 2;
    */
   providerName: string;
@@ -411,32 +532,44 @@ export declare type Secret_Source_OidcJFrog = Message<"gitpod.v1.Secret.Source.O
 export declare const Secret_Source_OidcJFrogSchema: GenMessage<Secret_Source_OidcJFrog>;
 
 /**
+ * Owner of a secret.
+ *
  * @generated from message gitpod.v1.SecretScope
  */
 export declare type SecretScope = Message<"gitpod.v1.SecretScope"> & {
   /**
+   * Which kind of owner; exactly one.
+   *
    * @generated from oneof gitpod.v1.SecretScope.scope
    */
   scope: {
     /**
+     * Environments of this project.
+     *
      * @generated from field: string project_id = 1;
      */
     value: string;
     case: "projectId";
   } | {
     /**
+     * Environments this user creates.
+     *
      * @generated from field: string user_id = 2;
      */
     value: string;
     case: "userId";
   } | {
     /**
+     * All environments of this organization.
+     *
      * @generated from field: string organization_id = 3;
      */
     value: string;
     case: "organizationId";
   } | {
     /**
+     * Environments this service account creates.
+     *
      * @generated from field: string service_account_id = 4;
      */
     value: string;
@@ -451,15 +584,21 @@ export declare type SecretScope = Message<"gitpod.v1.SecretScope"> & {
 export declare const SecretScopeSchema: GenMessage<SecretScope>;
 
 /**
+ * Input of UpdateSecretValue.
+ *
  * @generated from message gitpod.v1.UpdateSecretValueRequest
  */
 export declare type UpdateSecretValueRequest = Message<"gitpod.v1.UpdateSecretValueRequest"> & {
   /**
+   * The secret.
+   *
    * @generated from field: string secret_id = 1;
    */
   secretId: string;
 
   /**
+   * The new value, 1-10240 characters.
+   *
    * @generated from field: string value = 2;
    */
   value: string;
@@ -472,6 +611,8 @@ export declare type UpdateSecretValueRequest = Message<"gitpod.v1.UpdateSecretVa
 export declare const UpdateSecretValueRequestSchema: GenMessage<UpdateSecretValueRequest>;
 
 /**
+ * Result of UpdateSecretValue, empty.
+ *
  * @generated from message gitpod.v1.UpdateSecretValueResponse
  */
 export declare type UpdateSecretValueResponse = Message<"gitpod.v1.UpdateSecretValueResponse"> & {
@@ -484,10 +625,19 @@ export declare type UpdateSecretValueResponse = Message<"gitpod.v1.UpdateSecretV
 export declare const UpdateSecretValueResponseSchema: GenMessage<UpdateSecretValueResponse>;
 
 /**
+ * Secrets that environments get: those of the organization, their project, and their creator (user or service account),
+ * the later winning on a collision. Organization: members list, admins write; project: PROJECT_USER lists,
+ * PROJECT_EDITOR writes; user: only the user itself; service account: organization admins, SERVICE_ACCOUNT_ADMIN and
+ * the account itself. What the caller cannot see is NOT_FOUND, what it may not do PERMISSION_DENIED.
+ *
  * @generated from service gitpod.v1.SecretService
  */
 export declare const SecretService: GenService<{
   /**
+   * Stores a secret; running environments in its scope get it, usually within 10 s. Writers of the scope.
+   * ALREADY_EXISTS when the name is taken in the scope; INVALID_ARGUMENT for a bad name, value, mount or scope;
+   * RESOURCE_EXHAUSTED above 500 secrets in the scope. Not idempotent.
+   *
    * @generated from rpc gitpod.v1.SecretService.CreateSecret
    */
   createSecret: {
@@ -496,6 +646,9 @@ export declare const SecretService: GenService<{
     output: typeof CreateSecretResponseSchema;
   },
   /**
+   * Replaces the value; files and logins in running environments follow within 2 minutes, variables at the next start.
+   * Writers of the scope. FAILED_PRECONDITION when the value is not kept here. Every call counts as a new value.
+   *
    * @generated from rpc gitpod.v1.SecretService.UpdateSecretValue
    */
   updateSecretValue: {
@@ -504,6 +657,8 @@ export declare const SecretService: GenService<{
     output: typeof UpdateSecretValueResponseSchema;
   },
   /**
+   * Lists secrets the caller can see, newest first, never their values. Safe to repeat.
+   *
    * @generated from rpc gitpod.v1.SecretService.ListSecrets
    */
   listSecrets: {
@@ -512,6 +667,9 @@ export declare const SecretService: GenService<{
     output: typeof ListSecretsResponseSchema;
   },
   /**
+   * Deletes a secret and takes it out of running environments. Writers of the scope. FAILED_PRECONDITION while an
+   * organization policy names it. A second call is NOT_FOUND.
+   *
    * @generated from rpc gitpod.v1.SecretService.DeleteSecret
    */
   deleteSecret: {
@@ -520,6 +678,10 @@ export declare const SecretService: GenService<{
     output: typeof DeleteSecretResponseSchema;
   },
   /**
+   * Returns a value to a running environment that has the secret; the read is audited. Only the environment's own
+   * token: users, service accounts, runners and secrets with a credential proxy get PERMISSION_DENIED; NOT_FOUND
+   * outside its scope. Safe to repeat.
+   *
    * @generated from rpc gitpod.v1.SecretService.GetSecretValue
    */
   getSecretValue: {

@@ -98,6 +98,8 @@ export const Secret_CredentialProxy_FormatSchema = /*@__PURE__*/
   enumDesc(file_gitpod_v1_secret, 8, 0, 0);
 
 /**
+ * How a value is encoded.
+ *
  * @generated from enum gitpod.v1.Secret.CredentialProxy.Format
  */
 export const Secret_CredentialProxy_Format = /*@__PURE__*/
@@ -139,6 +141,11 @@ export const UpdateSecretValueResponseSchema = /*@__PURE__*/
   messageDesc(file_gitpod_v1_secret, 11);
 
 /**
+ * Secrets that environments get: those of the organization, their project, and their creator (user or service account),
+ * the later winning on a collision. Organization: members list, admins write; project: PROJECT_USER lists,
+ * PROJECT_EDITOR writes; user: only the user itself; service account: organization admins, SERVICE_ACCOUNT_ADMIN and
+ * the account itself. What the caller cannot see is NOT_FOUND, what it may not do PERMISSION_DENIED.
+ *
  * @generated from service gitpod.v1.SecretService
  */
 export const SecretService = /*@__PURE__*/

@@ -13,15 +13,21 @@ import type { PaginationRequest, PaginationResponse } from "./pagination_pb.js";
 export declare const file_gitpod_v1_usage: GenFile;
 
 /**
+ * A time range of at most 366 days.
+ *
  * @generated from message gitpod.v1.DateRange
  */
 export declare type DateRange = Message<"gitpod.v1.DateRange"> & {
   /**
+   * First moment in it.
+   *
    * @generated from field: google.protobuf.Timestamp start_time = 1;
    */
   startTime?: Timestamp | undefined;
 
   /**
+   * First moment after it.
+   *
    * @generated from field: google.protobuf.Timestamp end_time = 2;
    */
   endTime?: Timestamp | undefined;
@@ -34,20 +40,28 @@ export declare type DateRange = Message<"gitpod.v1.DateRange"> & {
 export declare const DateRangeSchema: GenMessage<DateRange>;
 
 /**
+ * Input of GetTopProjects.
+ *
  * @generated from message gitpod.v1.GetTopProjectsRequest
  */
 export declare type GetTopProjectsRequest = Message<"gitpod.v1.GetTopProjectsRequest"> & {
   /**
+   * Which page to return.
+   *
    * @generated from field: gitpod.v1.PaginationRequest pagination = 1;
    */
   pagination?: PaginationRequest | undefined;
 
   /**
+   * Time range to look at; needed.
+   *
    * @generated from field: gitpod.v1.DateRange date_range = 2;
    */
   dateRange?: DateRange | undefined;
 
   /**
+   * Leave empty: there are no teams here.
+   *
    * @generated from field: string team_id = 3;
    */
   teamId: string;
@@ -60,15 +74,21 @@ export declare type GetTopProjectsRequest = Message<"gitpod.v1.GetTopProjectsReq
 export declare const GetTopProjectsRequestSchema: GenMessage<GetTopProjectsRequest>;
 
 /**
+ * Result of GetTopProjects.
+ *
  * @generated from message gitpod.v1.GetTopProjectsResponse
  */
 export declare type GetTopProjectsResponse = Message<"gitpod.v1.GetTopProjectsResponse"> & {
   /**
+   * One page, longest first.
+   *
    * @generated from field: repeated gitpod.v1.GetTopProjectsResponse.ProjectRuntimeInfo projects = 1;
    */
   projects: GetTopProjectsResponse_ProjectRuntimeInfo[];
 
   /**
+   * Where the next page begins.
+   *
    * @generated from field: gitpod.v1.PaginationResponse pagination = 2;
    */
   pagination?: PaginationResponse | undefined;
@@ -81,20 +101,28 @@ export declare type GetTopProjectsResponse = Message<"gitpod.v1.GetTopProjectsRe
 export declare const GetTopProjectsResponseSchema: GenMessage<GetTopProjectsResponse>;
 
 /**
+ * Runtime of a project.
+ *
  * @generated from message gitpod.v1.GetTopProjectsResponse.ProjectRuntimeInfo
  */
 export declare type GetTopProjectsResponse_ProjectRuntimeInfo = Message<"gitpod.v1.GetTopProjectsResponse.ProjectRuntimeInfo"> & {
   /**
+   * The project.
+   *
    * @generated from field: string project_id = 1;
    */
   projectId: string;
 
   /**
+   * Its name.
+   *
    * @generated from field: string project_name = 2;
    */
   projectName: string;
 
   /**
+   * How long its environments ran in the range, summed, in seconds.
+   *
    * @generated from field: int64 total_runtime_seconds = 3;
    */
   totalRuntimeSeconds: bigint;
@@ -107,10 +135,16 @@ export declare type GetTopProjectsResponse_ProjectRuntimeInfo = Message<"gitpod.
 export declare const GetTopProjectsResponse_ProjectRuntimeInfoSchema: GenMessage<GetTopProjectsResponse_ProjectRuntimeInfo>;
 
 /**
+ * How much projects are used.
+ *
  * @generated from service gitpod.v1.UsageService
  */
 export declare const UsageService: GenService<{
   /**
+   * Lists the projects whose environments ran longest in a time range, among those the caller can see; running ones
+   * count up to now, unused projects are left out. Users and service accounts. INVALID_ARGUMENT for an empty range or
+   * one above 366 days; NOT_FOUND when a team is given. Safe to repeat.
+   *
    * @generated from rpc gitpod.v1.UsageService.GetTopProjects
    */
   getTopProjects: {

@@ -42,6 +42,8 @@ export const GetTopProjectsResponse_ProjectRuntimeInfoSchema = /*@__PURE__*/
   messageDesc(file_gitpod_v1_usage, 2, 0);
 
 /**
+ * How much projects are used.
+ *
  * @generated from service gitpod.v1.UsageService
  */
 export const UsageService = /*@__PURE__*/
