@@ -196,7 +196,7 @@ export class Execs {
         if (reason || !leader) return;
         reason = why;
         termination = terminateSession(leader);
-        void termination.then(() => setTimeout(resolve, DRAIN_MS));
+        void termination.then(() => setTimeout(() => resolve(undefined), DRAIN_MS));
       };
       const timer = setTimeout(interrupt, timeoutMs, "timeout");
       exit.catch(() => undefined).finally(() => clearTimeout(timer));

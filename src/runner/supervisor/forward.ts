@@ -1,5 +1,5 @@
 import type { DescMethod } from "@bufbuild/protobuf";
-import { Code, ConnectError, type HandlerContext, type ServiceImpl } from "@connectrpc/connect";
+import { ConnectError, type HandlerContext, type ServiceImpl } from "@connectrpc/connect";
 import { EnvironmentOpsService } from "../../../gen/supervisor/v1/environmentopts_pb.js";
 import type { SupervisorClient } from "./client.ts";
 
@@ -46,6 +46,5 @@ function forwardCall(method: DescMethod, resolve: (context: HandlerContext) => P
 // The supervisor's response headers belong to the hop behind the runner and must not reach its caller.
 function withoutMetadata(error: unknown): unknown {
   if (!(error instanceof ConnectError)) return error;
-  const { rawMessage, code, cause } = error;
-  return new ConnectError(rawMessage, code === Code.Canceled ? Code.Canceled : code, undefined, undefined, cause);
+  return new ConnectError(error.rawMessage, error.code, undefined, undefined, error.cause);
 }

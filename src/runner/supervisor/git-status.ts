@@ -151,8 +151,8 @@ class StatusReader {
       return;
     }
     const kind = item[0] ?? "";
-    if (kind === "#") return this.#readHeader(item);
     const fields = FIELDS[kind];
+    if (kind === "#") this.#readHeader(item);
     if (fields === undefined) return;
     const changeType =
       kind === "?" ? ChangeType.UNTRACKED : kind === "u" ? ChangeType.UPDATED_BUT_UNMERGED : changeOf(item[2], item[3]);

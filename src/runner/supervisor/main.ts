@@ -1,14 +1,14 @@
 import { rmSync, statSync } from "node:fs";
 import { createServer } from "node:http";
 import { join } from "node:path";
-import { connectNodeAdapter, type NodeHandlerFn } from "@connectrpc/connect-node";
+import { connectNodeAdapter } from "@connectrpc/connect-node";
 import { ActivityTracker } from "./activity.ts";
 import { readSupervisorConfig, type SupervisorConfig, SupervisorConfigError } from "./config.ts";
 import { Execs } from "./exec.ts";
 import { ExecJournal } from "./exec-journal.ts";
 import { BoundedLog } from "./log.ts";
 import { createOpsRoutes } from "./ops.ts";
-import { controlHandler } from "./private-http.ts";
+import { controlHandler, isControl } from "./private-http.ts";
 import { dropPrivileges } from "./privileges.ts";
 import { ProcessEnvironment } from "./process-environment.ts";
 import { readProcess, terminateSession } from "./processes.ts";
@@ -49,7 +49,7 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
     activity,
     unforeseen: (error) => log.write("error", "call failed", { error: String(error) }),
   });
-  const fallback: NodeHandlerFn = controlHandler({
+  const control = controlHandler({
     health: () => ({
       pid: process.pid,
       startTime,
@@ -63,9 +63,9 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
       workspaceFolder = path;
     },
   });
-  const server = createServer(
-    { requestTimeout: 60_000 },
-    connectNodeAdapter({ routes, fallback, grpc: false, grpcWeb: false }),
+  const rpc = connectNodeAdapter({ routes, grpc: false, grpcWeb: false });
+  const server = createServer({ requestTimeout: 60_000 }, (request, response) =>
+    isControl(request) ? control(request, response) : rpc(request, response),
   );
   server.maxConnections = 1000;
   // Only the one that serves may touch the journal.
@@ -104,6 +104,9 @@ function fail(error: unknown): never {
 process.on("uncaughtException", fail);
 process.on("unhandledRejection", fail);
 process.on("SIGHUP", () => undefined);
+// The starter may be gone before it reads.
+process.stdout.on("error", () => undefined);
+process.stderr.on("error", () => undefined);
 try {
   const config = trustedConfig(process.argv[2]);
   process.umask(0o022);

@@ -1,5 +1,5 @@
+import type { IncomingMessage, ServerResponse } from "node:http";
 import { isAbsolute } from "node:path";
-import type { NodeHandlerFn } from "@connectrpc/connect-node";
 import type { LastActivity } from "./activity.ts";
 
 /** What a supervisor tells about itself. */
@@ -17,6 +17,9 @@ export interface SupervisorState {
 
 const MAX_BODY_BYTES = 8192;
 
+export const isControl = (request: IncomingMessage) =>
+  request.url === "/healthz" || request.url === "/workspace-folder";
+
 /**
  * For the runner only, on the supervisor's socket: `GET /healthz` answers SupervisorState as JSON,
  * `PUT /workspace-folder` takes the absolute path of the primary checkout as its body.
@@ -24,14 +27,14 @@ const MAX_BODY_BYTES = 8192;
 export function controlHandler(supervisor: {
   health(): SupervisorState;
   setWorkspaceFolder(path: string): void;
-}): NodeHandlerFn {
+}): (request: IncomingMessage, response: ServerResponse) => void {
   return (request, response) => {
     const answer = (status: number, body = "") => {
       response.writeHead(status, { "content-type": "application/json" });
       response.end(body);
     };
-    if (request.method === "GET" && request.url === "/healthz") return answer(200, JSON.stringify(supervisor.health()));
-    if (request.method !== "PUT" || request.url !== "/workspace-folder") return answer(404);
+    if (request.url === "/healthz") return answer(200, JSON.stringify(supervisor.health()));
+    if (request.method !== "PUT") return answer(405);
     let body = "";
     request.setEncoding("utf8");
     request.on("data", (chunk: string) => {

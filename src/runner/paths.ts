@@ -1,0 +1,85 @@
+import { createHash } from "node:crypto";
+import { lstat, mkdir, readlink, rm, symlink } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { errnoOf } from "./files.ts";
+
+// The folder of an environment belongs to the runner, so that its user cannot exchange what lies directly in it; the
+// folders below belong to the user, and nothing of the runner's may be read or written through them unguarded.
+
+const MAX_SOCKET_PATH_BYTES = 107;
+
+/** Where an environment keeps what. */
+export interface EnvironmentPaths {
+  root: string;
+  /** The environment's user's own. */
+  workspace: string;
+  home: string;
+  secrets: string;
+  logs: string;
+  run: string;
+  ssh: string;
+  /** The runner's own. */
+  record: string;
+  log: string;
+  supervisorConfig: string;
+  /** Variables of its processes; belongs to the user, in a folder that does not. */
+  variables: string;
+  /** The environment token. */
+  token: string;
+}
+
+export const environmentsFolder = (dataDir: string) => join(dataDir, "environments");
+export const quarantineFolder = (dataDir: string) => join(dataDir, "quarantine");
+export const trashFolder = (dataDir: string) => join(dataDir, "trash");
+
+export function environmentPaths(dataDir: string, environmentId: string): EnvironmentPaths {
+  const root = join(environmentsFolder(dataDir), environmentId);
+  const run = join(root, "run");
+  return {
+    root,
+    workspace: join(root, "workspace"),
+    home: join(root, "home"),
+    secrets: join(root, "secrets"),
+    logs: join(root, "logs"),
+    run,
+    ssh: join(root, "ssh"),
+    record: join(root, "state.json"),
+    log: join(root, "environment.log"),
+    supervisorConfig: join(root, "supervisor.json"),
+    variables: join(root, "variables.json"),
+    token: join(run, "token"),
+  };
+}
+
+/** A short folder for links to long paths, which only the runner can write. */
+async function aliasFolder(): Promise<string> {
+  const uid = process.getuid?.() ?? 0;
+  const path = uid === 0 ? "/run/berth" : join(process.env.XDG_RUNTIME_DIR || tmpdir(), `berth-${uid}`);
+  await mkdir(path, { mode: 0o711 }).catch((error: unknown) => {
+    if (errnoOf(error) !== "EEXIST") throw error;
+  });
+  const found = await lstat(path);
+  if (!found.isDirectory() || found.uid !== uid || (found.mode & 0o022) !== 0) {
+    throw new Error(`${path} does not belong to the runner alone`);
+  }
+  return path;
+}
+
+/** Path of the supervisor's socket: the kernel takes 107 bytes at most, so a deep data folder is reached by a link. */
+export async function supervisorSocket({ run }: EnvironmentPaths): Promise<string> {
+  const direct = join(run, "supervisor.sock");
+  if (Buffer.byteLength(direct) <= MAX_SOCKET_PATH_BYTES) return direct;
+  const alias = join(await aliasFolder(), createHash("sha256").update(run).digest("hex").slice(0, 16));
+  if ((await readlink(alias).catch(() => undefined)) !== run) {
+    await rm(alias, { force: true });
+    await symlink(run, alias);
+  }
+  return join(alias, "supervisor.sock");
+}
+
+/** Removes the link that a deep data folder needed. */
+export async function forgetSocket({ run }: EnvironmentPaths): Promise<void> {
+  if (Buffer.byteLength(join(run, "supervisor.sock")) <= MAX_SOCKET_PATH_BYTES) return;
+  await rm(join(await aliasFolder(), createHash("sha256").update(run).digest("hex").slice(0, 16)), { force: true });
+}

@@ -1,0 +1,98 @@
+import { clone, create, fromJson, type JsonValue, toJson } from "@bufbuild/protobuf";
+import { type EnvironmentStatus, EnvironmentStatusSchema } from "../../gen/gitpod/v1/environment_pb.js";
+import { exists, readSmall, writeAtomically } from "./files.ts";
+import type { EnvironmentPaths } from "./paths.ts";
+import type { ProcessRef } from "./supervisor/processes.ts";
+import type { UnixUser } from "./users.ts";
+
+const MAX_RECORD_BYTES = 4 * 1024 * 1024;
+const FORMAT = 1;
+
+/** A process that a later runner process can find again. */
+export interface RecordedProcess extends ProcessRef {
+  bootId: string;
+}
+
+/** A repository that lies in the workspace. */
+export interface Checkout {
+  /** Relative to the workspace. */
+  location: string;
+}
+
+/** What is in the workspace. */
+export interface ContentFacts {
+  /** Session whose content is in place; empty before the first. */
+  session: string;
+  checkouts: Checkout[];
+  /** Folder of the primary checkout, absolute. */
+  folder: string;
+  /** A replacement that has begun to move files, so that it is finished after a crash. */
+  replacing?: { session: string; backup: string; keepBackup: boolean };
+  /** Git at work for the runner. */
+  process?: RecordedProcess;
+}
+
+/** A section of the log that has not ended. */
+export interface OpenSection {
+  id: string;
+  startedAt: number;
+}
+
+/** Everything the runner knows about an environment on its disk; survives the process at any moment. */
+export interface EnvironmentRecord {
+  /** The parts of the status that the runner owns. */
+  status: EnvironmentStatus;
+  user?: UnixUser;
+  supervisor?: RecordedProcess;
+  content: ContentFacts;
+  /** Machine session for which everything needed was ready once; empty if none. */
+  gatesPassedSession: string;
+  /** Unplanned restarts of the machine, milliseconds since the epoch. */
+  restarts: number[];
+  sections: { count: number; open: OpenSection[] };
+  /** Name and address last written to the git configuration, as one text. */
+  gitIdentity: string;
+  /** Hash of the dev container file in use; empty without one. */
+  devcontainerHash: string;
+}
+
+export function newRecord(): EnvironmentRecord {
+  return {
+    status: create(EnvironmentStatusSchema),
+    content: { session: "", checkouts: [], folder: "" },
+    gatesPassedSession: "",
+    restarts: [],
+    sections: { count: 0, open: [] },
+    gitIdentity: "",
+    devcontainerHash: "",
+  };
+}
+
+/** A copy that can be edited while the original is being written or reported. */
+export const copyRecord = ({ status, ...rest }: EnvironmentRecord): EnvironmentRecord => ({
+  ...structuredClone(rest),
+  status: clone(EnvironmentStatusSchema, status),
+});
+
+/**
+ * The record of an environment. One that is damaged is replaced by a new one that claims unknown content, so that
+ * files are set aside rather than taken for leftovers. Undefined if nothing of the environment is on disk.
+ */
+export async function readRecord(paths: EnvironmentPaths): Promise<EnvironmentRecord | undefined> {
+  if (!(await exists(paths.root))) return undefined;
+  const text = await readSmall(paths.record, MAX_RECORD_BYTES).catch(() => "damaged");
+  if (text === undefined) return newRecord();
+  try {
+    const { format, status, ...rest } = JSON.parse(text) as { format: number; status: JsonValue } & EnvironmentRecord;
+    if (format !== FORMAT) throw new Error("unknown format");
+    return { ...newRecord(), ...rest, status: fromJson(EnvironmentStatusSchema, status, { ignoreUnknownFields: true }) };
+  } catch {
+    const record = newRecord();
+    return { ...record, content: { ...record.content, session: "unknown" } };
+  }
+}
+
+export async function writeRecord(paths: EnvironmentPaths, { status, ...rest }: EnvironmentRecord): Promise<void> {
+  const value = { format: FORMAT, ...rest, status: toJson(EnvironmentStatusSchema, status) };
+  await writeAtomically(paths.record, JSON.stringify(value));
+}

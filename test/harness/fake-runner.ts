@@ -1,0 +1,132 @@
+import { create, type MessageInitShape } from "@bufbuild/protobuf";
+import { type Client, createClient } from "@connectrpc/connect";
+import { createConnectTransport } from "@connectrpc/connect-node";
+import {
+  type ReportResult,
+  RunnerControlService,
+  type WatchResponse,
+} from "../../gen/berth/runner/v1/runner_control_pb.js";
+import {
+  type Environment,
+  EnvironmentStatus_ContentPhase as ContentPhase,
+  EnvironmentStatus_DevContainer_Phase as DevContainerPhase,
+  EnvironmentStatus_Machine_Phase as MachinePhase,
+  EnvironmentStatus_RunnerACK_StatusCode as Ack,
+  EnvironmentStatusSchema,
+} from "../../gen/gitpod/v1/environment_pb.js";
+import { RunnerPhase, type RunnerStatusSchema } from "../../gen/gitpod/v1/runner_pb.js";
+import { linuxHostSchema } from "../../src/domain/environment-class.ts";
+import { PROTOCOL_VERSION } from "../../src/domain/runner.ts";
+import { eventually } from "./wait.ts";
+
+/** A runner that speaks the private protocol and reports whatever a test wants. */
+export class FakeRunner implements AsyncDisposable {
+  readonly control: Client<typeof RunnerControlService>;
+  readonly token: string;
+  id = "";
+  linkId = "";
+  epoch = 0n;
+  /** Everything that the watch stream has delivered. */
+  readonly seen: WatchResponse["event"][] = [];
+  readonly #stop = new AbortController();
+  #seq = 0n;
+  #watching: Promise<void> = Promise.resolve();
+
+  constructor(url: string, token: string) {
+    this.token = token;
+    this.control = createClient(
+      RunnerControlService,
+      createConnectTransport({
+        baseUrl: url,
+        httpVersion: "1.1",
+        interceptors: [
+          (next) => (request) => {
+            request.header.set("authorization", `Bearer ${token}`);
+            return next(request);
+          },
+        ],
+      }),
+    );
+  }
+
+  /** Registers; the older link, if there is one, ends. */
+  async register(options: { maxEnvironments?: number; localEnvironmentIds?: string[]; status?: MessageInitShape<typeof RunnerStatusSchema> } = {}): Promise<void> {
+    const response = await this.control.register({
+      instanceId: "test",
+      protocolVersion: PROTOCOL_VERSION,
+      status: { phase: RunnerPhase.ACTIVE, version: "test", publicKey: new Uint8Array(32), ...options.status },
+      configurationSchema: linuxHostSchema("", { cpuCores: 8, memoryMib: 16_384, diskGib: 100, hasContainerEngine: false }),
+      maxEnvironments: options.maxEnvironments ?? 100,
+      localEnvironmentIds: options.localEnvironmentIds ?? [],
+    });
+    this.id = response.runner?.runnerId ?? "";
+    this.linkId = response.linkId;
+    this.epoch = response.epoch;
+  }
+
+  heartbeat(status: MessageInitShape<typeof RunnerStatusSchema> = {}) {
+    return this.control.heartbeat({
+      linkId: this.linkId,
+      status: { phase: RunnerPhase.ACTIVE, version: "test", publicKey: new Uint8Array(32), ...status },
+    });
+  }
+
+  /** Collects what the watch stream delivers until the runner is disposed of. */
+  watch(resumeRevision = 0n): void {
+    this.#watching = (async () => {
+      try {
+        const stream = this.control.watch({ linkId: this.linkId, resumeRevision }, { signal: this.#stop.signal });
+        for await (const response of stream) this.seen.push(response.event);
+      } catch (error) {
+        if (!this.#stop.signal.aborted) throw error;
+      }
+    })();
+    this.#watching.catch(() => undefined);
+  }
+
+  async report(environmentId: string, status: MessageInitShape<typeof EnvironmentStatusSchema>, seq = ++this.#seq): Promise<ReportResult> {
+    const items = [{ environmentId, seq, status: create(EnvironmentStatusSchema, status) }];
+    const { results } = await this.control.reportEnvironments({ linkId: this.linkId, items });
+    const [result] = results;
+    if (!result) throw new Error("the report was not judged");
+    return result;
+  }
+
+  /** Reports an environment as running, as the shipped runner would: everything in one report. */
+  reportRunning(environment: Environment): Promise<ReportResult> {
+    return this.report(environment.id, runningStatus(environment));
+  }
+
+  reportMachine(environment: Environment, phase: MachinePhase): Promise<ReportResult> {
+    const status = runningStatus(environment);
+    return this.report(environment.id, { ...status, machine: { ...status.machine, phase } });
+  }
+
+  /** The newest desired state of an environment that satisfies a condition. */
+  desired(environmentId: string, accept: (environment: Environment) => boolean = () => true): Promise<Environment> {
+    return eventually(() => {
+      for (const event of [...this.seen].reverse()) {
+        if (event.case !== "upsert" || event.value.object.case !== "environment") continue;
+        const { environment } = event.value.object.value;
+        if (environment?.id === environmentId) return accept(environment) && environment;
+      }
+      return undefined;
+    }, `the desired state of ${environmentId}`);
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#stop.abort();
+    await this.#watching.catch(() => undefined);
+  }
+}
+
+/** What a runner reports about an environment whose start has succeeded. */
+export function runningStatus({ id, spec }: Environment) {
+  return {
+    runnerAck: { specVersion: spec?.specVersion ?? 0n, statusCode: Ack.OK },
+    machine: { session: spec?.machine?.session ?? "", phase: MachinePhase.RUNNING as MachinePhase },
+    content: { session: spec?.content?.session ?? "", phase: ContentPhase.READY as ContentPhase },
+    devcontainer: { session: spec?.devcontainer?.session ?? "", phase: DevContainerPhase.RUNNING },
+    environmentUrls: { logs: `http://runner/environments/${id}/logs`, ops: `http://runner/environments/${id}/ops` },
+  };
+}
