@@ -11,8 +11,25 @@ const { file_buf_validate_validate: file } = await import(
 );
 
 const SCALARS = [
-  "", "double", "float", "int64", "uint64", "int32", "fixed64", "fixed32", "bool", "string", "group", "message",
-  "bytes", "uint32", "enum", "sfixed32", "sfixed64", "sint32", "sint64",
+  "",
+  "double",
+  "float",
+  "int64",
+  "uint64",
+  "int32",
+  "fixed64",
+  "fixed32",
+  "bool",
+  "string",
+  "group",
+  "message",
+  "bytes",
+  "uint32",
+  "enum",
+  "sfixed32",
+  "sfixed64",
+  "sint32",
+  "sint64",
 ];
 const LABELS = ["", "optional ", "required ", "repeated "];
 

@@ -1,5 +1,7 @@
+import { setTimeout as delay } from "node:timers/promises";
 import type { Logger } from "pino";
 import type { ServerConfig } from "./config.ts";
+import { databaseRefusal, isConflict } from "./domain/errors.ts";
 import type { Caller } from "./domain/principal.ts";
 import { type TokenKind, tokenText } from "./domain/tokens.ts";
 import type { Guard } from "./scm/guard.ts";
@@ -7,9 +9,32 @@ import type { Db, Tx } from "./store/db.ts";
 import { type EventHub, runnerTopic, Topic } from "./store/hub.ts";
 import type { Actor } from "./store/record.ts";
 
+/** Bounds of streams and relayed calls; times in milliseconds. Tests make them small. */
+export interface Limits {
+  /** Silence after which a stream of events shows a sign of life. */
+  eventHeartbeatMs: number;
+  /** How long an open stream trusts its credential and the roles that came with it. */
+  credentialCheckMs: number;
+  /** How long a caller waits for all the runners that are asked for it. */
+  runnerCallMs: number;
+  /** Changed resources that may wait for one stream. */
+  pendingEvents: number;
+  /** Streams of events of one principal on this replica. */
+  streamsPerPrincipal: number;
+}
+
+export const LIMITS: Limits = {
+  eventHeartbeatMs: 20_000,
+  credentialCheckMs: 4_000,
+  runnerCallMs: 20_000,
+  pendingEvents: 10_000,
+  streamsPerPrincipal: 50,
+};
+
 /** What handlers and jobs work with. Time, ids and randomness come in here so that tests can hold them still. */
 export interface App {
   config: ServerConfig;
+  limits: Limits;
   db: Db;
   hub: EventHub;
   log: Logger;
@@ -36,13 +61,46 @@ export const actorOf = (caller: Caller): Actor => ({
   tokenId: caller.tokenId,
 });
 
-/** Runs a transaction and, once it has committed, wakes whoever waits for its events and for changes of these runners. */
+/** A deadline that starts anew each time it has passed, measured by a clock that nobody sets. */
+export function pacer(intervalMs: number) {
+  let next = performance.now() + intervalMs;
+  const restart = () => {
+    next = performance.now() + intervalMs;
+  };
+  return {
+    restart,
+    leftMs: () => Math.max(0, next - performance.now()),
+    /** True once per interval. */
+    isDue(): boolean {
+      if (performance.now() < next) return false;
+      restart();
+      return true;
+    },
+  };
+}
+
+const ATTEMPTS = 5;
+const RETRY_MS = 10;
+
+/**
+ * Runs a transaction and, once it has committed, wakes whoever waits for its events and for changes of these runners.
+ * A transaction that lost against another one (deadlock, serialization) runs again a few times, then ABORTED: `work`
+ * must have no effects outside of it.
+ */
 export async function transact<T>(
   app: App,
   work: (tx: Tx, touched: (runnerId: string) => void) => Promise<T>,
 ): Promise<T> {
-  const runners = new Set<string>();
-  const result = await app.db.write.begin((tx) => work(tx, (runnerId) => runners.add(runnerId)));
-  app.hub.wake(Topic.EVENTS, ...[...runners].map(runnerTopic));
-  return result as T;
+  for (let attempt = 1; ; attempt++) {
+    const runners = new Set<string>();
+    try {
+      const result = await app.db.write.begin((tx) => work(tx, (runnerId) => runners.add(runnerId)));
+      app.hub.wake(Topic.EVENTS, ...[...runners].map(runnerTopic));
+      return result as T;
+    } catch (error) {
+      if (!isConflict(error) || attempt === ATTEMPTS) throw databaseRefusal(error) ?? error;
+      const [jitter = 0] = app.random(1);
+      await delay(RETRY_MS * 2 ** attempt * (0.5 + jitter / 255));
+    }
+  }
 }

@@ -3,7 +3,7 @@ import { chmod, mkdir, open, readFile, rename, rm, writeFile } from "node:fs/pro
 import { join } from "node:path";
 import type { Logger } from "pino";
 import { v7 as uuidv7 } from "uuid";
-import { type App } from "./app.ts";
+import { type App, LIMITS, type Limits } from "./app.ts";
 import { ConfigError, type ServerConfig } from "./config.ts";
 import { linuxHostSchema } from "./domain/environment-class.ts";
 import { TokenKind, tokenKind, tokenText } from "./domain/tokens.ts";
@@ -46,6 +46,7 @@ export interface ControlPlane {
 /** What tests hold still. */
 export interface Overrides {
   now?: () => Date;
+  limits?: Partial<Limits>;
 }
 
 async function writePrivate(path: string, content: string): Promise<void> {
@@ -76,7 +77,8 @@ async function masterKeyOf(config: ServerConfig): Promise<Uint8Array> {
     },
   );
   const key = Buffer.from((await readFile(path, "utf8")).trim(), "base64");
-  if (key.length !== MASTER_KEY_BYTES) throw new ConfigError("master.key in BERTH_DATA_DIR is damaged: it must hold 32 bytes in base64");
+  if (key.length !== MASTER_KEY_BYTES)
+    throw new ConfigError("master.key in BERTH_DATA_DIR is damaged: it must hold 32 bytes in base64");
   return key;
 }
 
@@ -101,7 +103,9 @@ async function firstStart(config: ServerConfig, db: Db, log: Logger, at: Date): 
   if (!config.bootstrap.enabled) return {};
   const { adminToken, adminEmail, adminName, organizationName, tokenFile } = config.bootstrap;
   if (adminToken && tokenKind(adminToken) !== TokenKind.PERSONAL_ACCESS) {
-    throw new ConfigError("BERTH_BOOTSTRAP_ADMIN_TOKEN must be a personal access token: berth_pat_ and 49 characters, the last 6 of them the checksum");
+    throw new ConfigError(
+      "BERTH_BOOTSTRAP_ADMIN_TOKEN must be a personal access token: berth_pat_ and 49 characters, the last 6 of them the checksum",
+    );
   }
   const token = adminToken ?? tokenText(TokenKind.PERSONAL_ACCESS, randomBytes);
   const exchangeToken = tokenText(TokenKind.RUNNER_EXCHANGE, randomBytes);
@@ -128,7 +132,10 @@ async function firstStart(config: ServerConfig, db: Db, log: Logger, at: Date): 
     return { runnerExchangeToken: waiting };
   }
   if (tokenFile && !adminToken) await writePrivate(tokenFile, `${token}\n`);
-  return { token: adminToken ? undefined : token, runnerExchangeToken: config.embeddedRunner ? (waiting ?? exchangeToken) : undefined };
+  return {
+    token: adminToken ? undefined : token,
+    runnerExchangeToken: config.embeddedRunner ? (waiting ?? exchangeToken) : undefined,
+  };
 }
 
 function standardClass() {
@@ -140,7 +147,11 @@ function standardClass() {
 }
 
 /** Brings a control plane up: database, schema, first organization, port, sweeps. */
-export async function startControlPlane(config: ServerConfig, log: Logger, overrides: Overrides = {}): Promise<ControlPlane> {
+export async function startControlPlane(
+  config: ServerConfig,
+  log: Logger,
+  overrides: Overrides = {},
+): Promise<ControlPlane> {
   const now = overrides.now ?? (() => new Date());
   await prepareDataDir(config.dataDir);
   const masterKey = await masterKeyOf(config);
@@ -158,6 +169,7 @@ export async function startControlPlane(config: ServerConfig, log: Logger, overr
     await hub.start();
     const app: App = {
       ...{ config, db, hub, log, controlPlaneId, masterKey, now },
+      limits: { ...LIMITS, ...overrides.limits },
       newId: uuidv7,
       random: randomBytes,
       scmGuard: createGuard({ allowHosts: config.scm.allowHosts, schemes: config.scm.schemes }),
@@ -173,14 +185,17 @@ export async function startControlPlane(config: ServerConfig, log: Logger, overr
         authentication({
           find: (text) => findCaller(db.point, text, now()),
           touch: (tokenId) => {
-            touchToken(db.write, tokenId, now()).catch((error) => log.warn({ err: error }, "a token's last use was not written"));
+            touchToken(db.write, tokenId, now()).catch((error) =>
+              log.warn({ err: error }, "a token's last use was not written"),
+            );
           },
         }),
         validation(),
       ],
       metricsToken: config.metricsToken,
       trustedProxies: config.trustedProxies,
-      ready: async () => ((await isMigrated(db)) ? { ok: true } : { ok: false, reason: "the database is not migrated" }),
+      ready: async () =>
+        (await isMigrated(db)) ? { ok: true } : { ok: false, reason: "the database is not migrated" },
       log,
     });
     const sweeping = runSweeps(app, draining.signal);

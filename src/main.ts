@@ -1,8 +1,8 @@
 #!/usr/bin/env node
-import { ConfigError } from "./config.ts";
+import { ExitCode, exitCodeOf } from "./cli/exit.ts";
 import { runRunner } from "./cli/runner.ts";
 import { runServer } from "./cli/server.ts";
-import { ExitCode, exitCodeOf } from "./cli/exit.ts";
+import { ConfigError } from "./config.ts";
 
 const USAGE = `berth: a control plane for development environments
 
@@ -28,7 +28,9 @@ main(process.argv.slice(2)).then(
   (code) => process.exit(code),
   (error: unknown) => {
     const known = error instanceof ConfigError || exitCodeOf(error) === ExitCode.REFUSED;
-    process.stderr.write(`berth: ${known && error instanceof Error ? error.message : error instanceof Error ? error.stack : String(error)}\n`);
+    process.stderr.write(
+      `berth: ${known && error instanceof Error ? error.message : error instanceof Error ? error.stack : String(error)}\n`,
+    );
     process.exit(exitCodeOf(error));
   },
 );

@@ -15,12 +15,13 @@ import { runnerControlService } from "./services/runner-control.ts";
 
 /** Every service of this server; one of which nothing is built yet is absent, and its RPCs answer UNIMPLEMENTED. */
 export function routes(app: App): (router: ConnectRouter) => void {
+  const configuration = runnerConfigurationService(app);
   return (router) => {
-    router.service(EnvironmentService, environmentService(app));
+    router.service(EnvironmentService, environmentService(app, configuration.listEnvironmentClasses));
     router.service(EventService, eventService(app));
     router.service(IdentityService, identityService(app));
     router.service(RunnerService, runnerService(app));
-    router.service(RunnerConfigurationService, runnerConfigurationService(app));
+    router.service(RunnerConfigurationService, configuration);
     router.service(RunnerControlService, runnerControlService(app));
   };
 }

@@ -1,4 +1,5 @@
-import { mkdirSync, readdirSync, readFileSync, statSync } from "node:fs";
+import { createHash } from "node:crypto";
+import { mkdirSync, readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { Code } from "@connectrpc/connect";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
@@ -22,13 +23,19 @@ const processIn = (name: string) => waitFor(async () => readProcess(Number(await
 
 describe.concurrent("Exec", () => {
   test("ENV-37 a repeated operation id joins the running command, which runs once, and later returns its result", async () => {
-    const request = { operationId: "join", command: "echo run >> join.log; while [ ! -e join.go ]; do sleep 0.05; done; echo out; echo err >&2; exit 4" };
+    const request = {
+      operationId: "join",
+      command: "echo run >> join.log; while [ ! -e join.go ]; do sleep 0.05; done; echo out; echo err >&2; exit 4",
+    };
     const caller = new AbortController();
     const dropped = client.exec(request, { signal: caller.signal }).catch((error: unknown) => error);
     await environment.appears("join.log");
     caller.abort();
     expect(await dropped).toMatchObject({ code: Code.Canceled });
-    const joined = [client.exec(request), client.exec({ ...request, workingDirectory: environment.workspace, timeoutSeconds: 1 })];
+    const joined = [
+      client.exec(request),
+      client.exec({ ...request, workingDirectory: environment.workspace, timeoutSeconds: 1 }),
+    ];
     await failure(client.exec({ ...request, command: "echo other" }), Code.AlreadyExists);
     await failure(client.exec({ ...request, workingDirectory: "/" }), Code.AlreadyExists);
     await environment.put("workspace/repo/join.go", "");
@@ -41,14 +48,22 @@ describe.concurrent("Exec", () => {
 
   test("ENV-37 timeout 1 on `sleep 60` gives exit code 124 and says so last", async () => {
     const started = Date.now();
-    const { exitCode, stdout, stderr } = await client.exec({ command: "echo $$ > slow; echo -n before >&2; sleep 60", timeoutSeconds: 1 });
+    const { exitCode, stdout, stderr } = await client.exec({
+      command: "echo $$ > slow; echo -n before >&2; sleep 60",
+      timeoutSeconds: 1,
+    });
     expect(Date.now() - started).toBeLessThan(15_000);
-    expect({ exitCode, stdout, stderr }).toEqual({ exitCode: 124, stdout: "", stderr: "before\ncommand timed out after 1 s\n" });
+    expect({ exitCode, stdout, stderr }).toEqual({
+      exitCode: 124,
+      stdout: "",
+      stderr: "before\ncommand timed out after 1 s\n",
+    });
     expect(readProcess(Number(inWorkspace("slow")))).toBeUndefined();
   });
 
   test("a command that ignores SIGTERM is killed 10 s later, with what it started", { timeout: 30_000 }, async () => {
-    const command = "trap '' TERM; sh -c 'echo $$ > stubborn-child; while :; do sleep 1; done' & echo $$ > stubborn; wait";
+    const command =
+      "trap '' TERM; sh -c 'echo $$ > stubborn-child; while :; do sleep 1; done' & echo $$ > stubborn; wait";
     const result = client.exec({ command, timeoutSeconds: 1 });
     const processes = [await processIn("stubborn"), await processIn("stubborn-child")];
     const { exitCode } = await result;
@@ -71,7 +86,9 @@ describe.concurrent("Exec", () => {
       exitCode: 127,
       stdout: `${environment.workspace}\n`,
     });
-    expect((await client.exec({ command: "pwd", workingDirectory: ".." })).stdout).toBe(`${environment.config.root}/workspace\n`);
+    expect((await client.exec({ command: "pwd", workingDirectory: ".." })).stdout).toBe(
+      `${environment.config.root}/workspace\n`,
+    );
     expect((await client.exec({ command: "pwd", workingDirectory: "/usr" })).stdout).toBe("/usr\n");
   });
 
@@ -115,7 +132,8 @@ describe.concurrent("Exec", () => {
   });
 
   test("a background process neither delays the answer nor is ended by it", async () => {
-    const command = "(trap '' HUP; while [ ! -e bg.go ]; do sleep 0.05; done; echo noise; echo survived > bg.out) & echo done";
+    const command =
+      "(trap '' HUP; while [ ! -e bg.go ]; do sleep 0.05; done; echo noise; echo survived > bg.out) & echo done";
     const started = Date.now();
     expect((await client.exec({ command })).stdout).toBe("done\n");
     expect(Date.now() - started).toBeLessThan(5000);
@@ -126,8 +144,9 @@ describe.concurrent("Exec", () => {
   test("results and their directory are readable for the user alone", async () => {
     await client.exec({ operationId: "private", command: "echo secret" });
     const directory = join(environment.config.root, "run", "exec");
-    expect(statSync(directory).mode & 0o777).toBe(0o700);
-    expect(readdirSync(directory).map((name) => statSync(join(directory, name)).mode & 0o077)).not.toContain(0o044);
+    const key = createHash("sha256").update("private").digest("hex");
+    const modes = ["", `${key}.json`, `${key}.result`].map((name) => statSync(join(directory, name)).mode & 0o777);
+    expect(modes).toEqual([0o700, 0o600, 0o600]);
   });
 });
 

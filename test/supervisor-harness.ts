@@ -1,6 +1,6 @@
 import { randomInt, randomUUID } from "node:crypto";
 import { chown, mkdir, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
-import { tmpdir, userInfo } from "node:os";
+import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { Code, ConnectError } from "@connectrpc/connect";
 import { expect } from "vitest";
@@ -48,7 +48,7 @@ export async function testEnvironment(change: Partial<SupervisorConfig> = {}): P
     workspaceFolder: join(root, "workspace", "repo"),
     uid: id,
     gid: id,
-    userName: isRoot ? "berth-test" : userInfo().username,
+    userName: "berth-test",
     shell: "/bin/sh",
     envFile: join(root, "secrets", "env.json"),
     version: "1.2.3-test",

@@ -1,6 +1,5 @@
 import { ConfigError } from "../config.ts";
-import { WrongMasterKey } from "../store/bootstrap.ts";
-import { NewerDatabase } from "../store/migrate.ts";
+import { RefusedStart } from "../domain/errors.ts";
 
 /** How the program ends: refused means that its state forbids it to run, so that a restart does not help. */
 export const ExitCode = { CLEAN: 0, FAILURE: 1, USAGE: 2, REFUSED: 3 } as const;
@@ -8,6 +7,5 @@ export type ExitCode = (typeof ExitCode)[keyof typeof ExitCode];
 
 export function exitCodeOf(error: unknown): ExitCode {
   if (error instanceof ConfigError) return ExitCode.USAGE;
-  if (error instanceof WrongMasterKey || error instanceof NewerDatabase) return ExitCode.REFUSED;
-  return ExitCode.FAILURE;
+  return error instanceof RefusedStart ? ExitCode.REFUSED : ExitCode.FAILURE;
 }

@@ -14,7 +14,11 @@ export async function runRunner(env: NodeJS.ProcessEnv): Promise<ExitCode> {
   process.stdout.write(`berth runner is ready at ${config.publicUrl}\n`);
   const ended = await Promise.race([runner.finished, stopAsked]);
   if (ended === "refused" || ended === "replaced") {
-    log.error(ended === "refused" ? "the control plane refuses this runner's credential" : "another process has registered for this runner");
+    log.error(
+      ended === "refused"
+        ? "the control plane refuses this runner's credential"
+        : "another process has registered for this runner",
+    );
     return ExitCode.REFUSED;
   }
   await runner.stop();

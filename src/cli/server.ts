@@ -5,12 +5,15 @@ import { type RunningRunner, startRunner } from "../runner/main.ts";
 import { ExitCode } from "./exit.ts";
 import { firstSignal } from "./signals.ts";
 
-const say = (text: string) => process.stdout.write(`${text}\n`);
+const say = (text: string): void => void process.stdout.write(`${text}\n`);
 
 /** Shows the admin token of a first start once, to whoever started the program. */
 function sayFirstToken(config: ServerConfig, token: string): void {
   const { tokenFile } = config.bootstrap;
-  if (tokenFile) return say(`The admin token was written to ${tokenFile}`);
+  if (tokenFile) {
+    say(`The admin token was written to ${tokenFile}`);
+    return;
+  }
   say("-----BEGIN BERTH ADMIN TOKEN----- (shown once, valid for 90 days)");
   say(token);
   say("-----END BERTH ADMIN TOKEN-----");

@@ -32,14 +32,21 @@ export class Refusal extends Error {
   readonly problems: readonly FieldProblem[];
   readonly details: readonly RefusalDetail[];
 
-  constructor(kind: RefusalKind, message: string, more: { problems?: FieldProblem[]; details?: RefusalDetail[] } = {}) {
-    super(message);
+  constructor(
+    kind: RefusalKind,
+    message: string,
+    more: { problems?: FieldProblem[]; details?: RefusalDetail[]; cause?: unknown } = {},
+  ) {
+    super(message, more.cause === undefined ? undefined : { cause: more.cause });
     this.name = "Refusal";
     this.kind = kind;
     this.problems = more.problems ?? [];
     this.details = more.details ?? [];
   }
 }
+
+/** The program must not run in this state, and starting it again does not help. */
+export class RefusedStart extends Error {}
 
 export const notFound = (what: string, id: string) => new Refusal("not_found", `${what} ${id} not found`);
 export const denied = (message: string) => new Refusal("permission_denied", message);
@@ -56,4 +63,31 @@ export function invalid(...problems: [FieldProblem, ...FieldProblem[]]): Refusal
 export function refuseProblems(problems: readonly FieldProblem[]): void {
   const [first, ...rest] = problems;
   if (first) throw invalid(first, ...rest);
+}
+
+const CONFLICTS = new Set(["40001", "40P01", "55P03"]);
+
+const codeOf = (error: unknown): string => {
+  const code = error instanceof Error && "code" in error ? error.code : undefined;
+  return typeof code === "string" ? code : "";
+};
+
+/** Two transactions got in each other's way; the same one, run again, may well succeed. */
+export const isConflict = (error: unknown) => CONFLICTS.has(codeOf(error));
+
+/**
+ * What a failure of the database means to a caller, told by its SQLSTATE or the driver's code: ABORTED for a lost race,
+ * INVALID_ARGUMENT for a value that it cannot hold, UNAVAILABLE when it is away or too busy. Undefined for all else.
+ */
+export function databaseRefusal(error: unknown): Refusal | undefined {
+  const code = codeOf(error);
+  if (isConflict(error))
+    return new Refusal("aborted", "somebody else changed the same thing, try again", { cause: error });
+  if (/^22[0-9A-Z]{3}$/.test(code))
+    return new Refusal("invalid_argument", "the request holds a value that cannot be stored", { cause: error });
+  const away = /^(08|53|57)[0-9A-Z]{3}$|^25(006|P0[34])$|^CONNECT(ION)?_/.test(code);
+  const unreachable = error instanceof Error && "syscall" in error && error.syscall === "connect";
+  if (away || unreachable || /^(ECONNRESET|EPIPE|ETIMEDOUT)$/.test(code))
+    return new Refusal("unavailable", "the database is not available, try again", { cause: error });
+  return undefined;
 }

@@ -1,7 +1,7 @@
 import { create } from "@bufbuild/protobuf";
 import { Code, ConnectError, type Interceptor } from "@connectrpc/connect";
 import { FieldPathSchema, ViolationsSchema } from "../../gen/buf/validate/validate_pb.js";
-import { type FieldProblem, Refusal, type RefusalKind } from "../domain/errors.ts";
+import { databaseRefusal, type FieldProblem, Refusal, type RefusalKind } from "../domain/errors.ts";
 
 const CODES: Record<RefusalKind, Code> = {
   invalid_argument: Code.InvalidArgument,
@@ -40,7 +40,10 @@ export function toConnectError(refusal: Refusal): ConnectError {
   return new ConnectError(refusal.message, CODES[refusal.kind], undefined, details, refusal);
 }
 
-const translate = (error: unknown) => (error instanceof Refusal ? toConnectError(error) : error);
+function translate(error: unknown): unknown {
+  const refusal = error instanceof Refusal ? error : databaseRefusal(error);
+  return refusal ? toConnectError(refusal) : error;
+}
 
 async function* translated<T>(messages: AsyncIterable<T>): AsyncIterable<T> {
   try {

@@ -1,6 +1,5 @@
-import type { EnvironmentClass } from "../../gen/gitpod/v1/environment_pb.js";
+import type { EnvironmentClass, RunnerConfigurationSchema } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { effectiveConfiguration } from "../domain/environment-class.ts";
-import type { RunnerConfigurationSchema } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 
 /** What the class of an environment allows it to use; undefined is unlimited. */
 export interface Limits {

@@ -1,6 +1,5 @@
 import { closeSync, constants, fstatSync, openSync, readSync, renameSync, statSync, writeSync } from "node:fs";
-import { toJsonString } from "@bufbuild/protobuf";
-import { create } from "@bufbuild/protobuf";
+import { create, toJsonString } from "@bufbuild/protobuf";
 import {
   CreateLogSectionSchema,
   EndLogSectionSchema,
@@ -140,22 +139,30 @@ export class LogSections {
     this.#sections = sections;
   }
 
-  /** Opens a section and returns its id. */
-  open(title: SectionName): string {
+  /** Opens a section; one of the same title that is still open ends as cancelled. */
+  open(title: SectionName): void {
+    this.end(title, LogSectionOutcome.CANCELLED);
     const id = `${title}-${++this.#sections.count}`;
     const section = create(CreateLogSectionSchema, { id, title, continuous: title === "system" });
     this.log.write(`[section-create] ${toJsonString(CreateLogSectionSchema, section, { alwaysEmitImplicit: true })}`);
     this.#sections.open.push({ id, startedAt: Date.now() });
-    return id;
   }
 
   isOpen(title: SectionName): boolean {
-    return this.#sections.open.some(({ id }) => id.startsWith(`${title}-`));
+    return this.#find(title) !== undefined;
   }
 
-  end(id: string, outcome: LogSectionOutcome): void {
-    const open = this.#sections.open.find((section) => section.id === id);
-    if (!open) return;
+  #find(title: SectionName): OpenSection | undefined {
+    return this.#sections.open.find(({ id }) => id.startsWith(`${title}-`));
+  }
+
+  end(title: SectionName, outcome: LogSectionOutcome): void {
+    const open = this.#find(title);
+    if (open) this.#end(open, outcome);
+  }
+
+  #end(open: OpenSection, outcome: LogSectionOutcome): void {
+    const { id } = open;
     this.#sections.open = this.#sections.open.filter((section) => section !== open);
     const secondsElapsed = Math.max(0, Date.now() - open.startedAt) / 1000;
     const section = create(EndLogSectionSchema, { id, outcome, secondsElapsed });
@@ -164,7 +171,7 @@ export class LogSections {
 
   /** Ends whatever is open, the newest first. */
   endAll(outcome: LogSectionOutcome): void {
-    for (const { id } of [...this.#sections.open].reverse()) this.end(id, outcome);
+    for (const open of [...this.#sections.open].reverse()) this.#end(open, outcome);
   }
 }
 

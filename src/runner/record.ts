@@ -1,4 +1,4 @@
-import { clone, create, fromJson, type JsonValue, toJson } from "@bufbuild/protobuf";
+import { create, fromJson, type JsonValue, toJson } from "@bufbuild/protobuf";
 import { type EnvironmentStatus, EnvironmentStatusSchema } from "../../gen/gitpod/v1/environment_pb.js";
 import { exists, readSmall, writeAtomically } from "./files.ts";
 import type { EnvironmentPaths } from "./paths.ts";
@@ -27,7 +27,7 @@ export interface ContentFacts {
   /** Folder of the primary checkout, absolute. */
   folder: string;
   /** A replacement that has begun to move files, so that it is finished after a crash. */
-  replacing?: { session: string; backup: string; keepBackup: boolean };
+  replacing?: { session: string; old: string[]; keepBackup: boolean };
   /** Git at work for the runner. */
   process?: RecordedProcess;
 }
@@ -54,6 +54,10 @@ export interface EnvironmentRecord {
   gitIdentity: string;
   /** Hash of the dev container file in use; empty without one. */
   devcontainerHash: string;
+  /** Variables that the dev container adds. */
+  variables: Record<string, string>;
+  /** The environment token, and the machine session it was made for. */
+  token?: { session: string; text: string };
 }
 
 export function newRecord(): EnvironmentRecord {
@@ -65,20 +69,15 @@ export function newRecord(): EnvironmentRecord {
     sections: { count: 0, open: [] },
     gitIdentity: "",
     devcontainerHash: "",
+    variables: {},
   };
 }
-
-/** A copy that can be edited while the original is being written or reported. */
-export const copyRecord = ({ status, ...rest }: EnvironmentRecord): EnvironmentRecord => ({
-  ...structuredClone(rest),
-  status: clone(EnvironmentStatusSchema, status),
-});
 
 /**
  * The record of an environment. One that is damaged is replaced by a new one that claims unknown content, so that
  * files are set aside rather than taken for leftovers. Undefined if nothing of the environment is on disk.
  */
-export async function readRecord(paths: EnvironmentPaths): Promise<EnvironmentRecord | undefined> {
+export async function readRecord(paths: Pick<EnvironmentPaths, "root" | "record">): Promise<EnvironmentRecord | undefined> {
   if (!(await exists(paths.root))) return undefined;
   const text = await readSmall(paths.record, MAX_RECORD_BYTES).catch(() => "damaged");
   if (text === undefined) return newRecord();

@@ -64,7 +64,6 @@ import { readPolicies } from "../store/organizations.ts";
 import { recordAccess } from "../store/record.ts";
 import { getOwnRunner, getRunner, type StoredRunner } from "../store/runners.ts";
 import { insertToken } from "../store/tokens.ts";
-import { listEnvironmentClasses } from "./environment-classes.ts";
 
 const ACCESS_MS = 60 * 60_000;
 const COUNT_CAP = 1000;
@@ -408,8 +407,14 @@ async function list(app: App, caller: Caller, req: ListEnvironmentsRequest) {
   return { environments: items.map((state) => shown(caller, state)), pagination: { nextToken }, count };
 }
 
-/** EnvironmentService, as far as it is built. */
-export function environmentService(app: App): ServiceImpl<typeof EnvironmentService> {
+/**
+ * EnvironmentService, as far as it is built. ListEnvironmentClasses is one answer that the contract offers in two
+ * services; it is handed in.
+ */
+export function environmentService(
+  app: App,
+  listEnvironmentClasses: ServiceImpl<typeof EnvironmentService>["listEnvironmentClasses"],
+): ServiceImpl<typeof EnvironmentService> {
   return withPending(
     EnvironmentService,
     ["createEnvironmentFromProject", "updateEnvironment", "createPortAccessToken", "allowPortAccess"],
@@ -419,7 +424,7 @@ export function environmentService(app: App): ServiceImpl<typeof EnvironmentServ
         return { environment: shown(caller, await getEnvironment(app.db.point, caller, req.environmentId)) };
       },
       listEnvironments: (req, context) => list(app, principal(context), req),
-      listEnvironmentClasses: (req, context) => listEnvironmentClasses(app, principal(context), req),
+      listEnvironmentClasses,
       async createEnvironment(req, context) {
         return { environment: await createEnvironment(app, principal(context), req) };
       },

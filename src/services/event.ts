@@ -10,26 +10,17 @@ import {
   WatchEventsResponseSchema,
 } from "../../gen/gitpod/v1/event_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
-import type { App } from "../app.ts";
+import { type App, pacer } from "../app.ts";
 import { denied, invalid, notFound, Refusal } from "../domain/errors.ts";
 import type { Caller } from "../domain/principal.ts";
 import { withPending } from "../pending.ts";
 import { principal } from "../rpc/authenticate.ts";
 import { getEnvironment } from "../store/environments.ts";
-import type { OutboxEvent } from "../store/hub.ts";
-import { isTokenAlive } from "../store/tokens.ts";
-import { openingEvents, visibleEvents } from "../store/visibility.ts";
+import { Latch, type OutboxEvent } from "../store/hub.ts";
+import { refreshCaller } from "../store/tokens.ts";
+import { openingEvents, PARTS_OF_ENVIRONMENT, visibleEvents } from "../store/visibility.ts";
 
-const HEARTBEAT_MS = 20_000;
-const CREDENTIAL_CHECK_MS = 4_000;
-const MAX_PENDING = 10_000;
-const MAX_STREAMS_PER_PRINCIPAL = 50;
-
-const OF_ENVIRONMENTS: ReadonlySet<ResourceType> = new Set([
-  ResourceType.TASK,
-  ResourceType.TASK_EXECUTION,
-  ResourceType.SERVICE,
-]);
+const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
 const { CREATE, UPDATE, UPDATE_STATUS, DELETE } = ResourceOperation;
 
 /** DELETE absorbs everything, CREATE and UPDATE absorb status changes: the newest picture is what counts. */
@@ -39,14 +30,36 @@ const WEIGHT: Partial<Record<ResourceOperation, number>> = {
   [CREATE]: 3,
   [DELETE]: 4,
 };
-const heavier = (left: ResourceOperation, right: ResourceOperation) =>
-  (WEIGHT[left] ?? 0) > (WEIGHT[right] ?? 0) ? left : right;
 
-function passes(filter: Filter, event: OutboxEvent): boolean {
-  if (filter.resourceType !== event.resourceType) return false;
-  if (filter.resourceIds.length && !filter.resourceIds.includes(event.resourceId)) return false;
-  if (!filter.creatorIds.length || event.operation === DELETE) return true;
-  return event.creatorId !== null && filter.creatorIds.includes(event.creatorId);
+function merged(before: OutboxEvent, event: OutboxEvent): OutboxEvent {
+  const isHeavier = (WEIGHT[before.operation] ?? 0) > (WEIGHT[event.operation] ?? 0);
+  return {
+    ...event,
+    operation: isHeavier ? before.operation : event.operation,
+    readers: event.readers ?? before.readers,
+  };
+}
+
+/** A filter of the request in the spelling of the events. */
+interface Passage {
+  resourceType: ResourceType;
+  resourceIds: ReadonlySet<string>;
+  creatorIds: ReadonlySet<string>;
+}
+
+const lowerCase = (ids: readonly string[]) => new Set(ids.map((id) => id.toLowerCase()));
+
+const passageOf = ({ resourceType, resourceIds, creatorIds }: Filter): Passage => ({
+  resourceType,
+  resourceIds: lowerCase(resourceIds),
+  creatorIds: lowerCase(creatorIds),
+});
+
+function passes({ resourceType, resourceIds, creatorIds }: Passage, event: OutboxEvent): boolean {
+  if (resourceType !== event.resourceType) return false;
+  if (resourceIds.size && !resourceIds.has(event.resourceId)) return false;
+  if (!creatorIds.size || event.operation === DELETE) return true;
+  return event.creatorId !== null && creatorIds.has(event.creatorId);
 }
 
 /** Whether a stream is about an event at all; whether its caller may see it is asked when it is delivered. */
@@ -58,46 +71,43 @@ function selector(
   if (environmentId) {
     return (event) =>
       event.resourceId === environmentId ||
-      (event.environmentId === environmentId && OF_ENVIRONMENTS.has(event.resourceType));
+      (event.environmentId === environmentId && PARTS_OF_ENVIRONMENT.has(event.resourceType));
   }
-  const filters = request.resourceTypeFilters;
+  const filters = request.resourceTypeFilters.map(passageOf);
   return (event) =>
     event.organizationId === caller.organizationId &&
-    !OF_ENVIRONMENTS.has(event.resourceType) &&
+    !PARTS_OF_ENVIRONMENT.has(event.resourceType) &&
     (!filters.length || filters.some((filter) => passes(filter, event)));
 }
 
 /** Changes that a stream has not sent yet, at most one per resource. */
 class Backlog {
+  readonly news = new Latch();
   readonly #events = new Map<string, OutboxEvent>();
-  #wake: () => void = () => undefined;
+  readonly #limit: number;
+  /** More resources changed than may wait; nothing is kept any more. */
   overflowed = false;
 
+  constructor(limit: number) {
+    this.#limit = limit;
+  }
+
   add(event: OutboxEvent): void {
+    if (this.overflowed) return;
     const key = `${event.resourceType} ${event.resourceId}`;
     const before = this.#events.get(key);
     // Moved to the end, so that a resource's place is that of its newest change.
     this.#events.delete(key);
-    this.#events.set(key, before ? { ...event, operation: heavier(before.operation, event.operation) } : event);
-    if (this.#events.size > MAX_PENDING) this.overflowed = true;
-    this.#wake();
+    this.#events.set(key, before ? merged(before, event) : event);
+    this.overflowed = this.#events.size > this.#limit;
+    if (this.overflowed) this.#events.clear();
+    this.news.wake();
   }
 
   take(): OutboxEvent[] {
     const events = [...this.#events.values()];
     this.#events.clear();
     return events;
-  }
-
-  /** Resolves when there is something to take, when the time is over, or when the signal aborts. */
-  async changed(ms: number, signal: AbortSignal): Promise<void> {
-    if (this.#events.size || signal.aborted) return;
-    const { promise, resolve } = Promise.withResolvers<void>();
-    this.#wake = resolve;
-    const timer = setTimeout(resolve, ms);
-    signal.addEventListener("abort", () => resolve(), { once: true });
-    await promise;
-    clearTimeout(timer);
   }
 }
 
@@ -123,9 +133,10 @@ function named(request: WatchEventsRequest, environmentId: string | undefined): 
     readers: null,
   });
   if (environmentId) return [opening(ResourceType.ENVIRONMENT, environmentId)];
-  return request.resourceTypeFilters.flatMap((filter) =>
-    filter.resourceIds.map((id) => opening(filter.resourceType, id)),
+  const events = request.resourceTypeFilters.flatMap(({ resourceType, resourceIds }) =>
+    [...lowerCase(resourceIds)].map((id) => opening(resourceType, id)),
   );
+  return [...new Map(events.map((event) => [`${event.resourceType} ${event.resourceId}`, event])).values()];
 }
 
 async function scopeOf(app: App, caller: Caller, request: WatchEventsRequest): Promise<string | undefined> {
@@ -137,52 +148,54 @@ async function scopeOf(app: App, caller: Caller, request: WatchEventsRequest): P
   if (request.resourceTypeFilters.length) {
     throw invalid({ field: "resource_type_filters", message: "cannot be combined with the scope of an environment" });
   }
-  if (!/^[0-9a-f-]{36}$/i.test(environmentId)) throw notFound("environment", environmentId);
+  if (!UUID.test(environmentId)) throw notFound("environment", environmentId);
   return (await getEnvironment(app.db.point, caller, environmentId)).id;
 }
 
 async function* watch(
   app: App,
-  caller: Caller,
+  opener: Caller,
   request: WatchEventsRequest,
   signal: AbortSignal,
 ): AsyncGenerator<WatchEventsResponse> {
+  let caller = opener;
   const environmentId = await scopeOf(app, caller, request);
   const wanted = selector(caller, request, environmentId);
-  const backlog = new Backlog();
+  const backlog = new Backlog(app.limits.pendingEvents);
   const leave = await app.hub.subscribe((events) => {
     for (const event of events) if (wanted(event)) backlog.add(event);
   });
   try {
     for (const event of await openingEvents(app.db.list, caller, named(request, environmentId))) yield message(event);
-    let quietSince = Date.now();
-    let checkedAt = Date.now();
+    const heartbeat = pacer(app.limits.eventHeartbeatMs);
+    const check = pacer(app.limits.credentialCheckMs);
     while (!signal.aborted) {
       if (app.draining.aborted) throw new Refusal("unavailable", "the server is shutting down");
       if (backlog.overflowed)
         throw new Refusal("unavailable", "too many changes are waiting: read again and reconnect");
+      if (check.isDue()) caller = await stillValid(app, caller);
       for (const event of await visibleEvents(app.db.list, caller, backlog.take())) {
         yield message(event);
-        quietSince = Date.now();
+        heartbeat.restart();
       }
-      if (Date.now() - quietSince >= HEARTBEAT_MS) {
-        yield create(WatchEventsResponseSchema);
-        quietSince = Date.now();
-      }
-      if (Date.now() - checkedAt >= CREDENTIAL_CHECK_MS) {
-        if (!(await isTokenAlive(app.db.point, caller, app.now())))
-          throw new Refusal("unauthenticated", "the token is no longer valid");
-        checkedAt = Date.now();
-      }
-      await backlog.changed(CREDENTIAL_CHECK_MS, AbortSignal.any([signal, app.draining]));
+      if (heartbeat.isDue()) yield create(WatchEventsResponseSchema);
+      await backlog.news.wait(Math.min(heartbeat.leftMs(), check.leftMs()), signal, app.draining);
     }
   } finally {
     leave();
   }
 }
 
+/** The caller with the roles that it has now; UNAUTHENTICATED once its token opens nothing any more. */
+async function stillValid(app: App, caller: Caller): Promise<Caller> {
+  const now = await refreshCaller(app.db.point, caller, app.now());
+  if (!now) throw new Refusal("unauthenticated", "the token is no longer valid");
+  return now;
+}
+
 /** EventService, as far as it is built. */
 export function eventService(app: App): ServiceImpl<typeof EventService> {
+  const { streamsPerPrincipal } = app.limits;
   const streams = new Map<string, number>();
   const count = (id: string, by: number) => {
     const next = (streams.get(id) ?? 0) + by;
@@ -194,8 +207,8 @@ export function eventService(app: App): ServiceImpl<typeof EventService> {
     async *watchEvents(request, context) {
       const caller = principal(context);
       try {
-        if (count(caller.id, 1) > MAX_STREAMS_PER_PRINCIPAL) {
-          throw new Refusal("resource_exhausted", `at most ${MAX_STREAMS_PER_PRINCIPAL} streams may be open at once`);
+        if (count(caller.id, 1) > streamsPerPrincipal) {
+          throw new Refusal("resource_exhausted", `at most ${streamsPerPrincipal} streams may be open at once`);
         }
         yield* watch(app, caller, request, context.signal);
       } finally {

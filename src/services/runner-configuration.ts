@@ -1,4 +1,4 @@
-import { clone, create, equals } from "@bufbuild/protobuf";
+import { clone, create, equals, type MessageInitShape } from "@bufbuild/protobuf";
 import type { ServiceImpl } from "@connectrpc/connect";
 import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import {
@@ -6,6 +6,8 @@ import {
   type EnvironmentClass,
   EnvironmentClassSchema,
   type FieldValue,
+  type ListEnvironmentClassesRequest,
+  type ListEnvironmentClassesResponseSchema,
   type RunnerConfigurationSchema,
   RunnerConfigurationService,
   RunnerKind,
@@ -16,13 +18,14 @@ import { RunnerPhase } from "../../gen/gitpod/v1/runner_pb.js";
 import { type App, actorOf, transact } from "../app.ts";
 import { linuxHostSchema, scmOnlySchema, validateConfiguration } from "../domain/environment-class.ts";
 import { denied, type FieldProblem, precondition, refuseProblems } from "../domain/errors.ts";
+import { closePage, openPage } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
 import { withPending } from "../pending.ts";
 import { principal } from "../rpc/authenticate.ts";
-import { getClass, insertClass, updateClass } from "../store/environment-classes.ts";
+import { getClass, insertClass, listClasses, updateClass } from "../store/environment-classes.ts";
+import { readPolicies } from "../store/organizations.ts";
 import { type Change, record } from "../store/record.ts";
 import { getRunner, type StoredRunner } from "../store/runners.ts";
-import { listEnvironmentClasses } from "./environment-classes.ts";
 
 const callbackUrl = (app: App) => `${app.config.publicUrl}/oauth/scm/callback`;
 
@@ -65,7 +68,7 @@ function changeOf(
 async function createClass(app: App, caller: Caller, request: CreateEnvironmentClassRequest): Promise<string> {
   const { runnerId, displayName, description, configuration } = request;
   return transact(app, async (tx) => {
-    const runner = await getRunner(tx, caller, runnerId);
+    const runner = await getRunner(tx, caller, runnerId, true);
     if (!runner.administers) throw denied("creating a class needs the role admin on its runner");
     if (runner.kind === RunnerKind.LOCAL_CONFIGURATION)
       throw precondition("the local configuration runner has no environments");
@@ -101,6 +104,18 @@ async function updateEnvironmentClass(app: App, caller: Caller, request: UpdateE
     await updateClass(tx, next);
     await record(tx, changeOf(app, caller, next, ResourceOperation.UPDATE, "Environment class changed"));
   });
+}
+
+async function listEnvironmentClasses(
+  app: App,
+  caller: Caller,
+  request: ListEnvironmentClassesRequest,
+): Promise<MessageInitShape<typeof ListEnvironmentClassesResponseSchema>> {
+  const page = openPage(request.pagination, ["environment classes", caller.id, request.filter]);
+  const { localRunners } = await readPolicies(app.db.point, caller.organizationId);
+  const rows = await listClasses(app.db.list, caller, request.filter, localRunners, page);
+  const { items, nextToken } = closePage(page, rows, (each) => each.id);
+  return { environmentClasses: items, pagination: { nextToken } };
 }
 
 /** RunnerConfigurationService, as far as it is built. */

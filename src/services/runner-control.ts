@@ -26,12 +26,12 @@ import { EnvironmentPhase, EnvironmentStatusSchema } from "../../gen/gitpod/v1/e
 import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
-import { RunnerPhase, type RunnerStatus, RunnerStatusSchema } from "../../gen/gitpod/v1/runner_pb.js";
-import { type App, actorOf, newTokenText, transact } from "../app.ts";
+import { RunnerPhase, type RunnerStatus } from "../../gen/gitpod/v1/runner_pb.js";
+import { type App, actorOf, newTokenText, pacer, transact } from "../app.ts";
 import { environmentMessage } from "../domain/environment.ts";
 import { validateConfiguration } from "../domain/environment-class.ts";
 import { invalid, precondition, Refusal } from "../domain/errors.ts";
-import { applyReport, runnerReturned } from "../domain/lifecycle.ts";
+import { applyReport } from "../domain/lifecycle.ts";
 import type { Caller } from "../domain/principal.ts";
 import { acceptStatus, HEARTBEAT_MS, isConnected, LEASE_MS, PROTOCOL_VERSION } from "../domain/runner.ts";
 import { TokenKind } from "../domain/tokens.ts";
@@ -42,8 +42,8 @@ import { classesById, refitClasses } from "../store/environment-classes.ts";
 import {
   advanceEnvironment,
   deletedAmongHeld,
-  environmentIdsOfRunner,
   lockEnvironment,
+  noteReport,
   runnerEnvironments,
 } from "../store/environments.ts";
 import { callTopic, runnerTopic } from "../store/hub.ts";
@@ -58,7 +58,7 @@ import {
   setRunnerStatus,
   startLink,
 } from "../store/runners.ts";
-import { findRunnerToken, insertToken, revokeEnvironmentToken } from "../store/tokens.ts";
+import { findRunnerToken, insertToken, refreshCaller, revokeEnvironmentToken } from "../store/tokens.ts";
 
 const OLDEST_PROTOCOL_VERSION = PROTOCOL_VERSION;
 const BOOKMARK_MS = 10_000;
@@ -68,15 +68,20 @@ const REVISION_PAGE = 200;
 const CALLS_PAGE = 50;
 const LOCAL_RUNNERS_OFF = "local runners are disabled";
 
-const reportable = (phase: RunnerPhase) => isConnected(phase);
-
 /** The runner of a call, if the link that it quotes is the one in force. */
 async function ownRunner(app: App, caller: Caller, linkId: string): Promise<StoredRunner> {
   return checkLink(await getOwnRunner(app.db.point, caller.id), linkId);
 }
 
 function checkLink(runner: StoredRunner, linkId: string): StoredRunner {
+  checkExists(runner);
   if (runner.linkId !== linkId) throw new Refusal("aborted", "another process has registered for this runner");
+  return runner;
+}
+
+/** Its tokens are gone with a runner, but a call may have been let in just before. */
+function checkExists(runner: StoredRunner): StoredRunner {
+  if (runner.phase === RunnerPhase.DELETED) throw new Refusal("unauthenticated", "the runner is deleted");
   return runner;
 }
 
@@ -88,7 +93,7 @@ async function judgedStatus(
   reported: RunnerStatus | undefined,
 ): Promise<RunnerStatus> {
   const phase = reported?.phase ?? RunnerPhase.UNSPECIFIED;
-  if (!reported || !reportable(phase)) throw invalid({ field: "status.phase", message: "must be active or degraded" });
+  if (!reported || !isConnected(phase)) throw invalid({ field: "status.phase", message: "must be active or degraded" });
   if (reported.publicKey.length !== 0 && reported.publicKey.length !== 32) {
     throw invalid({ field: "status.public_key", message: "must be 32 bytes" });
   }
@@ -110,6 +115,16 @@ function sameStatus(left: RunnerStatus, right: RunnerStatus): boolean {
   return plain(left) === plain(right);
 }
 
+/** What of a new status belongs into the audit log: a new phase, and a key that replaces the one secrets were sealed to. */
+function changeWorthNoting({ phase, status: before }: StoredRunner, status: RunnerStatus): string | undefined {
+  const isNewKey = before.publicKey.length > 0 && Buffer.compare(before.publicKey, status.publicKey) !== 0;
+  const parts = [
+    ...(phase === status.phase ? [] : [`Runner is ${RunnerPhase[status.phase].toLowerCase()}`]),
+    ...(isNewKey ? ["Runner has a new public key"] : []),
+  ];
+  return parts.join(", ") || undefined;
+}
+
 async function recordStatus(
   app: App,
   tx: Tx,
@@ -118,7 +133,7 @@ async function recordStatus(
   status: RunnerStatus,
 ): Promise<void> {
   if (sameStatus(runner.status, status)) return;
-  const phaseChanged = runner.phase !== status.phase;
+  const action = changeWorthNoting(runner, status);
   await record(tx, {
     organizationId: runner.organizationId,
     resourceType: ResourceType.RUNNER,
@@ -127,9 +142,7 @@ async function recordStatus(
     creatorId: runner.creatorId,
     runnerId: runner.id,
     at: app.now(),
-    audit: phaseChanged
-      ? { id: app.newId(), actor: actorOf(caller), action: `Runner is ${RunnerPhase[status.phase].toLowerCase()}` }
-      : undefined,
+    audit: action ? { id: app.newId(), actor: actorOf(caller), action } : undefined,
   });
 }
 
@@ -141,7 +154,7 @@ async function register(app: App, caller: Caller, request: RegisterRequest) {
   }
   const linkId = app.newId();
   const { runner, epoch } = await transact(app, async (tx, touched) => {
-    const before = await getOwnRunner(tx, caller.id, true);
+    const before = checkExists(await getOwnRunner(tx, caller.id, true));
     const status = await judgedStatus(app, tx, before, request.status);
     const schema = request.configurationSchema;
     const { maxEnvironments, localEnvironmentIds } = request;
@@ -161,7 +174,6 @@ async function register(app: App, caller: Caller, request: RegisterRequest) {
     touched(before.id);
     return { runner: await getOwnRunner(tx, caller.id), epoch: started.epoch };
   });
-  await welcomeBack(app, runner.id);
   return {
     linkId,
     epoch: BigInt(epoch),
@@ -172,32 +184,14 @@ async function register(app: App, caller: Caller, request: RegisterRequest) {
   };
 }
 
-/** Takes the warning off the environments of a runner that can be reached again. */
-async function welcomeBack(app: App, runnerId: string): Promise<void> {
-  for (const id of await environmentIdsOfRunner(app.db.list, runnerId)) {
-    await transact(app, async (tx) => {
-      const stored = await lockEnvironment(tx, id);
-      const returned = stored && runnerReturned(stored, app.now());
-      if (!stored || returned?.kind !== "changed") return;
-      const by = {
-        actor: { id: runnerId, principal: Principal.RUNNER, tokenId: null },
-        auditId: app.newId(),
-        at: app.now(),
-      };
-      await advanceEnvironment(tx, stored, returned.next, by);
-    });
-  }
-}
-
 async function heartbeat(app: App, caller: Caller, request: HeartbeatRequest) {
-  const { runner, leaseExpiresAt, wasLost } = await transact(app, async (tx) => {
+  const { runner, leaseExpiresAt } = await transact(app, async (tx) => {
     const before = checkLink(await getOwnRunner(tx, caller.id, true), request.linkId);
     const status = await judgedStatus(app, tx, before, request.status);
     const lease = await setRunnerStatus(tx, { runnerId: before.id, status, leaseMs: LEASE_MS, contact: true });
     await recordStatus(app, tx, before, caller, status);
-    return { runner: before, leaseExpiresAt: lease, wasLost: before.phase === RunnerPhase.INACTIVE };
+    return { runner: before, leaseExpiresAt: lease };
   });
-  if (wasLost) await welcomeBack(app, runner.id);
   return {
     leaseExpiresAt: leaseExpiresAt ? timestampFromDate(leaseExpiresAt) : undefined,
     headRevision: BigInt(runner.headRevision),
@@ -319,28 +313,19 @@ async function deltas(
   };
 }
 
-/** A latch that remembers a wake-up which comes while nobody waits. */
-function latch(subscribe: (wake: () => void) => () => void) {
-  let woken = false;
-  let release: () => void = () => undefined;
-  const leave = subscribe(() => {
-    woken = true;
-    release();
-  });
-  return {
-    leave,
-    async wait(ms: number, signal: AbortSignal) {
-      if (!woken && !signal.aborted) {
-        const { promise, resolve } = Promise.withResolvers<void>();
-        release = resolve;
-        const timer = setTimeout(resolve, ms);
-        signal.addEventListener("abort", () => resolve(), { once: true });
-        await promise;
-        clearTimeout(timer);
-      }
-      woken = false;
-    },
-  };
+/** Objects that changed after a revision; everything without one, or when it is too old. */
+async function* changesSince(
+  app: App,
+  runner: StoredRunner,
+  revision: number | undefined,
+): AsyncGenerator<WatchResponse, { revision: number; more: boolean }> {
+  const changes = revision === undefined ? undefined : await deltas(app, runner, revision);
+  if (changes) {
+    yield* changes.messages;
+    return changes;
+  }
+  yield* snapshot(app, runner);
+  return { revision: runner.headRevision, more: false };
 }
 
 async function* watch(
@@ -349,41 +334,38 @@ async function* watch(
   request: WatchRequest,
   signal: AbortSignal,
 ): AsyncGenerator<WatchResponse> {
-  const news = latch((wake) => app.hub.on(runnerTopic(caller.id), wake));
-  const until = AbortSignal.any([signal, app.draining]);
+  const { latch: news, leave } = app.hub.latch(runnerTopic(caller.id));
+  const check = pacer(app.limits.credentialCheckMs);
+  const bookmark = pacer(BOOKMARK_MS);
   const sentCalls = new Set<string>();
   try {
     let runner = await ownRunner(app, caller, request.linkId);
-    let revision = Number(request.resumeRevision);
-    let bookmarkAt = 0;
-    let told = Directive.UNSPECIFIED;
+    const resume = Math.min(Number(request.resumeRevision), Number.MAX_SAFE_INTEGER);
+    let at = yield* changesSince(app, runner, resume || undefined);
+    let isTold = false;
+    yield step({ case: "bookmark", value: create(BookmarkSchema, { revision: BigInt(at.revision) }) });
     for (;;) {
-      const changes = revision === 0 ? undefined : await deltas(app, runner, revision);
-      if (changes) {
-        yield* changes.messages;
-        revision = changes.revision;
-      } else {
-        yield* snapshot(app, runner);
-        revision = Math.max(runner.headRevision, 1);
-      }
-      if (directiveOf(runner) !== told) {
-        told = directiveOf(runner);
-        yield step({ case: "directive", value: told });
+      if (directiveOf(runner) === Directive.SHUTDOWN && !isTold) {
+        isTold = true;
+        yield step({ case: "directive", value: Directive.SHUTDOWN });
       }
       yield* unsent(await openCalls(app.db.point, runner.id, app.now(), CALLS_PAGE), sentCalls);
-      if (!changes?.more) {
-        if (Date.now() - bookmarkAt >= BOOKMARK_MS) {
-          yield step({ case: "bookmark", value: create(BookmarkSchema, { revision: BigInt(revision) }) });
-          bookmarkAt = Date.now();
-        }
-        await news.wait(POLL_MS, until);
-      }
+      if (bookmark.isDue())
+        yield step({ case: "bookmark", value: create(BookmarkSchema, { revision: BigInt(at.revision) }) });
+      const patienceMs = Math.min(POLL_MS, check.leftMs(), bookmark.leftMs());
+      if (!at.more) await news.wait(patienceMs, signal, app.draining);
       if (signal.aborted) return;
       if (app.draining.aborted) throw new Refusal("unavailable", "the server is shutting down");
-      runner = await ownRunner(app, caller, request.linkId);
+      runner = await getOwnRunner(app.db.point, caller.id);
+      // Deleted by force: the process is told to end before its credential stops to work.
+      if (runner.phase === RunnerPhase.DELETED && !isTold) yield step({ case: "directive", value: Directive.SHUTDOWN });
+      checkLink(runner, request.linkId);
+      if (check.isDue() && !(await refreshCaller(app.db.point, caller, app.now())))
+        throw new Refusal("unauthenticated", "the token is no longer valid");
+      if (runner.headRevision !== at.revision) at = yield* changesSince(app, runner, at.revision);
     }
   } finally {
-    news.leave();
+    leave();
   }
 }
 
@@ -417,13 +399,16 @@ async function reportEnvironment(
       return answer(Outcome.NOT_ASSIGNED);
     }
     const seq = Number(report.seq);
+    if (!Number.isSafeInteger(seq)) return answer(Outcome.REJECTED, stored);
     const older = epoch < stored.reportEpoch || (epoch === stored.reportEpoch && seq <= stored.reportSeq);
     if (older) return answer(Outcome.STALE, stored);
     const { result, next } = applyReport(stored, report.status ?? create(EnvironmentStatusSchema), app.now());
     if (result === "not_assigned") return answer(Outcome.NOT_ASSIGNED);
     if (result === "rejected") return answer(Outcome.REJECTED, stored);
     const by = { actor: actorOf(caller), auditId: app.newId(), at: app.now() };
-    await advanceEnvironment(tx, stored, { ...next, reportEpoch: epoch, reportSeq: seq }, by);
+    const advanced = await advanceEnvironment(tx, stored, { ...next, reportEpoch: epoch, reportSeq: seq }, by);
+    // The order counts even where the content is the same: an older report may still be on its way.
+    if (!advanced) await noteReport(tx, stored.id, epoch, seq);
     if (next.changed.spec || next.status.phase === EnvironmentPhase.DELETED) touched(caller.id);
     return answer(Outcome.OK, next);
   });
@@ -437,7 +422,15 @@ async function reportEnvironments(
 ): Promise<ReportResult[]> {
   const { epoch } = await ownRunner(app, caller, linkId);
   const results: ReportResult[] = [];
-  for (const item of items) results.push(await reportEnvironment(app, caller, epoch, item));
+  for (const item of items) {
+    // A report that cannot be stored will not get better by being sent again, and must not block the others.
+    const rejected = (error: unknown) => {
+      if (error instanceof Refusal && error.kind === "invalid_argument")
+        return create(ReportResultSchema, { environmentId: item.environmentId, outcome: Outcome.REJECTED });
+      throw error;
+    };
+    results.push(await reportEnvironment(app, caller, epoch, item).catch(rejected));
+  }
   return results;
 }
 
@@ -513,7 +506,8 @@ async function deregister(app: App, caller: Caller, request: DeregisterRequest):
       return;
     }
     const phase = runner.phase === RunnerPhase.DELETING ? RunnerPhase.DELETING : RunnerPhase.INACTIVE;
-    const status = create(RunnerStatusSchema, { ...runner.status, phase, message: "the runner process has stopped" });
+    const status = acceptStatus(runner.status, phase, timestampFromDate(app.now()));
+    status.message = "the runner process has stopped";
     await setRunnerStatus(tx, { runnerId: runner.id, status, leaseMs: 0, contact: true });
     await recordStatus(app, tx, runner, caller, status);
   });

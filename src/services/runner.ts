@@ -3,7 +3,7 @@ import { timestampFromDate } from "@bufbuild/protobuf/wkt";
 import { Code, type ServiceImpl } from "@connectrpc/connect";
 import { CallSchema, type CompleteCallRequest, ObjectKind } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
-import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
+import { Principal, type Subject, SubjectSchema } from "../../gen/gitpod/v1/identity_pb.js";
 import { ListEnvironmentClassesRequest_FilterSchema, RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import {
   type CreateRunnerRequest,
@@ -14,7 +14,7 @@ import {
   RunnerService,
   RunnerStatusSchema,
 } from "../../gen/gitpod/v1/runner_pb.js";
-import { type App, actorOf, newTokenText, transact } from "../app.ts";
+import { type App, actorOf, newTokenText, pacer, transact } from "../app.ts";
 import { denied, invalid, precondition, Refusal, type RefusalKind, refuseProblems } from "../domain/errors.ts";
 import { requestDelete } from "../domain/lifecycle.ts";
 import { closePage, openPage } from "../domain/pages.ts";
@@ -31,7 +31,13 @@ import { dropCall, findCompletion, insertCall } from "../store/calls.ts";
 import type { Tx } from "../store/db.ts";
 import { seal } from "../store/envelope.ts";
 import { listClasses } from "../store/environment-classes.ts";
-import { advanceEnvironment, environmentIdsOfRunner, lockEnvironment } from "../store/environments.ts";
+import {
+  advanceEnvironment,
+  environmentIdsOfRunner,
+  getEnvironment,
+  lockEnvironment,
+  type StoredEnvironment,
+} from "../store/environments.ts";
 import { callTopic, runnerTopic } from "../store/hub.ts";
 import { readPolicies } from "../store/organizations.ts";
 import { type Change, record, recordAccess } from "../store/record.ts";
@@ -49,7 +55,6 @@ import {
 } from "../store/runners.ts";
 import { insertToken } from "../store/tokens.ts";
 
-const CALL_DEADLINE_MS = 25_000;
 const CALL_POLL_MS = 1_000;
 const MAX_PARSE_CANDIDATES = 3;
 const MAX_RECOMMENDED_CLASSES = 25;
@@ -137,7 +142,7 @@ async function createRunner(app: App, caller: Caller, request: CreateRunnerReque
     provider,
     runnerManagerId: request.runnerManagerId,
     spec: newRunnerSpec(request.spec),
-    status: create(RunnerStatusSchema, { phase: RunnerPhase.CREATED, updatedAt: timestampFromDate(at) }),
+    status: create(RunnerStatusSchema, { phase: RunnerPhase.CREATED }),
     createdAt: at,
   };
   const password = request.spec?.configuration?.metrics?.password;
@@ -151,16 +156,17 @@ async function createRunner(app: App, caller: Caller, request: CreateRunnerReque
 
 /** Ends every environment of a runner by force, in the transaction that ends the runner. */
 async function forceDeleteEnvironments(app: App, tx: Tx, caller: Caller, runnerId: string): Promise<void> {
+  const environments: StoredEnvironment[] = [];
+  // All of them are locked before the first change takes the runner's row.
   for (const id of await environmentIdsOfRunner(tx, runnerId)) {
     const environment = await lockEnvironment(tx, id);
-    const end = environment && requestDelete(environment, true, app.now());
-    if (!environment || end?.kind !== "changed") continue;
-    const by = {
-      actor: actorOf(caller),
-      auditId: app.newId(),
-      action: "Environment deleted with its runner",
-      at: app.now(),
-    };
+    if (environment) environments.push(environment);
+  }
+  for (const environment of environments) {
+    const end = requestDelete(environment, true, app.now());
+    if (end.kind !== "changed") continue;
+    const action = "Environment deleted with its runner";
+    const by = { actor: actorOf(caller), auditId: app.newId(), action, at: app.now() };
     await advanceEnvironment(tx, environment, end.next, by);
   }
 }
@@ -196,7 +202,7 @@ async function deleteRunner(app: App, caller: Caller, request: DeleteRunnerReque
 
 async function createRunnerToken(app: App, caller: Caller, runnerId: string): Promise<string> {
   return transact(app, async (tx) => {
-    const runner = await getRunner(tx, caller, runnerId);
+    const runner = await getRunner(tx, caller, runnerId, true);
     if (!runner.administers && caller.id !== runner.id) throw denied("a token for a runner needs the role admin on it");
     if (!hasExchangeTokens(runner)) throw precondition("the local configuration runner has no process");
     if (runner.phase === RunnerPhase.DELETING) throw precondition("the runner is being deleted");
@@ -242,49 +248,43 @@ function answerOf(completion: CompleteCallRequest): ParseContextURLResponse {
   throw new Refusal(kind, outcome.value.message);
 }
 
-/** Resolves when the topic is woken, when the poll interval is over, or when `signal` aborts. */
-function wokenOrPolled(app: App, topic: string, signal: AbortSignal): Promise<void> {
-  return new Promise((resolve) => {
-    const done = () => {
-      clearTimeout(timer);
-      leave();
-      signal.removeEventListener("abort", done);
-      resolve();
-    };
-    const timer = setTimeout(done, CALL_POLL_MS);
-    const leave = app.hub.on(topic, done);
-    signal.addEventListener("abort", done, { once: true });
-    if (signal.aborted) done();
-  });
+/** Whose access to repositories counts: an environment acts for its creator. */
+async function subjectOf(app: App, caller: Caller): Promise<Subject> {
+  if (isPerson(caller)) return create(SubjectSchema, { id: caller.id, principal: caller.principal });
+  const { metadata } = await getEnvironment(app.db.point, caller, caller.id);
+  return metadata.creator ?? create(SubjectSchema);
 }
 
 /** Asks a runner, through the database: whichever replica holds its watch stream delivers the question. */
 async function askRunner(
   app: App,
-  caller: Caller,
+  subject: Subject,
   runner: StoredRunner,
   contextUrl: string,
+  patienceMs: number,
   signal: AbortSignal,
 ): Promise<ParseContextURLResponse> {
   const callId = app.newId();
-  const deadline = new Date(app.now().getTime() + CALL_DEADLINE_MS);
   const call = create(CallSchema, {
     callId,
-    deadline: timestampFromDate(deadline),
-    subject: { id: caller.id, principal: caller.principal },
+    deadline: timestampFromDate(new Date(app.now().getTime() + patienceMs)),
+    subject,
     request: { case: "parseContext", value: { contextUrl } },
   });
-  const until = AbortSignal.any([signal, AbortSignal.timeout(CALL_DEADLINE_MS)]);
+  const deadline = AbortSignal.timeout(patienceMs);
+  const { latch, leave } = app.hub.latch(callTopic(callId));
   await insertCall(app.db.write, runner.id, call, app.now());
   app.hub.wake(runnerTopic(runner.id));
   try {
-    while (!until.aborted) {
+    while (!signal.aborted && !deadline.aborted) {
       const completion = await findCompletion(app.db.point, callId);
       if (completion) return answerOf(completion);
-      await wokenOrPolled(app, callTopic(callId), until);
+      if (app.draining.aborted) throw new Refusal("unavailable", "the server is shutting down");
+      await latch.wait(CALL_POLL_MS, signal, deadline, app.draining);
     }
     throw new Refusal("deadline_exceeded", "the runner did not answer in time");
   } finally {
+    leave();
     await dropCall(app.db.write, callId);
   }
 }
@@ -298,26 +298,36 @@ async function parseHere(app: App, contextUrl: string, signal: AbortSignal): Pro
   }
 }
 
-/** Tries the runners in turn: the first that can read the repository answers. */
+/** Tries the runners in turn, each with its share of the time that is left: the first success counts. */
 async function parseOnRunners(
   app: App,
   caller: Caller,
-  candidates: StoredRunner[],
+  runners: StoredRunner[],
   contextUrl: string,
   signal: AbortSignal,
 ) {
+  const candidates = runners.slice(0, MAX_PARSE_CANDIDATES);
+  if (!candidates.length) return { response: await parseHere(app, contextUrl, signal), runner: undefined };
+  const subject = await subjectOf(app, caller);
+  const time = pacer(app.limits.runnerCallMs);
   let failure: unknown;
-  for (const runner of candidates.slice(0, MAX_PARSE_CANDIDATES)) {
+  for (const [index, runner] of candidates.entries()) {
+    const patienceMs = Math.ceil(time.leftMs() / (candidates.length - index));
     try {
-      return { response: await askRunner(app, caller, runner, contextUrl, signal), runner };
+      return { response: await askRunner(app, subject, runner, contextUrl, patienceMs, signal), runner };
     } catch (error) {
       // A malformed URL is malformed everywhere.
       if (error instanceof Refusal && error.kind === "invalid_argument") throw error;
       failure ??= error;
     }
   }
-  if (failure) throw failure;
-  return { response: await parseHere(app, contextUrl, signal), runner: undefined };
+  throw failure;
+}
+
+/** The runners to ask, best first: the one that was named, the one an environment lies on, or all that can be used. */
+async function parseCandidates(app: App, caller: Caller, named: StoredRunner | undefined): Promise<StoredRunner[]> {
+  if (named) return isConnected(named.phase) && named.linkId ? [named] : [];
+  return connectedRunners(app.db.list, caller);
 }
 
 async function parseContext(
@@ -326,15 +336,17 @@ async function parseContext(
   request: ParseContextURLRequest,
   signal: AbortSignal,
 ): Promise<ParseContextURLResponse> {
-  const named = request.runnerId ? await getRunner(app.db.point, caller, request.runnerId) : undefined;
-  const maySpeakFor = (runner: StoredRunner) =>
-    runner.uses || (caller.principal === Principal.ENVIRONMENT && runner.id === caller.runnerId);
-  if (named && !maySpeakFor(named)) throw denied("using a runner needs the role user on it");
-  const connected = isPerson(caller) ? await connectedRunners(app.db.list, caller) : [];
-  const candidates = named ? (isConnected(named.phase) ? [named] : []) : connected;
+  const isEnvironment = !isPerson(caller);
+  const runnerId = request.runnerId || (isEnvironment ? caller.runnerId : "");
+  const named = runnerId ? await getRunner(app.db.point, caller, runnerId) : undefined;
+  // An environment sees no runner but its own.
+  if (named && !named.uses && !isEnvironment) throw denied("using a runner needs the role user on it");
+  const candidates = await parseCandidates(app, caller, named);
   const { response, runner } = await parseOnRunners(app, caller, candidates, request.contextUrl, signal);
+  // A runner knows nothing of these.
   response.originalContextUrl = request.contextUrl;
-  if (isPerson(caller)) response.recommendedEnvironmentClasses = await recommendedClasses(app, caller, named, runner);
+  response.projectIds = [];
+  response.recommendedEnvironmentClasses = isEnvironment ? [] : await recommendedClasses(app, caller, named, runner);
   return response;
 }
 

@@ -9,6 +9,7 @@ import {
   RunnerProvider,
 } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase, RunnerStatusSchema } from "../../gen/gitpod/v1/runner_pb.js";
+import { RefusedStart } from "../domain/errors.ts";
 import { SYSTEM } from "../domain/principal.ts";
 import { EXCHANGE_TOKEN_MS, newRunnerSpec } from "../domain/runner.ts";
 import { TokenKind } from "../domain/tokens.ts";
@@ -24,7 +25,7 @@ const BOOTSTRAP_LOCK = 7_482_932;
 const ADMIN_TOKEN_MS = 90 * 24 * 60 * 60_000;
 
 /** The database belongs to another master key: nothing that it keeps secret could be read. */
-export class WrongMasterKey extends Error {}
+export class WrongMasterKey extends RefusedStart {}
 
 /** Claims the database for this master key at the first start, or checks that it is the same; returns the installation's id. */
 export async function claimInstallation(db: Db, masterKey: Uint8Array, newId: () => string, at: Date): Promise<string> {

@@ -1,6 +1,7 @@
 import { type ChildProcess, execFile, spawn } from "node:child_process";
-import { constants } from "node:fs";
-import { access, chmod, chown, cp, mkdir, open, readFile, rename, rm, stat } from "node:fs/promises";
+import { createHash } from "node:crypto";
+import { access, chmod, chown, cp, mkdir, open, readFile, realpath, rename, rm, stat } from "node:fs/promises";
+import { createServer, type Server } from "node:net";
 import { dirname, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { promisify } from "node:util";
@@ -10,10 +11,13 @@ const run = promisify(execFile);
 
 const DATABASE = "berth";
 const SUPERUSER = "berth";
-const SOCKET_PATH_LIMIT = 100;
+const SOCKET_NAME = ".s.PGSQL.5432";
+const SOCKET_PATH_LIMIT = 107;
 const START_DEADLINE_MS = 60_000;
 const STOP_DEADLINE_MS = 30_000;
 const RESTART_DELAY_MS = 500;
+const MAX_RESTART_DELAY_MS = 30_000;
+const STABLE_MS = 60_000;
 const OTHERS_MAY_PASS = 0o001;
 
 /** A Postgres of our own, reached through a Unix socket in a private folder: no port, no password. */
@@ -127,92 +131,154 @@ function socketOptions(url: string) {
   return { host: new URL(url).searchParams.get("host") ?? "", username: SUPERUSER };
 }
 
-/**
- * Starts Postgres in `home` (initialised at first use), or takes over one that outlived its parent, and keeps it
- * running: a crash of Postgres is followed by a restart.
- */
-export async function startEmbeddedPostgres(home: string, log: (message: string) => void): Promise<EmbeddedPostgres> {
-  const as = await identity();
-  await mkdir(home, { recursive: true, mode: 0o755 });
-  const bin = join(await binaries(home, as), "bin");
-  const data = join(home, "data");
-  if (!(await exists(data))) await initialise(bin, data, as);
+/** Settings of the server: reached by its socket only, and a log that stays short. */
+const settings = (data: string) =>
+  Object.entries({
+    listen_addresses: "",
+    unix_socket_directories: data,
+    unix_socket_permissions: "0700",
+    max_connections: "200",
+    shared_buffers: "128MB",
+    wal_compression: "on",
+    // Errors of statements reach whoever made them.
+    log_min_messages: "log",
+    log_checkpoints: "off",
+  }).flatMap(([name, value]) => ["-c", `${name}=${value}`]);
 
-  const sockets = data.length < SOCKET_PATH_LIMIT ? data : undefined;
-  if (!sockets)
-    throw new Error("the data directory's path is too long for a Unix socket: choose a shorter BERTH_DATA_DIR");
-  const url = `postgres://${SUPERUSER}@localhost/${DATABASE}?host=${encodeURIComponent(sockets)}`;
+/** Keeps one Postgres running until it is told to stop; one that outlived its parent is taken over. */
+class Postmaster {
+  readonly #home: string;
+  readonly #data: string;
+  readonly #log: (message: string) => void;
+  readonly #stop = new AbortController();
+  #child?: ChildProcess;
+  #kept?: Promise<void>;
 
-  let child: ChildProcess | undefined;
-  let stopping = false;
-
-  const launch = async () => {
-    const logFile = await open(join(home, "postgres.log"), "w");
-    const args = [
-      ...["-D", data, "-k", sockets, "-c", "listen_addresses=", "-c", "unix_socket_permissions=0700"],
-      ...[
-        "-c",
-        "max_connections=200",
-        "-c",
-        "shared_buffers=128MB",
-        "-c",
-        "wal_compression=on",
-        "-c",
-        "synchronous_commit=on",
-      ],
-    ];
-    // Its own session: Ctrl-C in a terminal must reach us first, Postgres stops last.
-    child = spawn(join(bin, "postgres"), args, {
-      ...as,
-      cwd: "/",
-      detached: true,
-      stdio: ["ignore", logFile.fd, logFile.fd],
-      env: { PATH: process.env.PATH, LC_ALL: "C" },
-    });
-    child.unref();
-    child.once("exit", (code, signal) => void supervise(code, signal));
-    child.once("error", (error) => log(`embedded Postgres does not start: ${error.message}`));
-    await logFile.close();
-  };
-  const supervise = async (code: number | null, signal: string | null) => {
-    if (stopping) return;
-    log(`embedded Postgres ended unexpectedly (${signal ?? code}), starting it again`);
-    await delay(RESTART_DELAY_MS, undefined, { ref: false });
-    if (!stopping) await launch();
-  };
-  const adopt = async (pid: number) => {
-    const present = () =>
-      access(`/proc/${pid}`, constants.F_OK).then(
-        () => true,
-        () => false,
-      );
-    while (!stopping && (await present())) await delay(RESTART_DELAY_MS, undefined, { ref: false });
-    await supervise(null, "adopted");
-  };
-
-  const old = await survivor(data);
-  if (old) void adopt(old);
-  else await launch();
-  const deadline = Date.now() + START_DEADLINE_MS;
-  while (!(await answers(url))) {
-    if (Date.now() > deadline) throw new Error(`embedded Postgres did not start, see ${join(home, "postgres.log")}`);
-    await delay(20);
+  constructor(home: string, log: (message: string) => void) {
+    this.#home = home;
+    this.#data = join(home, "data");
+    this.#log = log;
   }
 
-  return {
-    url,
-    async stop() {
-      if (stopping) return;
-      stopping = true;
-      const pid = await survivor(data);
-      if (!pid) return;
-      // SIGINT is Postgres' fast shutdown: connections end, everything is flushed.
-      process.kill(pid, "SIGINT");
-      const end = Date.now() + STOP_DEADLINE_MS;
-      while (await survivor(data)) {
-        if (Date.now() > end) throw new Error("embedded Postgres did not stop");
-        await delay(10);
-      }
-    },
+  start(bin: string, as: Identity | undefined): void {
+    this.#kept = this.#keep(bin, as);
+  }
+
+  /** Ends it with Postgres' fast shutdown: connections end, everything is flushed. */
+  async stop(): Promise<void> {
+    this.#stop.abort();
+    const end = performance.now() + STOP_DEADLINE_MS;
+    for (let asked: number | undefined; ; await delay(10)) {
+      const pid = (await survivor(this.#data)) ?? this.#livingChild();
+      if (!pid) break;
+      if (performance.now() > end) throw new Error("embedded Postgres did not stop");
+      if (pid !== asked) process.kill(pid, "SIGINT");
+      asked = pid;
+    }
+    await this.#kept;
+  }
+
+  #livingChild(): number | undefined {
+    const child = this.#child;
+    return child && child.exitCode === null && child.signalCode === null ? child.pid : undefined;
+  }
+
+  async #keep(bin: string, as: Identity | undefined): Promise<void> {
+    const { signal } = this.#stop;
+    let pauseMs = RESTART_DELAY_MS;
+    while (!signal.aborted) {
+      const since = performance.now();
+      const how = await this.#live(bin, as).catch((error: Error) => error.message);
+      if (signal.aborted) return;
+      this.#log(`embedded Postgres ended unexpectedly (${how}), starting it again`);
+      pauseMs = performance.now() - since > STABLE_MS ? RESTART_DELAY_MS : Math.min(pauseMs * 2, MAX_RESTART_DELAY_MS);
+      await delay(pauseMs, undefined, { ref: false, signal }).catch(() => undefined);
+    }
+  }
+
+  /** Takes a survivor over or starts a server; resolves with how it ended. */
+  async #live(bin: string, as: Identity | undefined): Promise<string> {
+    const old = await survivor(this.#data);
+    if (old) {
+      // No child of ours, so nobody tells when it ends.
+      while (!this.#stop.signal.aborted && (await survivor(this.#data)))
+        await delay(RESTART_DELAY_MS, undefined, { ref: false });
+      return `taken over as process ${old}`;
+    }
+    const logFile = await open(join(this.#home, "postgres.log"), "w");
+    try {
+      if (this.#stop.signal.aborted) return "stopped";
+      // Its own session: Ctrl-C in a terminal must reach us first, Postgres stops last.
+      this.#child = spawn(join(bin, "postgres"), ["-D", this.#data, ...settings(this.#data)], {
+        ...as,
+        cwd: "/",
+        detached: true,
+        stdio: ["ignore", logFile.fd, logFile.fd],
+        env: { PATH: process.env.PATH, LC_ALL: "C" },
+      });
+    } finally {
+      await logFile.close();
+    }
+    this.#child.unref();
+    const { promise, resolve, reject } = Promise.withResolvers<string>();
+    this.#child.once("exit", (code, signal) => resolve(String(signal ?? code)));
+    this.#child.once("error", reject);
+    return promise;
+  }
+}
+
+/** Another process of ours uses the same database; two would end it under each other. */
+export class DatabaseInUse extends Error {}
+
+/** Holds `home` for this process. The kernel lets go of it when the process ends, however it ends. */
+async function hold(home: string): Promise<Server> {
+  const server = createServer((socket) => socket.destroy()).unref();
+  const { promise, resolve, reject } = Promise.withResolvers<void>();
+  server.once("error", (error: NodeJS.ErrnoException) => {
+    const taken = error.code === "EADDRINUSE";
+    reject(taken ? new DatabaseInUse(`another process uses the database in ${home}`) : error);
+  });
+  // An abstract socket: a name without a file, which nothing can leave behind.
+  server.listen(`\0berth ${createHash("sha256").update(home).digest("hex")}`, resolve);
+  await promise;
+  return server;
+}
+
+async function answersInTime(url: string, logPath: string): Promise<void> {
+  const deadline = performance.now() + START_DEADLINE_MS;
+  while (!(await answers(url))) {
+    if (performance.now() > deadline) throw new Error(`embedded Postgres did not start, see ${logPath}`);
+    await delay(20);
+  }
+}
+
+/**
+ * Starts Postgres in `home` (initialised at first use), or takes over one that outlived its parent, and keeps it
+ * running: a crash of Postgres is followed by a restart. Throws DatabaseInUse while another process does the same.
+ */
+export async function startEmbeddedPostgres(home: string, log: (message: string) => void): Promise<EmbeddedPostgres> {
+  await mkdir(home, { recursive: true, mode: 0o755 });
+  const real = await realpath(home);
+  const data = join(real, "data");
+  if (Buffer.byteLength(join(data, SOCKET_NAME)) > SOCKET_PATH_LIMIT)
+    throw new Error("the data directory's path is too long for a Unix socket: choose a shorter BERTH_DATA_DIR");
+  const url = `postgres://${SUPERUSER}@localhost/${DATABASE}?host=${encodeURIComponent(data)}`;
+  const holding = await hold(real);
+  const postmaster = new Postmaster(real, log);
+  let stopped: Promise<void> | undefined;
+  const stop = () => {
+    stopped ??= postmaster.stop().finally(() => holding.close());
+    return stopped;
   };
+  try {
+    const as = await identity();
+    const bin = join(await binaries(real, as), "bin");
+    if (!(await exists(data))) await initialise(bin, data, as);
+    postmaster.start(bin, as);
+    await answersInTime(url, join(real, "postgres.log"));
+  } catch (error) {
+    await stop();
+    throw error;
+  }
+  return { url, stop };
 }

@@ -261,6 +261,11 @@ export async function advanceEnvironment(
   return true;
 }
 
+/** Keeps the place of a report that changed nothing else. */
+export async function noteReport(tx: Tx, id: string, epoch: number, seq: number): Promise<void> {
+  await tx`update environments set report_epoch = ${epoch}, report_seq = ${seq} where id = ${id}`;
+}
+
 function same(a: Uint8Array, b: Uint8Array): boolean {
   return Buffer.compare(a, b) === 0;
 }
@@ -318,12 +323,19 @@ export async function environmentIdsOfRunner(sql: Sql | Tx, runnerId: string): P
   return rows.map((row) => row.id);
 }
 
-/** Environments at which a sweep has to look, locked; others that look at the same time skip them. */
-export async function claimDueEnvironments(tx: Tx, now: Date, limit: number): Promise<StoredEnvironment[]> {
-  const rows = await tx<EnvironmentRow[]>`
+/** Environments at which a sweep has to look, those that fell due first at the head. */
+export async function dueEnvironmentIds(sql: Sql, now: Date, limit: number): Promise<string[]> {
+  const rows = await sql<{ id: string }[]>`
+    select id from environments where due_at <= ${now} order by due_at limit ${limit}`;
+  return rows.map((row) => row.id);
+}
+
+/** One of them, locked; undefined if somebody else holds it or has looked at it since. */
+export async function claimDueEnvironment(tx: Tx, id: string, now: Date): Promise<StoredEnvironment | undefined> {
+  const [row] = await tx<EnvironmentRow[]>`
     select ${columns(tx)}, false as owner, false as e_user from environments e
-    where e.due_at <= ${now} order by e.due_at limit ${limit} for update skip locked`;
-  return rows.map((row) => toEnvironment(row, NOBODY));
+    where e.id = ${id} and e.due_at <= ${now} for update skip locked`;
+  return row && toEnvironment(row, NOBODY);
 }
 
 /** Puts a row off that was due but had nothing to do. */

@@ -29,9 +29,42 @@ const EVERYTHING = "*";
 const POLL_MS = 1_000;
 const RETRY_MS = 500;
 const BATCH = 1_000;
+// First wait for transactions that hold finished events back; doubled up to the poll.
+const BEHIND_MS = 10;
+
+/** Waits without losing a wake-up that comes while nobody waits. */
+export class Latch {
+  #woken = false;
+  #release: () => void = () => undefined;
+
+  wake(): void {
+    this.#woken = true;
+    this.#release();
+  }
+
+  /**
+   * Resolves at the next wake-up (at once if there was one since the last wait), after `ms`, or when a signal aborts,
+   * whichever comes first.
+   */
+  async wait(ms: number, ...signals: AbortSignal[]): Promise<void> {
+    if (!this.#woken && !signals.some((signal) => signal.aborted)) {
+      const { promise, resolve } = Promise.withResolvers<void>();
+      this.#release = resolve;
+      const timer = setTimeout(resolve, ms);
+      const onAbort = () => resolve();
+      for (const signal of signals) signal.addEventListener("abort", onAbort);
+      await promise;
+      clearTimeout(timer);
+      // The signals may live for days, with a wait every few seconds.
+      for (const signal of signals) signal.removeEventListener("abort", onAbort);
+    }
+    this.#woken = false;
+  }
+}
 
 interface EventRow {
   horizon: string;
+  behind: boolean;
   seq: number | null;
   organization_id: string;
   environment_id: string | null;
@@ -64,6 +97,8 @@ export class EventHub {
   #listening?: Sql;
   #notifyTimer?: NodeJS.Timeout;
   #poll?: NodeJS.Timeout;
+  #behindTimer?: NodeJS.Timeout;
+  #behindMs = BEHIND_MS;
   #horizon?: string;
   #dispatching?: Promise<void>;
   #again = false;
@@ -99,6 +134,12 @@ export class EventHub {
     };
   }
 
+  /** A latch that the topic wakes; `leave` ends it. */
+  latch(topic: string): { latch: Latch; leave: () => void } {
+    const latch = new Latch();
+    return { latch, leave: this.on(topic, () => latch.wake()) };
+  }
+
   /** Says, after a commit, that there is something new about these topics. */
   wake(...topics: string[]): void {
     for (const topic of topics) {
@@ -127,9 +168,12 @@ export class EventHub {
   }
 
   async close(): Promise<void> {
+    clearTimeout(this.#notifyTimer);
+    // What this process did last matters to the others too.
+    if (this.#pending.size) await this.#notify();
     this.#stop.abort();
     clearInterval(this.#poll);
-    clearTimeout(this.#notifyTimer);
+    clearTimeout(this.#behindTimer);
     await this.#dispatching;
     await this.#listening?.end({ timeout: 1 });
   }
@@ -182,24 +226,37 @@ export class EventHub {
     this.#again &&= this.#subscribers.size > 0;
   }
 
+  /** Finished events wait for the oldest transaction: looks again soon, for its end need not be told to anybody. */
+  #lookAgain(): void {
+    clearTimeout(this.#behindTimer);
+    this.#behindTimer = setTimeout(() => this.#dispatch(), this.#behindMs);
+    this.#behindTimer.unref();
+    this.#behindMs = Math.min(this.#behindMs * 2, POLL_MS);
+  }
+
   async #readWindow(): Promise<void> {
     const from = this.#horizon;
     if (!from) return;
     let until: string | undefined;
+    let behind = false;
     for (let after = 0; ; ) {
       const rows: EventRow[] = await this.#db.point<EventRow[]>`
         with edge as (select ${until ? this.#db.point`${until}::xid8` : this.#db.point`pg_snapshot_xmin(pg_current_snapshot())`} as horizon)
-        select edge.horizon::text as horizon, e.* from edge left join lateral (
+        select edge.horizon::text as horizon, exists (select from events where xid >= edge.horizon) as behind, e.*
+        from edge left join lateral (
           select seq, organization_id, environment_id, resource_type, resource_id, operation, creator_id, readers from events
           where xid >= ${from}::xid8 and xid < edge.horizon and seq > ${after} order by seq limit ${BATCH}
         ) e on true order by e.seq`;
       until = rows[0]?.horizon;
+      behind = rows[0]?.behind ?? false;
       this.#deliver(rows.filter((row) => row.seq !== null));
       if (rows.length < BATCH) break;
       after = rows.at(-1)?.seq ?? after;
     }
+    if (until !== from) this.#behindMs = BEHIND_MS;
     // A subscriber that joined meanwhile set no horizon of its own, and one that left may have cleared it.
     if (this.#horizon === from) this.#horizon = until;
+    if (behind) this.#lookAgain();
   }
 
   #deliver(rows: readonly EventRow[]): void {

@@ -1,4 +1,5 @@
 import { readdir, readFile } from "node:fs/promises";
+import { RefusedStart } from "../domain/errors.ts";
 import type { Db } from "./db.ts";
 
 const FOLDER = new URL("./migrations/", import.meta.url);
@@ -6,7 +7,7 @@ const FOLDER = new URL("./migrations/", import.meta.url);
 const MIGRATION_LOCK = 7_482_931;
 
 /** The database was migrated by a newer program than this one. */
-export class NewerDatabase extends Error {}
+export class NewerDatabase extends RefusedStart {}
 
 async function migrations(): Promise<{ number: number; name: string }[]> {
   const names = (await readdir(FOLDER)).filter((name) => /^\d{4}_\w+\.sql$/.test(name)).sort();
@@ -42,5 +43,5 @@ export async function migrate(db: Db): Promise<void> {
 export async function isMigrated(db: Db): Promise<boolean> {
   const newest = (await migrations()).at(-1)?.number ?? 0;
   const [row] = await db.point<{ number: number | null }[]>`select max(number) as number from schema_migrations`;
-  return row?.number === newest;
+  return (row?.number ?? 0) >= newest;
 }

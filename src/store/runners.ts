@@ -1,6 +1,7 @@
 import { create, fromBinary, toBinary } from "@bufbuild/protobuf";
 import { timestampFromDate } from "@bufbuild/protobuf/wkt";
 import type { ObjectKind } from "../../gen/berth/runner/v1/runner_control_pb.js";
+import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import type { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import {
   type RunnerConfigurationSchema as ConfigurationSchema,
@@ -199,12 +200,14 @@ export async function listRunners(
   return rows.map(toRunner);
 }
 
+const CONNECTED = [RunnerPhase.ACTIVE, RunnerPhase.DEGRADED] as number[];
+
 /** Runners of the organization on which the caller may run something now, newest first, at most 100. */
 export async function connectedRunners(sql: Sql, caller: Caller): Promise<StoredRunner[]> {
   const rows = await sql<RunnerRow[]>`
     select ${columns(sql)}, ${rights(sql, caller)} from runners r
     where r.organization_id = ${caller.organizationId} and r.deleted_at is null and ${usesRunner(sql, caller)}
-      and r.phase = any(${[RunnerPhase.ACTIVE, RunnerPhase.DEGRADED] as number[]}) and r.link_id is not null
+      and r.phase = any(${CONNECTED}) and r.link_id is not null
     order by r.id desc limit 100`;
   return rows.map(toRunner);
 }
@@ -268,18 +271,52 @@ export async function setRunnerStatus(
   return row?.lease_expires_at ?? null;
 }
 
-/** Runners whose lease is over, locked; others that look at the same time skip them. */
+/**
+ * Notes of runners whose lease is over that they are lost, and returns them locked; others that look at the same time
+ * skip them.
+ */
 export async function claimLostRunners(tx: Tx, limit: number): Promise<StoredRunner[]> {
   const rows = await tx<RunnerRow[]>`
-    select ${columns(tx)}, ${noRights(tx)} from runners r
-    where r.lease_expires_at < now() and r.deleted_at is null order by r.lease_expires_at limit ${limit}
-    for update skip locked`;
+    update runners r set lost_at = date_trunc('milliseconds', coalesce(r.last_contact_at, now()))
+    from (
+      select id from runners where lease_expires_at < now() and deleted_at is null
+      order by lease_expires_at limit ${limit} for update skip locked
+    ) due
+    where r.id = due.id returning ${columns(tx)}, ${noRights(tx)}`;
   return rows.map(toRunner);
 }
 
-/** Takes an expired lease off, unless the runner has renewed it or registered anew since. */
-export async function endLease(sql: Sql, runnerId: string, epoch: number): Promise<void> {
-  await sql`update runners set lease_expires_at = null where id = ${runnerId} and epoch = ${epoch} and lease_expires_at < now()`;
+/** A runner whose environments have to learn that it is lost, or that it is back. */
+export interface Lapse {
+  runnerId: string;
+  lostAt: Date;
+}
+
+/** Lapses that the environments may not all know of, by id of the runner. */
+export async function openLapses(sql: Sql, after: string, limit: number): Promise<Lapse[]> {
+  const rows = await sql<{ id: string; lost_at: Date }[]>`
+    select id, lost_at from runners
+    where lost_at is not null and lease_expires_at is not null and deleted_at is null and id > ${after}
+    order by id limit ${limit}`;
+  return rows.map((row) => ({ runnerId: row.id, lostAt: row.lost_at }));
+}
+
+/** Since when a runner is out of contact; undefined while its lease is in force. */
+export async function lostSince(sql: Sql | Tx, runnerId: string): Promise<Date | undefined> {
+  const [row] = await sql<{ lost_at: Date }[]>`
+    select lost_at from runners where id = ${runnerId} and lost_at is not null and coalesce(lease_expires_at < now(), true)`;
+  return row?.lost_at;
+}
+
+/**
+ * All environments know of a lapse: the expired lease goes, or, if the runner is back, the lapse. A runner that was
+ * lost, or came back, meanwhile is left for the next look.
+ */
+export async function closeLapse(sql: Sql, { runnerId, lostAt }: Lapse, isBack: boolean): Promise<void> {
+  await (isBack
+    ? sql`update runners set lost_at = null where id = ${runnerId} and lost_at = ${lostAt} and lease_expires_at >= now()`
+    : sql`update runners set lease_expires_at = null where id = ${runnerId} and lost_at = ${lostAt} and lease_expires_at < now()
+        and phase <> all(${CONNECTED})`);
 }
 
 /** Runners that were told to go before `before` and have not said goodbye, locked. */
@@ -297,16 +334,26 @@ export async function markDeleting(tx: Tx, runner: StoredRunner, at: Date): Prom
     where id = ${runner.id}`;
 }
 
-/** The end of a runner: its row stays as a tombstone, everything that opens it or hangs on it goes. */
+/**
+ * The end of a runner: its row stays as a tombstone, everything that opens it or hangs on it goes, and whoever could see
+ * its classes is told that they are gone.
+ */
 export async function markDeleted(tx: Tx, runnerId: string, at: Date): Promise<void> {
   await tx`
     with gone as (
       update runners set phase = ${RunnerPhase.DELETED}, desired_phase = ${RunnerPhase.DELETED}, deleted_at = ${at}, updated_at = ${at},
-        lease_expires_at = null, link_id = null where id = ${runnerId}
+        lease_expires_at = null, lost_at = null, link_id = null where id = ${runnerId} returning organization_id, creator_id
     ), credentials as (delete from tokens where runner_id = ${runnerId} or subject_id = ${runnerId}),
     shares as (delete from role_assignments where resource_id = ${runnerId}),
-    revisions as (delete from runner_revisions where runner_id = ${runnerId})
-    delete from environment_classes where runner_id = ${runnerId}`;
+    revisions as (delete from runner_revisions where runner_id = ${runnerId}),
+    calls as (delete from runner_calls where runner_id = ${runnerId}),
+    readers as (
+      select array(select member.member_id from role_assignments share join group_members member on member.group_id = share.group_id
+        where share.resource_id = ${runnerId} union select creator_id from gone) as ids
+    ), classes as (delete from environment_classes where runner_id = ${runnerId} returning id)
+    insert into events (organization_id, runner_id, resource_type, resource_id, operation, readers, created_at)
+    select gone.organization_id, ${runnerId}, ${ResourceType.ENVIRONMENT_CLASS}, classes.id, ${ResourceOperation.DELETE}, readers.ids, ${at}
+    from gone, readers, classes`;
 }
 
 /** Environments of a runner that are not deleted, in any state. */
@@ -345,6 +392,8 @@ export async function readRevisions(
       ? []
       : [{ revision: row.revision, kind: row.object_kind, objectId: row.object_id, removed: row.removed }],
   );
-  const reachesBack = after === head || revisions[0]?.revision === after + 1;
+  // Revisions grow by one, so a log that was cut shows in its numbers.
+  const isComplete = revisions.every((each, index) => each.revision === after + 1 + index);
+  const reachesBack = after === head || (revisions.length > 0 && isComplete);
   return reachesBack ? { head, revisions } : undefined;
 }

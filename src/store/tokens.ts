@@ -99,6 +99,23 @@ async function lookUp(sql: Sql, which: Fragment, now: Date): Promise<CallerRow |
   return row;
 }
 
+function toCaller(row: CallerRow): Caller {
+  return {
+    principal: row.subject_principal,
+    id: row.subject_id,
+    organizationId: row.organization_id,
+    orgAdmin: row.org_admin || row.org_roles.includes(ResourceRole.ORG_ADMIN),
+    runnersAdmin: row.org_roles.includes(ResourceRole.ORG_RUNNERS_ADMIN),
+    environmentsReader: row.org_roles.includes(ResourceRole.ORG_ENVIRONMENTS_READER),
+    tokenKind: row.kind,
+    tokenId: row.token_id,
+    readOnly: row.read_only,
+    runnerId: row.runner_id ?? "",
+    name: row.name,
+    email: row.email,
+  };
+}
+
 /**
  * Looks an API credential up, with the state of its owner and the organization-wide roles that it brings, in one
  * round trip. It runs on every call, so a revocation counts from its commit on.
@@ -109,30 +126,16 @@ export async function findCaller(sql: Sql, text: string, now: Date): Promise<Cre
   const row = await lookUp(sql, sql`t.hash = ${tokenHash(text)}`, now);
   if (!row || row.kind !== kind || !row.alive) return { state: "unknown" };
   if (row.expired) return { state: "expired" };
-  return {
-    state: "ok",
-    stale: row.stale,
-    caller: {
-      principal: row.subject_principal,
-      id: row.subject_id,
-      organizationId: row.organization_id,
-      orgAdmin: row.org_admin || row.org_roles.includes(ResourceRole.ORG_ADMIN),
-      runnersAdmin: row.org_roles.includes(ResourceRole.ORG_RUNNERS_ADMIN),
-      environmentsReader: row.org_roles.includes(ResourceRole.ORG_ENVIRONMENTS_READER),
-      tokenKind: row.kind,
-      tokenId: row.token_id,
-      readOnly: row.read_only,
-      runnerId: row.runner_id ?? "",
-      name: row.name,
-      email: row.email,
-    },
-  };
+  return { state: "ok", stale: row.stale, caller: toCaller(row) };
 }
 
-/** Whether the credential behind a caller still opens anything, for streams that outlive their first check. */
-export async function isTokenAlive(sql: Sql, caller: Caller, now: Date): Promise<boolean> {
+/**
+ * The caller behind an open stream as it is now, with the roles of this moment; undefined once its credential opens
+ * nothing any more.
+ */
+export async function refreshCaller(sql: Sql, caller: Caller, now: Date): Promise<Caller | undefined> {
   const row = await lookUp(sql, sql`t.id = ${caller.tokenId}`, now);
-  return row?.alive === true && !row.expired;
+  return row?.alive && !row.expired ? toCaller(row) : undefined;
 }
 
 /** Marks a token as used; called at most once a minute and token. */

@@ -4,7 +4,17 @@ import { readsEnvironment, readsRunner } from "./access.ts";
 import type { Fragment, Sql } from "./db.ts";
 import type { OutboxEvent } from "./hub.ts";
 
-type Subject = Pick<OutboxEvent, "resourceType" | "resourceId" | "operation" | "readers">;
+type Subject = Pick<
+  OutboxEvent,
+  "resourceType" | "resourceId" | "operation" | "environmentId" | "creatorId" | "readers"
+>;
+
+/** Parts of an environment: whoever may read it may read them. */
+export const PARTS_OF_ENVIRONMENT: ReadonlySet<ResourceType> = new Set([
+  ResourceType.TASK,
+  ResourceType.TASK_EXECUTION,
+  ResourceType.SERVICE,
+]);
 
 /** Types that every member of the organization may read. */
 const OPEN_TYPES: ReadonlySet<ResourceType> = new Set([
@@ -15,11 +25,30 @@ const OPEN_TYPES: ReadonlySet<ResourceType> = new Set([
   ResourceType.ORGANIZATION_POLICY,
 ]);
 
+/** Types that concern their owner alone, who is the creator in the event. */
+const PERSONAL_TYPES: ReadonlySet<ResourceType> = new Set([
+  ResourceType.PERSONAL_ACCESS_TOKEN,
+  ResourceType.USER_PREFERENCE,
+  ResourceType.USER_SECRET,
+  ResourceType.HOST_AUTHENTICATION_TOKEN,
+]);
+
 const QUERIED_TYPES: ReadonlySet<ResourceType> = new Set([
   ResourceType.ENVIRONMENT,
   ResourceType.RUNNER,
   ResourceType.ENVIRONMENT_CLASS,
 ]);
+
+/** Types of which the runner admins of the organization may read all. */
+const RUNNER_TYPES: ReadonlySet<ResourceType> = new Set([ResourceType.RUNNER, ResourceType.ENVIRONMENT_CLASS]);
+
+/** The resource whose readers are the readers of an event's resource. */
+function guardian(event: Subject): { type: ResourceType; id: string } {
+  const ofEnvironment = PARTS_OF_ENVIRONMENT.has(event.resourceType);
+  return ofEnvironment
+    ? { type: ResourceType.ENVIRONMENT, id: event.environmentId ?? event.resourceId }
+    : { type: event.resourceType, id: event.resourceId };
+}
 
 function readable(sql: Sql, caller: Caller, type: ResourceType, ids: string[]): Fragment | undefined {
   switch (type) {
@@ -38,21 +67,27 @@ function readable(sql: Sql, caller: Caller, type: ResourceType, ids: string[]): 
 /** Ids of those resources that exist and that the caller may read; only types that have a table of their own count. */
 async function readableIds(sql: Sql, caller: Caller, events: readonly Subject[]): Promise<Set<string>> {
   const readableIds = new Set<string>();
-  for (const [type, group] of Map.groupBy(events, (event) => event.resourceType)) {
-    const query = readable(sql, caller, type, [...new Set(group.map((event) => event.resourceId))]);
+  for (const [type, group] of Map.groupBy(events.map(guardian), (each) => each.type)) {
+    const query = readable(sql, caller, type, [...new Set(group.map((each) => each.id))]);
     if (!query) continue;
     for (const { id } of await sql<{ id: string }[]>`${query}`) readableIds.add(id);
   }
   return readableIds;
 }
 
+function couldRead(caller: Caller, event: Subject): boolean {
+  const byRole = caller.orgAdmin || (caller.runnersAdmin && RUNNER_TYPES.has(event.resourceType));
+  return byRole || event.readers?.includes(caller.id) === true;
+}
+
 /** Those of these events, all of the caller's organization, that it may learn about at this moment. */
 export async function visibleEvents<E extends Subject>(sql: Sql, caller: Caller, events: readonly E[]): Promise<E[]> {
   const ids = await readableIds(sql, caller, events);
   return events.filter((event) => {
-    if (ids.has(event.resourceId) || OPEN_TYPES.has(event.resourceType)) return true;
-    if (event.operation === ResourceOperation.DELETE) return caller.orgAdmin || event.readers?.includes(caller.id);
-    return caller.orgAdmin && !QUERIED_TYPES.has(event.resourceType);
+    if (PERSONAL_TYPES.has(event.resourceType)) return event.creatorId === caller.id;
+    if (ids.has(guardian(event).id) || OPEN_TYPES.has(event.resourceType)) return true;
+    if (event.operation === ResourceOperation.DELETE) return couldRead(caller, event);
+    return caller.orgAdmin && !QUERIED_TYPES.has(guardian(event).type);
   });
 }
 
@@ -60,14 +95,18 @@ export async function visibleEvents<E extends Subject>(sql: Sql, caller: Caller,
 export async function openingEvents<E extends Subject>(sql: Sql, caller: Caller, named: readonly E[]): Promise<E[]> {
   const ids = await readableIds(sql, caller, named);
   const absent = named.filter((event) => !ids.has(event.resourceId)).map((event) => event.resourceId);
+  // The operation is a literal, as in the index: with a parameter the planner could not use it.
   const gone = absent.length
-    ? await sql<{ resource_id: string }[]>`
-        select resource_id from events where operation = ${ResourceOperation.DELETE} and resource_id = any(${absent})
-          and organization_id = ${caller.organizationId} and (${caller.orgAdmin} or ${caller.id} = any(readers))`
+    ? await sql<{ resource_id: string; resource_type: ResourceType; readers: string[] | null }[]>`
+        select resource_id, resource_type, readers from events
+        where operation = 3 and resource_id = any(${absent}) and organization_id = ${caller.organizationId}`
     : [];
-  const deleted = new Set(gone.map((row) => row.resource_id));
+  const deletions = new Map(gone.map((row) => [row.resource_id, row]));
   return named.flatMap((event) => {
     if (ids.has(event.resourceId)) return [event];
-    return deleted.has(event.resourceId) ? [{ ...event, operation: ResourceOperation.DELETE }] : [];
+    const deletion = deletions.get(event.resourceId);
+    if (deletion?.resource_type !== event.resourceType) return [];
+    const deleted = { ...event, operation: ResourceOperation.DELETE, readers: deletion.readers };
+    return couldRead(caller, deleted) ? [deleted] : [];
   });
 }

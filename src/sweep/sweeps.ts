@@ -4,13 +4,14 @@ import { EnvironmentPhase } from "../../gen/gitpod/v1/environment_pb.js";
 import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { RunnerPhase, RunnerStatusSchema } from "../../gen/gitpod/v1/runner_pb.js";
 import { type App, transact } from "../app.ts";
-import { runnerUnreachable, runTimers, tombstoneEnd } from "../domain/lifecycle.ts";
+import { nextDeadline, runnerReturned, runnerUnreachable, runTimers, tombstoneEnd } from "../domain/lifecycle.ts";
 import { SYSTEM } from "../domain/principal.ts";
 import { DELETE_DEADLINE_MS } from "../domain/runner.ts";
 import type { Tx } from "../store/db.ts";
 import {
   advanceEnvironment,
-  claimDueEnvironments,
+  claimDueEnvironment,
+  dueEnvironmentIds,
   environmentIdsOfRunner,
   lockEnvironment,
   postpone,
@@ -18,12 +19,15 @@ import {
   type StoredEnvironment,
 } from "../store/environments.ts";
 import { record } from "../store/record.ts";
-import { purgeAudit, purgeCalls, purgeEvents, purgeRevisions } from "../store/retention.ts";
+import { purgeAudit, purgeCalls, purgeEvents, purgeRevisions, trimRevisions } from "../store/retention.ts";
 import {
   claimLostRunners,
   claimSilentDeletions,
-  endLease,
+  closeLapse,
+  type Lapse,
+  lostSince,
   markDeleted,
+  openLapses,
   type StoredRunner,
   setRunnerStatus,
 } from "../store/runners.ts";
@@ -31,7 +35,9 @@ import { purgeExpiredTokens } from "../store/tokens.ts";
 
 const BATCH = 50;
 const RETENTION_BATCH = 5_000;
+const KEPT_REVISIONS = 10_000;
 const DAY_MS = 24 * 60 * 60_000;
+const RETRY_MS = 60_000;
 
 /** A piece of clock-driven work. It takes due rows under a lock, so that any number of replicas may run it at once. */
 export interface Sweep {
@@ -44,29 +50,48 @@ export interface Sweep {
 async function advanceDue(app: App, tx: Tx, stored: StoredEnvironment): Promise<boolean> {
   const now = app.now();
   const end = tombstoneEnd(stored);
-  if (end) {
-    if (end <= now) await purgeEnvironment(tx, stored.id);
-    else await postpone(tx, stored.id, end);
+  if (end && end <= now) {
+    await purgeEnvironment(tx, stored.id);
     return false;
   }
-  const move = runTimers(stored, now);
+  const move = end ? undefined : runTimers(stored, now);
   const by = { actor: SYSTEM, auditId: app.newId(), at: now };
-  const moved = move.kind === "changed" && (await advanceEnvironment(tx, stored, move.next, by));
-  // Due by a deadline that has moved: look again when something can be due.
-  if (!moved) await postpone(tx, stored.id, null);
-  return moved;
+  if (move?.kind === "changed" && (await advanceEnvironment(tx, stored, move.next, by))) return true;
+  const next = end ?? nextDeadline(stored);
+  // A deadline that has passed without a move would come up at every look.
+  await postpone(tx, stored.id, next && next <= now ? new Date(now.getTime() + RETRY_MS) : next);
+  return false;
+}
+
+/** Does a piece of work by itself: its failure is logged and holds up nothing else. True if it went well. */
+async function alone(app: App, what: Record<string, string>, work: () => Promise<unknown>): Promise<boolean> {
+  try {
+    await work();
+    return true;
+  } catch (error) {
+    app.log.error({ err: error, ...what }, "part of a sweep failed and will be tried again");
+    return false;
+  }
 }
 
 /** Start deadlines, idle timeouts, warnings that fall due, and the end of tombstones. */
 const dueEnvironments: Sweep = {
   name: "due environments",
   everyMs: 5_000,
-  run: (app) =>
-    transact(app, async (tx, touched) => {
-      const due = await claimDueEnvironments(tx, app.now(), BATCH);
-      for (const stored of due) if (await advanceDue(app, tx, stored)) touched(stored.metadata.runnerId);
-      return due.length === BATCH;
-    }),
+  async run(app) {
+    const ids = await dueEnvironmentIds(app.db.list, app.now(), BATCH);
+    // A transaction each: locks on several runners at once would get in the way of other sweeps and deletions.
+    for (const environmentId of ids) {
+      const done = await alone(app, { sweep: dueEnvironments.name, environmentId }, () =>
+        transact(app, async (tx, touched) => {
+          const stored = await claimDueEnvironment(tx, environmentId, app.now());
+          if (stored && (await advanceDue(app, tx, stored))) touched(stored.metadata.runnerId);
+        }),
+      );
+      if (!done) await transact(app, (tx) => postpone(tx, environmentId, new Date(app.now().getTime() + RETRY_MS)));
+    }
+    return ids.length === BATCH;
+  },
 };
 
 async function sayLost(app: App, tx: Tx, runner: StoredRunner): Promise<void> {
@@ -90,22 +115,32 @@ async function sayLost(app: App, tx: Tx, runner: StoredRunner): Promise<void> {
   });
 }
 
-async function warnEnvironments(app: App, runner: StoredRunner): Promise<void> {
-  const since = runner.lastContactAt ?? app.now();
-  for (const id of await environmentIdsOfRunner(app.db.list, runner.id)) {
-    await transact(app, async (tx) => {
-      const stored = await lockEnvironment(tx, id);
-      if (!stored || stored.status.phase === EnvironmentPhase.DELETED) return;
-      const warned = runnerUnreachable(stored, since, app.now());
-      if (warned.kind !== "changed") return;
-      await advanceEnvironment(tx, stored, warned.next, { actor: SYSTEM, auditId: app.newId(), at: app.now() });
-    });
+/** Lets an environment say whether its runner can be reached at this moment; true if it can. */
+async function showReachability(app: App, environmentId: string, runnerId: string): Promise<boolean> {
+  return transact(app, async (tx) => {
+    const stored = await lockEnvironment(tx, environmentId);
+    const lost = await lostSince(tx, runnerId);
+    if (!stored || stored.status.phase === EnvironmentPhase.DELETED) return !lost;
+    const shown = lost ? runnerUnreachable(stored, lost, app.now()) : runnerReturned(stored, app.now());
+    const by = { actor: SYSTEM, auditId: app.newId(), at: app.now() };
+    if (shown.kind === "changed") await advanceEnvironment(tx, stored, shown.next, by);
+    return !lost;
+  });
+}
+
+/** Tells all environments of a runner, and closes the lapse if nothing changed meanwhile. */
+async function settleLapse(app: App, lapse: Lapse): Promise<void> {
+  const isBack = (await lostSince(app.db.list, lapse.runnerId)) === undefined;
+  let isSteady = true;
+  for (const id of await environmentIdsOfRunner(app.db.list, lapse.runnerId)) {
+    if ((await showReachability(app, id, lapse.runnerId)) !== isBack) isSteady = false;
   }
+  if (isSteady) await closeLapse(app.db.write, lapse, isBack);
 }
 
 /**
- * Leases that are over. The expired lease stays on the row until the environments carry their warning too, so that
- * the sweep after a crash goes on where this one ended.
+ * Leases that are over, and runners that are back. A lapse stays open on the row of its runner until every environment
+ * carries the warning, or none does any more: whoever looks next goes on where a crash ended this look.
  */
 const lostRunners: Sweep = {
   name: "lost runners",
@@ -114,13 +149,17 @@ const lostRunners: Sweep = {
     const lost = await transact(app, async (tx) => {
       const claimed = await claimLostRunners(tx, BATCH);
       for (const runner of claimed) await sayLost(app, tx, runner);
-      return claimed;
+      return claimed.length;
     });
-    for (const runner of lost) {
-      await warnEnvironments(app, runner);
-      await endLease(app.db.write, runner.id, runner.epoch);
+    for (let after = "00000000-0000-0000-0000-000000000000"; ; ) {
+      const lapses = await openLapses(app.db.list, after, BATCH);
+      for (const lapse of lapses) {
+        await alone(app, { sweep: lostRunners.name, runnerId: lapse.runnerId }, () => settleLapse(app, lapse));
+      }
+      if (lapses.length < BATCH) break;
+      after = lapses.at(-1)?.runnerId ?? after;
     }
-    return lost.length === BATCH;
+    return lost === BATCH;
   },
 };
 
@@ -150,29 +189,31 @@ const silentDeletions: Sweep = {
     }),
 };
 
-/** What is kept for a time only: tokens, outbox, revisions, calls, audit entries. */
-const retention: Sweep = {
-  name: "retention",
+/** A sweep of rows that are kept for a time, or up to a number, only. */
+const retention = (name: string, purge: (app: App, limit: number) => Promise<number>): Sweep => ({
+  name,
   everyMs: 60_000,
-  async run(app) {
-    const now = app.now();
-    const dayAgo = new Date(now.getTime() - DAY_MS);
-    const days = app.config.auditRetentionDays;
-    const { write } = app.db;
-    const counts = [
-      await purgeExpiredTokens(write, now, RETENTION_BATCH),
-      await purgeEvents(write, dayAgo, RETENTION_BATCH),
-      await purgeRevisions(write, dayAgo, RETENTION_BATCH),
-      await purgeCalls(write, dayAgo, RETENTION_BATCH),
-      days > 0
-        ? await write.begin((tx) => purgeAudit(tx, new Date(now.getTime() - days * DAY_MS), RETENTION_BATCH))
-        : 0,
-    ];
-    return counts.some((count) => count === RETENTION_BATCH);
-  },
-};
+  run: async (app) => (await purge(app, RETENTION_BATCH)) === RETENTION_BATCH,
+});
 
-export const sweeps: readonly Sweep[] = [dueEnvironments, lostRunners, silentDeletions, retention];
+const daysAgo = (app: App, days: number) => new Date(app.now().getTime() - days * DAY_MS);
+
+async function purgeOldAudit(app: App, limit: number): Promise<number> {
+  const days = app.config.auditRetentionDays;
+  return days > 0 ? app.db.write.begin((tx) => purgeAudit(tx, daysAgo(app, days), limit)) : 0;
+}
+
+export const sweeps: readonly Sweep[] = [
+  dueEnvironments,
+  lostRunners,
+  silentDeletions,
+  retention("expired tokens", (app, limit) => purgeExpiredTokens(app.db.write, app.now(), limit)),
+  retention("old events", (app, limit) => purgeEvents(app.db.write, daysAgo(app, 1), limit)),
+  retention("old revisions", (app, limit) => purgeRevisions(app.db.write, daysAgo(app, 1), limit)),
+  retention("excess revisions", (app, limit) => trimRevisions(app.db.write, KEPT_REVISIONS, limit)),
+  retention("abandoned calls", (app, limit) => purgeCalls(app.db.write, daysAgo(app, 1), limit)),
+  retention("old audit entries", purgeOldAudit),
+];
 
 /** Runs every sweep at its interval until `signal` aborts; resolves when the last one has ended. */
 export async function runSweeps(app: App, signal: AbortSignal): Promise<void> {

@@ -7,12 +7,12 @@ import {
   type WatchResponse,
 } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import {
-  type Environment,
+  EnvironmentStatus_RunnerACK_StatusCode as Ack,
   EnvironmentStatus_ContentPhase as ContentPhase,
   EnvironmentStatus_DevContainer_Phase as DevContainerPhase,
-  EnvironmentStatus_Machine_Phase as MachinePhase,
-  EnvironmentStatus_RunnerACK_StatusCode as Ack,
+  type Environment,
   EnvironmentStatusSchema,
+  EnvironmentStatus_Machine_Phase as MachinePhase,
 } from "../../gen/gitpod/v1/environment_pb.js";
 import { RunnerPhase, type RunnerStatusSchema } from "../../gen/gitpod/v1/runner_pb.js";
 import { linuxHostSchema } from "../../src/domain/environment-class.ts";
@@ -50,12 +50,23 @@ export class FakeRunner implements AsyncDisposable {
   }
 
   /** Registers; the older link, if there is one, ends. */
-  async register(options: { maxEnvironments?: number; localEnvironmentIds?: string[]; status?: MessageInitShape<typeof RunnerStatusSchema> } = {}): Promise<void> {
+  async register(
+    options: {
+      maxEnvironments?: number;
+      localEnvironmentIds?: string[];
+      status?: MessageInitShape<typeof RunnerStatusSchema>;
+    } = {},
+  ): Promise<void> {
     const response = await this.control.register({
       instanceId: "test",
       protocolVersion: PROTOCOL_VERSION,
       status: { phase: RunnerPhase.ACTIVE, version: "test", publicKey: new Uint8Array(32), ...options.status },
-      configurationSchema: linuxHostSchema("", { cpuCores: 8, memoryMib: 16_384, diskGib: 100, hasContainerEngine: false }),
+      configurationSchema: linuxHostSchema("", {
+        cpuCores: 8,
+        memoryMib: 16_384,
+        diskGib: 100,
+        hasContainerEngine: false,
+      }),
       maxEnvironments: options.maxEnvironments ?? 100,
       localEnvironmentIds: options.localEnvironmentIds ?? [],
     });
@@ -84,7 +95,11 @@ export class FakeRunner implements AsyncDisposable {
     this.#watching.catch(() => undefined);
   }
 
-  async report(environmentId: string, status: MessageInitShape<typeof EnvironmentStatusSchema>, seq = ++this.#seq): Promise<ReportResult> {
+  async report(
+    environmentId: string,
+    status: MessageInitShape<typeof EnvironmentStatusSchema>,
+    seq = ++this.#seq,
+  ): Promise<ReportResult> {
     const items = [{ environmentId, seq, status: create(EnvironmentStatusSchema, status) }];
     const { results } = await this.control.reportEnvironments({ linkId: this.linkId, items });
     const [result] = results;

@@ -5,11 +5,11 @@ import { join } from "node:path";
 import { pino } from "pino";
 import { v7 as uuidv7 } from "uuid";
 import { inject } from "vitest";
+import { ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { OrganizationRole } from "../../gen/gitpod/v1/organization_pb.js";
 import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
-import { ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { type BerthClient, createBerthClient } from "../../src/client.ts";
 import { readServerConfig } from "../../src/config.ts";
 import { type ControlPlane, startControlPlane } from "../../src/control-plane.ts";
@@ -37,7 +37,12 @@ export interface TestPlane extends AsyncDisposable {
   /** Moves the plane's clock. */
   advance(ms: number): void;
   /** Another user of the organization, with a token. */
-  addUser(options?: { role?: OrganizationRole; name?: string; readOnlyToken?: boolean; organizationId?: string }): Promise<TestUser>;
+  addUser(options?: {
+    role?: OrganizationRole;
+    name?: string;
+    readOnlyToken?: boolean;
+    organizationId?: string;
+  }): Promise<TestUser>;
   /** A second replica on the same database. */
   replica(): Promise<ControlPlane>;
 }

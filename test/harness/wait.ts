@@ -4,7 +4,11 @@ const DEADLINE_MS = 30_000;
 const STEP_MS = 25;
 
 /** Waits until `probe` gives something, asking again every few milliseconds; fails after a deadline with what was seen last. */
-export async function eventually<T>(probe: () => Promise<T | undefined | false> | T | undefined | false, what: string, deadlineMs = DEADLINE_MS): Promise<T> {
+export async function eventually<T>(
+  probe: () => Promise<T | undefined | false> | T | undefined | false,
+  what: string,
+  deadlineMs = DEADLINE_MS,
+): Promise<T> {
   const end = Date.now() + deadlineMs;
   let seen: unknown;
   while (Date.now() < end) {
@@ -17,5 +21,7 @@ export async function eventually<T>(probe: () => Promise<T | undefined | false> 
     }
     await delay(STEP_MS);
   }
-  throw new Error(`${what} did not happen within ${deadlineMs} ms; last seen: ${seen instanceof Error ? seen.stack : JSON.stringify(seen)}`);
+  throw new Error(
+    `${what} did not happen within ${deadlineMs} ms; last seen: ${seen instanceof Error ? seen.stack : JSON.stringify(seen)}`,
+  );
 }

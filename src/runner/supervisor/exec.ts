@@ -12,13 +12,14 @@ import {
   type ExecResponse,
   ExecResponseSchema,
 } from "../../../gen/supervisor/v1/environmentopts_pb.js";
-import { invalidArgument } from "./errors.ts";
+import { invalidArgument, withDeadline } from "./errors.ts";
 import type { ExecJournal, ExecRecord } from "./exec-journal.ts";
 import { BoundedOutput } from "./output.ts";
 import { type ProcessRef, readProcess, spawnSession, terminateSession } from "./processes.ts";
 
 const HARD_LIMIT_MS = 24 * 60 * 60 * 1000;
 const DRAIN_MS = 1000;
+const DIRECTORY_DEADLINE_MS = 30_000;
 const MAX_RUNNING = 100;
 const MAX_BACKGROUND = 200;
 const EXIT_TIMED_OUT = 124;
@@ -153,7 +154,7 @@ export class Execs {
     remembered: boolean,
     stopping: AbortSignal,
   ): Promise<ExecResponse> {
-    await checkDirectory(command.directory);
+    await withDeadline(checkDirectory(command.directory), DIRECTORY_DEADLINE_MS, "looking up the directory");
     const record = this.#begin(key, fingerprint, remembered);
     let response: ExecResponse;
     try {

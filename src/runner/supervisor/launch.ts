@@ -31,7 +31,7 @@ export async function launchSupervisor(
     cwd: "/",
     detached: true,
     stdio: ["ignore", "pipe", "pipe"],
-    env: { PATH: process.env.PATH, BERTH_ENVIRONMENT_ID: config.environmentId, UV_THREADPOOL_SIZE: "16" },
+    env: { BERTH_ENVIRONMENT_ID: config.environmentId, UV_THREADPOOL_SIZE: "16" },
   });
   let errors = "";
   child.stderr.setEncoding("utf8").on("data", (chunk: string) => {

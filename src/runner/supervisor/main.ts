@@ -70,6 +70,7 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
   server.maxConnections = 1000;
   // Only the one that serves may touch the journal.
   await listenExclusively(server, socketPath);
+  server.on("error", (error) => log.write("error", "connection refused", { error: error.message }));
   const orphans = journal.open();
   for (const orphan of orphans) void terminateSession(orphan);
   writeSupervisorRecord(root, { pid: process.pid, startTime, version });

@@ -13,7 +13,7 @@ import { gitStatus } from "./git-status.ts";
 export const MAX_REQUEST_BYTES = MAX_FILE_BYTES + 1024 * 1024;
 /** Largest answer: two output streams of 8 MiB in which every byte became a three-byte replacement character. */
 export const MAX_RESPONSE_BYTES = 64 * 1024 * 1024;
-const FILE_DEADLINE_MS = 60_000;
+const DEADLINE_MS = 60_000;
 
 /** What the RPCs of one environment work with. */
 export interface OpsDeps {
@@ -46,6 +46,7 @@ const pending = [
 export function createOpsRoutes(deps: OpsDeps): (router: ConnectRouter) => void {
   const { execs, activity } = deps;
   const heavy = gate(4, 64);
+  const inTime = <T>(what: string, work: Promise<T>) => withDeadline(work, DEADLINE_MS, what);
   const absolute = (path: string) => resolvePath(deps.workspaceFolder(), path);
   const service = withPending(EnvironmentOpsService, pending, {
     async exec(request) {
@@ -58,25 +59,30 @@ export function createOpsRoutes(deps: OpsDeps): (router: ConnectRouter) => void 
       return {};
     },
     async readFile(request) {
-      return await withDeadline(readFile(request, absolute(request.path)), FILE_DEADLINE_MS, "ReadFile");
+      return await inTime("ReadFile", readFile(request, absolute(request.path)));
     },
     async writeFile(request) {
       activity.onActivity("Ops API");
-      await withDeadline(writeFile(request, absolute(request.path)), FILE_DEADLINE_MS, "WriteFile");
+      await inTime("WriteFile", writeFile(request, absolute(request.path)));
       return { bytesWritten: BigInt(request.content.length) };
     },
     async find(request) {
       const start = absolute(request.path);
-      return await withDeadline(
-        heavy(() => find(request, start)),
-        FILE_DEADLINE_MS,
+      return await inTime(
         "Find",
+        heavy(() => find(request, start)),
       );
     },
     async getGitStatus() {
-      return { status: await heavy(() => gitStatus({ directory: deps.workspaceFolder(), env: deps.environment() })) };
+      const options = { directory: deps.workspaceFolder(), env: deps.environment() };
+      return {
+        status: await inTime(
+          "GetGitStatus",
+          heavy(() => gitStatus(options)),
+        ),
+      };
     },
-    // WATCH belongs here once Watch is served.
+    // WATCH would announce an RPC that is pending.
     listCapabilities: () => ({ capabilities: [] }),
   });
   const options = {

@@ -3,7 +3,7 @@ import { readdirSync, readFileSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import { inBatches } from "./batches.ts";
-import { withDeadline } from "./errors.ts";
+import { errnoOf, withDeadline } from "./errors.ts";
 
 // Processes are found by reading /proc, never by remembering children: a supervisor can be replaced while they run.
 // A pid alone names nothing for long, so every lasting reference is pid plus start time (clock ticks since boot).
@@ -32,15 +32,20 @@ export interface EnvironmentSelector {
 export const TERMINATION_GRACE_MS = 10_000;
 const KILL_DEADLINE_MS = 5_000;
 const POLL_MS = 50;
+const SETTLE_MS = 10;
 const MAX_STOP_PASSES = 20;
+const MAX_UNSURE_SCANS = 20;
+// Start times count in USER_HZ, which is 100 on every architecture that Node.js is built for.
+const TICKS_PER_SECOND = 100;
+const YOUNG_TICKS = TICKS_PER_SECOND;
 
 /** Identifies one boot of the kernel; pids and start times mean nothing across boots. */
 export function bootId(): string {
   return readFileSync("/proc/sys/kernel/random/boot_id", "utf8").trim();
 }
 
-/** One line of `/proc/<pid>/stat`; undefined if the process is gone or a zombie. */
-export function readProcess(pid: number): ProcessEntry | undefined {
+/** A line of `/proc/<pid>/stat`; undefined if the process is gone. */
+function readStat(pid: number): (ProcessEntry & { ended: boolean }) | undefined {
   let line: string;
   try {
     line = readFileSync(`/proc/${pid}/stat`, "latin1");
@@ -49,14 +54,20 @@ export function readProcess(pid: number): ProcessEntry | undefined {
   }
   // The second field is the name in parentheses and may itself hold spaces and parentheses.
   const [state, parent, group, session, ...rest] = line.slice(line.lastIndexOf(")") + 2).split(" ");
-  if (state === "Z" || state === "X") return undefined;
   return {
     pid,
     parent: Number(parent),
     group: Number(group),
     session: Number(session),
     startTime: Number(rest[15]),
+    ended: state === "Z" || state === "X",
   };
+}
+
+/** A live process; undefined if it is gone or a zombie. */
+export function readProcess(pid: number): ProcessEntry | undefined {
+  const { ended, ...entry } = readStat(pid) ?? { ended: true, pid: 0, parent: 0, group: 0, session: 0, startTime: 0 };
+  return ended ? undefined : entry;
 }
 
 export function isAlive(reference: ProcessRef): boolean {
@@ -65,34 +76,43 @@ export function isAlive(reference: ProcessRef): boolean {
 
 /** The user a process runs as; undefined if it is gone. */
 export function userOf(pid: number): number | undefined {
-  return userIds(pid)[0];
+  return userIds(pid)?.[0];
 }
 
-/** Real, effective, saved and file system user id. */
-function userIds(pid: number): number[] {
+/** Real, effective, saved and file system user id; undefined if the process is gone. */
+function userIds(pid: number): number[] | undefined {
   try {
     const line = /^Uid:\s*(.*)$/m.exec(readFileSync(`/proc/${pid}/status`, "latin1"));
     return (line?.[1] ?? "").split(/\s+/).map(Number);
   } catch {
-    return [];
+    return undefined;
   }
 }
 
-function allProcesses(): ProcessEntry[] {
-  return readdirSync("/proc")
+const listedPids = () =>
+  readdirSync("/proc")
     .filter((name) => /^\d+$/.test(name))
-    .map((name) => readProcess(Number(name)))
-    .filter((entry) => entry !== undefined);
+    .map(Number);
+
+const hasMarker = (environ: string, marker: string) => environ.split("\0").includes(marker);
+
+/** Undefined if the process is gone, or is just becoming another program and shows no variables. */
+function carriesMarkerNow(pid: number, marker: string): boolean | undefined {
+  try {
+    const environ = readFileSync(`/proc/${pid}/environ`, "latin1");
+    return environ === "" ? undefined : hasMarker(environ, marker);
+  } catch (error) {
+    return ["ENOENT", "ESRCH"].includes(errnoOf(error) ?? "") ? undefined : false;
+  }
 }
 
+/** For processes that may have been stuck in the kernel for long, in which case reading their variables blocks. */
 async function carriesMarker(pid: number, marker: string): Promise<boolean> {
-  try {
-    // A process stuck in the kernel can block this read for ever, hence neither synchronous nor without deadline.
-    const environ = await withDeadline(readFile(`/proc/${pid}/environ`, "latin1"), 1000, "reading a process");
-    return environ.split("\0").includes(marker);
-  } catch {
-    return false;
-  }
+  const environ = withDeadline(readFile(`/proc/${pid}/environ`, "latin1"), 1000, "reading a process");
+  return await environ.then(
+    (text) => hasMarker(text, marker),
+    () => false,
+  );
 }
 
 /** Starts a command as leader of its own session and process group, with stdin empty and nothing inherited. */
@@ -108,10 +128,11 @@ export function spawnSession(
 export function sessionMembers(leader: ProcessRef): ProcessEntry[] {
   const present = readProcess(leader.pid);
   if (present && present.startTime !== leader.startTime) return [];
-  return allProcesses().filter(
-    ({ session, group, startTime }) =>
-      (session === leader.pid || group === leader.pid) && startTime >= leader.startTime,
-  );
+  return listedPids()
+    .map(readProcess)
+    .filter((entry) => entry !== undefined)
+    .filter(({ session, group }) => session === leader.pid || group === leader.pid)
+    .filter(({ startTime }) => startTime >= leader.startTime);
 }
 
 function signal(pid: number, name: NodeJS.Signals): void {
@@ -145,22 +166,59 @@ export async function terminateSession(leader: ProcessRef, graceMs = TERMINATION
   return true;
 }
 
-/** Live processes of an environment, without this process and pid 1. */
-export async function environmentProcesses(selector: EnvironmentSelector): Promise<ProcessEntry[]> {
-  const entries = allProcesses();
-  const marker = `BERTH_ENVIRONMENT_ID=${selector.environmentId}`;
-  const { uid } = selector;
-  const owned = async ({ pid }: ProcessEntry) =>
-    uid === undefined ? await carriesMarker(pid, marker) : userIds(pid).includes(uid);
-  const flags = await inBatches(entries, owned);
-  const members = new Map(entries.filter((_, index) => flags[index]).map((entry) => [entry.pid, entry]));
+interface Scan {
+  members: ProcessEntry[];
+  /** A young process ended while it was looked at, so one that it started meanwhile may be missing. */
+  unsure: boolean;
+}
+
+/** Looks at all processes once, the youngest first, and calls `onMember` the moment it knows one. */
+async function scan(
+  { environmentId, uid, exclude = [] }: EnvironmentSelector,
+  onMember: (entry: ProcessEntry) => void = () => undefined,
+): Promise<Scan> {
+  const marker = `BERTH_ENVIRONMENT_ID=${environmentId}`;
+  const spared = new Set(exclude);
+  const since = Number.parseFloat(readFileSync("/proc/uptime", "latin1")) * TICKS_PER_SECOND - YOUNG_TICKS;
+  const entries: ProcessEntry[] = [];
+  const old: ProcessEntry[] = [];
+  const members = new Map<number, ProcessEntry>();
+  let unsure = false;
+  const join = (entry: ProcessEntry) => {
+    members.set(entry.pid, entry);
+    if (!spared.has(entry.pid)) onMember(entry);
+  };
+  for (const pid of listedPids().reverse()) {
+    if (pid === 1 || pid === process.pid) continue;
+    const found = readStat(pid);
+    const isYoung = found === undefined || found.startTime > since;
+    if (!found || found.ended) {
+      unsure ||= isYoung;
+      continue;
+    }
+    entries.push(found);
+    if (uid === undefined && !isYoung) old.push(found);
+    else {
+      const isMember = uid === undefined ? carriesMarkerNow(pid, marker) : userIds(pid)?.includes(uid);
+      unsure ||= isMember === undefined;
+      if (isMember) join(found);
+    }
+  }
+  await inBatches(old, async (entry) => {
+    if (await carriesMarker(entry.pid, marker)) join(entry);
+  });
   // Children may have dropped the marker or changed the user.
   for (let size = -1; size !== members.size; ) {
     size = members.size;
-    for (const entry of entries) if (members.has(entry.parent)) members.set(entry.pid, entry);
+    for (const entry of entries) if (members.has(entry.parent) && !members.has(entry.pid)) join(entry);
   }
-  for (const pid of [1, process.pid, ...(selector.exclude ?? [])]) members.delete(pid);
-  return [...members.values()];
+  for (const pid of spared) members.delete(pid);
+  return { members: [...members.values()], unsure };
+}
+
+/** Live processes of an environment, without this process and pid 1, as far as one look at a moving picture can tell. */
+export async function environmentProcesses(selector: EnvironmentSelector): Promise<ProcessEntry[]> {
+  return (await scan(selector)).members;
 }
 
 /** Asks the kernel to kill everything of a user at once, which even a fork storm cannot outrun; needs root. */
@@ -178,13 +236,13 @@ async function killUser(uid: number): Promise<void> {
 /** Stops all processes until a pass finds no new one, so that killing them cannot be outrun by forks; then kills. */
 async function sweep(selector: EnvironmentSelector): Promise<void> {
   const stopped = new Map<number, ProcessEntry>();
-  for (let pass = 0; pass < MAX_STOP_PASSES; pass++) {
-    const fresh = (await environmentProcesses(selector)).filter(
-      ({ pid, startTime }) => stopped.get(pid)?.startTime !== startTime,
-    );
-    if (fresh.length === 0) break;
-    signalAll(fresh, "SIGSTOP");
-    for (const entry of fresh) stopped.set(entry.pid, entry);
+  for (let pass = 0, before = -1; pass < MAX_STOP_PASSES && before !== stopped.size; pass++) {
+    before = stopped.size;
+    await scan(selector, (entry) => {
+      if (stopped.get(entry.pid)?.startTime === entry.startTime) return;
+      signal(entry.pid, "SIGSTOP");
+      stopped.set(entry.pid, entry);
+    });
   }
   for (const entry of stopped.values()) if (isAlive(entry)) signal(entry.pid, "SIGKILL");
 }
@@ -198,13 +256,16 @@ export async function killEnvironmentProcesses(
 ): Promise<ProcessEntry[]> {
   const deadline = Date.now() + (selector.deadlineMs ?? 30_000);
   const { uid, exclude = [] } = selector;
-  for (;;) {
-    let left = await environmentProcesses(selector);
-    if (left.length === 0) return [];
-    if (uid !== undefined && uid !== 0 && exclude.length === 0 && process.getuid?.() === 0) await killUser(uid);
-    await sweep(selector);
-    left = await environmentProcesses(selector);
-    if (left.length === 0 || Date.now() > deadline) return left;
-    await delay(POLL_MS);
+  const canKillUser = uid !== undefined && uid !== 0 && exclude.length === 0 && process.getuid?.() === 0;
+  for (let unsureScans = 0; ; ) {
+    const { members, unsure } = await scan(selector);
+    if (members.length === 0 && (!unsure || ++unsureScans >= MAX_UNSURE_SCANS)) return [];
+    if (Date.now() > deadline) return members;
+    if (members.length > 0) {
+      unsureScans = 0;
+      if (canKillUser) await killUser(uid);
+      await sweep(selector);
+    }
+    await delay(SETTLE_MS);
   }
 }

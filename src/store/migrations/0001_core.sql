@@ -110,6 +110,8 @@ create table runners (
   epoch bigint not null default 0,
   lease_expires_at timestamptz,
   last_contact_at timestamptz,
+  -- Last contact before the lease ran out; null again once no environment says any more that the runner is unreachable.
+  lost_at timestamptz,
   -- What the runner said at its registration that it still holds.
   local_environment_ids uuid[] not null default '{}',
   deleting_at timestamptz,
@@ -119,6 +121,7 @@ create table runners (
 ) with (fillfactor = 80);
 create index runners_list on runners (organization_id, id) where deleted_at is null;
 create index runners_lease on runners (lease_expires_at) where lease_expires_at is not null;
+create index runners_lost on runners (id) where lost_at is not null and lease_expires_at is not null;
 create index runners_deleting on runners (deleting_at) where deleting_at is not null and deleted_at is null;
 
 create table runner_revisions (

@@ -1,0 +1,44 @@
+import { randomUUID } from "node:crypto";
+import { type ContextValues, createContextKey, type HandlerContext } from "@connectrpc/connect";
+
+/** What is known of a call beside its message. */
+export interface Call {
+  /** Names the call in the log and in the response header `x-request-id`. */
+  readonly id: string;
+  /** IP address of the caller, as trusted proxies report it; empty if unknown. */
+  readonly peer: string;
+  /** `performance.now()` at its start. */
+  readonly startedAt: number;
+  /** Its outcome is in log and metrics. */
+  recorded: boolean;
+  /** Sends the response headers of a stream, once; absent where nothing can be sent early. */
+  open?: () => void;
+}
+
+const REQUEST_ID = /^[\w.:+/=-]{1,128}$/;
+
+/** Set by the server before anything else looks at the call. */
+export const callKey = createContextKey<Call | undefined>(undefined, { description: "call" });
+
+/** A call with the id that its caller chose, if that is fit for logs and headers, else with a new one. */
+export function newCall(requestId: string | null | undefined, peer = ""): Call {
+  const id = requestId && REQUEST_ID.test(requestId) ? requestId : randomUUID();
+  return { id, peer, startedAt: performance.now(), recorded: false };
+}
+
+/** The call being served; makes one for a router that has no server around it. */
+export function callOf(values: ContextValues, header: Headers): Call {
+  const found = values.get(callKey);
+  if (found) return found;
+  const made = newCall(header.get("x-request-id"));
+  values.set(callKey, made);
+  return made;
+}
+
+/**
+ * Tells the caller of a stream that it is open: the response headers go out now. Handlers call it once nothing that
+ * happens from here on can be missed, usually after they have subscribed. Without it headers follow a little later.
+ */
+export function streamOpened(context: Pick<HandlerContext, "values">): void {
+  context.values.get(callKey)?.open?.();
+}

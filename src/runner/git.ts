@@ -1,0 +1,93 @@
+import { isIPv6 } from "node:net";
+import type { AdmittedUrl } from "../scm/guard.ts";
+import { type CommandOptions, type CommandResult, runCommand } from "./commands.ts";
+
+/** What went wrong, short and fit for people. */
+export class ContentError extends Error {}
+
+/** Where git runs, as whom, and for how long. */
+export type GitContext = Pick<CommandOptions, "user" | "signal" | "timeoutMs" | "onOutput" | "onStart"> & {
+  cwd: string;
+  home: string;
+  environmentId: string;
+  /** Protocols that may be used, submodules included. */
+  protocols: readonly string[];
+  /** Hosts that have been checked: connections go to these addresses and no others. */
+  pinned: readonly AdmittedUrl[];
+};
+
+// Nothing of the host's or the repository's configuration may start a program while content is fetched.
+const SETTINGS = [
+  "core.hooksPath=/dev/null",
+  "core.fsmonitor=false",
+  "core.askPass=",
+  "credential.helper=",
+  "http.followRedirects=false",
+  "protocol.ext.allow=never",
+  "advice.detachedHead=false",
+  "gc.auto=0",
+  "maintenance.auto=false",
+];
+
+const bracketed = (address: string) => (isIPv6(address) ? `[${address}]` : address);
+
+function pins(pinned: readonly AdmittedUrl[]): string[] {
+  return pinned
+    .filter(({ url }) => /^https?:$/.test(url.protocol))
+    .map(({ host, port, addresses }) => `http.curloptResolve=${host}:${port}:${addresses.map(bracketed).join(",")}`);
+}
+
+/** ssh without prompts and host configuration, towards the address that was checked. */
+function sshCommand(pinned: readonly AdmittedUrl[]): string {
+  const address = pinned.find(({ url }) => url.protocol === "ssh:")?.addresses[0];
+  const options = ["BatchMode=yes", "StrictHostKeyChecking=accept-new", "ConnectTimeout=20"];
+  if (address) options.push(`HostName=${address}`);
+  return ["ssh", "-F", "/dev/null", ...options.flatMap((option) => ["-o", option])].join(" ");
+}
+
+/** Runs git with its own variables only; a failure is a result, not an exception. */
+export async function git(context: GitContext, args: readonly string[]): Promise<CommandResult> {
+  const { cwd, home, environmentId, protocols, pinned, user, signal, timeoutMs, onOutput, onStart } = context;
+  const settings = [...SETTINGS, ...pins(pinned)].flatMap((setting) => ["-c", setting]);
+  return await runCommand("git", [...settings, ...args], {
+    ...{ cwd, timeoutMs, user, signal, onOutput, onStart },
+    env: {
+      HOME: home,
+      BERTH_ENVIRONMENT_ID: environmentId,
+      GIT_TERMINAL_PROMPT: "0",
+      GIT_ASKPASS: "",
+      SSH_ASKPASS: "",
+      GIT_CONFIG_NOSYSTEM: "1",
+      GIT_CONFIG_GLOBAL: "/dev/null",
+      GIT_ALLOW_PROTOCOL: protocols.join(":"),
+      GIT_SSH_COMMAND: sshCommand(pinned),
+      GIT_CEILING_DIRECTORIES: cwd,
+    },
+  });
+}
+
+const FAILURES: readonly (readonly [RegExp, (target: AdmittedUrl) => string])[] = [
+  [/No space left on device|Disk quota exceeded/i, () => "disk full"],
+  [
+    /could not read (Username|Password)|Authentication failed|terminal prompts disabled|Permission denied \((publickey|password)|returned error: 40[13]|HTTP Basic: Access denied|Host key verification failed/i,
+    ({ host }) => `authentication needed for ${host}`,
+  ],
+  [
+    /repository .*not found|does not appear to be a git repository|returned error: 404|does not exist|not valid: is this a git repository/i,
+    ({ url }) => `repository not found: ${url.href}`,
+  ],
+  [/Could not resolve host/i, ({ host }) => `host ${host} does not exist`],
+  [
+    /Failed to connect|Connection (refused|timed out|reset)|Could not connect|unable to access|early EOF|hung up unexpectedly/i,
+    ({ host }) => `host ${host} cannot be reached`,
+  ],
+];
+
+/** The short text for a failed git command. What the remote side wrote does not decide. */
+export function failureText(stderr: string, target: AdmittedUrl): string {
+  const own = stderr.replace(/^remote: .*$/gm, "");
+  const known = FAILURES.find(([pattern]) => pattern.test(own));
+  if (known) return known[1](target);
+  const line = own.split("\n").find((each) => /^(fatal|error):/.test(each)) ?? "";
+  return `git failed${line ? `: ${line.replace(/^(fatal|error): /, "").slice(0, 300)}` : ""}`;
+}

@@ -1,0 +1,77 @@
+import { readFile, statfs } from "node:fs/promises";
+import { availableParallelism, release, totalmem, type as systemType } from "node:os";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import type { Logger } from "pino";
+import type { RunnerConfigurationSchema } from "../../gen/gitpod/v1/runner_configuration_pb.js";
+import type { RunnerHostConfig } from "../config.ts";
+import type { HostFacts } from "../domain/environment-class.ts";
+import type { Guard } from "../scm/guard.ts";
+import type { ControlGroups } from "./cgroups.ts";
+import type { ResolveContext } from "./clone-plan.ts";
+import type { ControlPlane } from "./control-plane.ts";
+
+/** The program that runs here. */
+export interface ProgramVersion {
+  version: string;
+  /** Commit it was built from, or "unknown". */
+  commit: string;
+}
+
+/** What everything that works on environments shares. */
+export interface Host {
+  config: RunnerHostConfig;
+  /** Base URL of the control plane as the processes of environments reach it. */
+  publicApiUrl: string;
+  program: ProgramVersion;
+  schema: RunnerConfigurationSchema;
+  /** Absent where limits cannot be enforced. */
+  controlGroups: ControlGroups | undefined;
+  guard: Guard;
+  resolveContext: ResolveContext;
+  controlPlane: ControlPlane;
+  /** Nothing new may be started. */
+  isDraining(): boolean;
+  /** Lets only some machines come up at the same time. */
+  startGate<T>(work: () => Promise<T>): Promise<T>;
+  log: Logger;
+}
+
+const GIB = 1024 ** 3;
+const MIB = 1024 ** 2;
+const COMMIT = /^[0-9a-f]{40}$/;
+
+/** The machine, for the configuration schema. Containers are not offered whatever is installed. */
+export async function hostFacts(dataDir: string): Promise<HostFacts> {
+  const disk = await statfs(dataDir);
+  return {
+    cpuCores: availableParallelism(),
+    memoryMib: Math.floor(totalmem() / MIB),
+    diskGib: Math.floor((disk.blocks * disk.bsize) / GIB),
+    hasContainerEngine: false,
+  };
+}
+
+/** One line about the machine, for runner admins. */
+export const systemDetails = ({ cpuCores, memoryMib, diskGib }: HostFacts): string =>
+  `${systemType()} ${release()} ${process.arch}, ${cpuCores} CPU, ${Math.floor(memoryMib / 1024)} GiB memory, ${diskGib} GiB disk, Node.js ${process.versions.node}`;
+
+async function commitOf(folder: string): Promise<string> {
+  const git = join(folder, ".git");
+  const head = (await readFile(join(git, "HEAD"), "utf8")).trim();
+  const ref = /^ref: (refs\/heads\/[\w./-]+)$/.exec(head)?.[1];
+  return ref ? (await readFile(join(git, ref), "utf8")).trim() : head;
+}
+
+/** Version from package.json; the commit from its `gitHead`, which packages carry, else from the checkout. */
+export async function programVersion(): Promise<ProgramVersion> {
+  let folder = dirname(fileURLToPath(import.meta.url));
+  for (let level = 0; level < 4; level++, folder = dirname(folder)) {
+    const text = await readFile(join(folder, "package.json"), "utf8").catch(() => undefined);
+    if (!text) continue;
+    const { version = "unknown", gitHead } = JSON.parse(text) as { version?: string; gitHead?: string };
+    const commit = gitHead ?? (await commitOf(folder).catch(() => ""));
+    return { version, commit: COMMIT.test(commit) ? commit : "unknown" };
+  }
+  return { version: "unknown", commit: "unknown" };
+}

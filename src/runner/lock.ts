@@ -1,0 +1,23 @@
+import { join } from "node:path";
+import { rm } from "node:fs/promises";
+import { readSmall, writeAtomically } from "./files.ts";
+import { bootId, isAlive, readProcess } from "./supervisor/processes.ts";
+import type { RecordedProcess } from "./record.ts";
+
+const MAX_LOCK_BYTES = 1024;
+
+/**
+ * Claims a data folder for this process; throws if a living process holds it. One that died without letting go does
+ * not count. Returns what lets go of it.
+ */
+export async function lockDataDir(dataDir: string): Promise<() => Promise<void>> {
+  const path = join(dataDir, "runner.lock");
+  const text = await readSmall(path, MAX_LOCK_BYTES);
+  const holder = text ? (JSON.parse(text) as RecordedProcess) : undefined;
+  if (holder && holder.pid !== process.pid && holder.bootId === bootId() && isAlive(holder)) {
+    throw new Error(`another runner (process ${holder.pid}) uses the data folder ${dataDir}`);
+  }
+  const own = readProcess(process.pid);
+  await writeAtomically(path, JSON.stringify({ pid: process.pid, startTime: own?.startTime ?? 0, bootId: bootId() }));
+  return async () => await rm(path, { force: true });
+}

@@ -1,0 +1,196 @@
+import { mkdir, rename } from "node:fs/promises";
+import { basename, join } from "node:path";
+import { setTimeout as delay } from "node:timers/promises";
+import { commandPath } from "./commands.ts";
+import type { Limits } from "./classes.ts";
+import { exists, makeFolder, removeTree, writeAtomically } from "./files.ts";
+import type { Host } from "./host.ts";
+import {
+  type EnvironmentPaths,
+  environmentsFolder,
+  forgetSocket,
+  quarantineFolder,
+  supervisorSocket,
+  trashFolder,
+} from "./paths.ts";
+import type { RecordedProcess } from "./record.ts";
+import { connectSupervisor, type SupervisorClient } from "./supervisor/client.ts";
+import { launchSupervisor } from "./supervisor/launch.ts";
+import { bootId, isAlive, killEnvironmentProcesses, type ProcessEntry } from "./supervisor/processes.ts";
+import { liveSupervisor } from "./supervisor/record.ts";
+import { loginShell, removeUser, type UnixUser } from "./users.ts";
+
+// The machine of an environment on a plain Linux host: a user, folders, and a supervisor process with all it starts.
+
+/** How long a supervisor may take to end what it runs; beyond that everything is killed. */
+const SUPERVISOR_GRACE_MS = 30_000;
+const KILL_DEADLINE_MS = 60_000;
+const POLL_MS = 50;
+
+/** A supervisor that answers. */
+export interface Supervisor {
+  process: RecordedProcess;
+  client: SupervisorClient;
+}
+
+const isRoot = () => process.getuid?.() === 0;
+const ownerOf = (user: UnixUser) => (user.own ? { uid: user.uid, gid: user.gid } : undefined);
+
+/** The user to run commands of an environment as; undefined if that is the runner's own. */
+export const commandUser = (user: UnixUser): { uid: number; gid: number } | undefined => ownerOf(user);
+
+/** Folders of the runner. As root, users of environments pass through them and see nothing. */
+export async function prepareDataDir(dataDir: string): Promise<void> {
+  const passable = isRoot() ? 0o711 : 0o700;
+  await mkdir(dataDir, { recursive: true, mode: passable });
+  await makeFolder(dataDir, passable);
+  await makeFolder(environmentsFolder(dataDir), passable);
+  await makeFolder(quarantineFolder(dataDir), 0o700);
+  await makeFolder(trashFolder(dataDir), 0o700);
+}
+
+/** Folder of one environment, still without what belongs to its user. */
+export async function makeRoot(paths: EnvironmentPaths): Promise<void> {
+  await makeFolder(paths.root, 0o700);
+}
+
+export async function makeFolders(paths: EnvironmentPaths, user: UnixUser): Promise<void> {
+  await makeFolder(paths.root, user.own ? 0o710 : 0o700, user.own ? { uid: 0, gid: user.gid } : undefined);
+  for (const folder of [paths.workspace, paths.home, paths.secrets, paths.logs, paths.run, paths.ssh]) {
+    await makeFolder(folder, 0o700, ownerOf(user));
+  }
+}
+
+/** Variables that every process of an environment starts with. */
+export async function baseVariables(
+  host: Host,
+  environmentId: string,
+  paths: EnvironmentPaths,
+  user: UnixUser,
+  token: string,
+): Promise<Record<string, string>> {
+  const api = `${host.publicApiUrl}/api`;
+  return {
+    HOME: paths.home,
+    USER: user.name,
+    LOGNAME: user.name,
+    SHELL: await loginShell(),
+    PATH: commandPath(),
+    LANG: "C.UTF-8",
+    BERTH_ENVIRONMENT_ID: environmentId,
+    GITPOD_ENVIRONMENT_ID: environmentId,
+    ONA_API_KEY: token,
+    GITPOD_API_KEY: token,
+    ONA_BASE_URL: api,
+    GITPOD_BASE_URL: api,
+  };
+}
+
+export async function writeVariables(
+  paths: EnvironmentPaths,
+  user: UnixUser,
+  variables: Readonly<Record<string, string>>,
+): Promise<void> {
+  await writeAtomically(paths.variables, JSON.stringify(variables), ownerOf(user));
+}
+
+export async function writeToken(paths: EnvironmentPaths, user: UnixUser, token: string): Promise<void> {
+  await writeAtomically(paths.token, token, ownerOf(user));
+}
+
+/** Starts the supervisor, inside the limits of the class where they can be enforced. */
+export async function startSupervisor(
+  host: Host,
+  environmentId: string,
+  paths: EnvironmentPaths,
+  user: UnixUser,
+  workspaceFolder: string,
+  limits: Limits,
+): Promise<Supervisor> {
+  const { record, client } = await launchSupervisor(paths.supervisorConfig, {
+    environmentId,
+    root: paths.root,
+    socketPath: await supervisorSocket(paths),
+    workspaceFolder,
+    ...ownerOf(user),
+    userName: user.name,
+    shell: await loginShell(),
+    envFile: paths.variables,
+    version: host.program.version,
+  });
+  // It has started nothing yet, so all that it ever starts is limited.
+  await host.controlGroups?.prepare(environmentId, limits);
+  await host.controlGroups?.add(environmentId, record.pid);
+  return { process: { pid: record.pid, startTime: record.startTime, bootId: bootId() }, client };
+}
+
+/** The supervisor that an earlier runner process left, if it still answers as the one of this environment. */
+export async function adoptSupervisor(
+  environmentId: string,
+  paths: EnvironmentPaths,
+  user: UnixUser,
+  recorded: RecordedProcess | undefined,
+): Promise<Supervisor | undefined> {
+  const known = recorded?.bootId === bootId() && isAlive(recorded) ? recorded : undefined;
+  const found = known ?? liveSupervisor(paths.root, user.own ? user.uid : undefined);
+  if (!found) return undefined;
+  const client = connectSupervisor(await supervisorSocket(paths), ownerOf(user));
+  const state = await client.health().catch(() => undefined);
+  if (state?.environmentId !== environmentId || state.pid !== found.pid) return undefined;
+  return { process: { pid: found.pid, startTime: found.startTime, bootId: bootId() }, client };
+}
+
+/** Asks the supervisor to end what it runs; returns when it is gone, the time is over or the signal fires. */
+async function endGracefully(supervisor: RecordedProcess, signal: AbortSignal): Promise<void> {
+  const deadline = Date.now() + SUPERVISOR_GRACE_MS;
+  const present = () => supervisor.bootId === bootId() && isAlive(supervisor);
+  if (!present()) return;
+  try {
+    process.kill(supervisor.pid, "SIGTERM");
+  } catch {
+    return;
+  }
+  while (present() && Date.now() < deadline && !signal.aborted) await delay(POLL_MS);
+}
+
+/**
+ * Ends every process of an environment; with a supervisor to ask, gracefully first. Returns those that could not be
+ * ended: empty on success.
+ */
+export async function stopProcesses(
+  host: Host,
+  environmentId: string,
+  user: UnixUser | undefined,
+  supervisor: RecordedProcess | undefined,
+  signal: AbortSignal,
+): Promise<ProcessEntry[]> {
+  if (supervisor) await endGracefully(supervisor, signal);
+  const uid = user?.own ? user.uid : undefined;
+  const left = await killEnvironmentProcesses({ environmentId, uid, deadlineMs: KILL_DEADLINE_MS });
+  if (left.length === 0) await host.controlGroups?.remove(environmentId);
+  return left;
+}
+
+/** Takes the folder of an environment out of the way at once, then erases it and its user. */
+export async function eraseEnvironment(
+  host: Host,
+  environmentId: string,
+  paths: EnvironmentPaths,
+  user: UnixUser | undefined,
+): Promise<void> {
+  await forgetSocket(paths);
+  const trash = join(trashFolder(host.config.dataDir), environmentId);
+  await removeTree(trash);
+  if (await exists(paths.root)) await rename(paths.root, trash);
+  await removeTree(trash);
+  await removeUser(environmentId, user);
+}
+
+/** Sets the folder of an environment that the control plane does not know aside. */
+export async function quarantine(host: Host, environmentId: string, paths: EnvironmentPaths): Promise<void> {
+  await forgetSocket(paths);
+  if (!(await exists(paths.root))) return;
+  const aside = join(quarantineFolder(host.config.dataDir), `${environmentId}.${Date.now()}`);
+  await rename(paths.root, aside);
+  host.log.warn({ environmentId, folder: basename(aside) }, "files of an unknown environment were set aside for 24 hours");
+}

@@ -1,0 +1,145 @@
+import { hostname } from "node:os";
+import type { Logger } from "pino";
+import { DeregisterRequest_Reason as Reason } from "../../gen/berth/runner/v1/runner_control_pb.js";
+import { RunnerCapability, RunnerPhase } from "../../gen/gitpod/v1/runner_pb.js";
+import type { RunnerHostConfig } from "../config.ts";
+import { linuxHostSchema } from "../domain/environment-class.ts";
+import { parseContextUrl } from "../scm/context-url.ts";
+import { createGuard } from "../scm/guard.ts";
+import { Access } from "./access.ts";
+import { Calls } from "./calls.ts";
+import { ControlGroups } from "./cgroups.ts";
+import { connectControlPlane } from "./control-plane.ts";
+import { Credentials, RefusedError } from "./credentials.ts";
+import { Environments } from "./environments.ts";
+import { type Host, hostFacts, programVersion, systemDetails } from "./host.ts";
+import { Link } from "./link.ts";
+import { lockDataDir } from "./lock.ts";
+import { prepareDataDir } from "./machine.ts";
+import { Reports } from "./reports.ts";
+import { startRunnerServer } from "./server.ts";
+import { gate } from "./supervisor/gate.ts";
+
+/** What a runner needs to start. */
+export interface RunnerOptions {
+  config: RunnerHostConfig;
+  /** Where the runner reaches the control plane. */
+  apiUrl: string;
+  /** Where the processes of environments reach it. */
+  publicApiUrl: string;
+  /** First credential; needed as long as the data folder holds none. */
+  exchangeToken?: string;
+  log: Logger;
+}
+
+/** Why a runner ended: asked to, credential or data folder not accepted, another process took over, runner deleted. */
+export type RunnerEnd = "stopped" | "refused" | "replaced" | "deleted";
+
+/** A runner at work. */
+export interface RunningRunner {
+  /** Where it serves; differs from the configured port if that is 0. */
+  port: number;
+  /** Resolves with the first link that the control plane accepts. */
+  registered: Promise<void>;
+  /** Resolves when the runner has ended by itself or was stopped; never rejects. */
+  finished: Promise<RunnerEnd>;
+  /** Says goodbye and lets go; environments keep running. Safe to call more than once. */
+  stop(): Promise<void>;
+}
+
+const MACHINES_AT_ONCE = 4;
+const MACHINES_WAITING = 10_000;
+const CLOSE_MS = 2_000;
+const FIRST_SIGN_IN_MS = 20_000;
+
+/**
+ * Starts the Linux-host runner. Resolves when it serves its port and has used its first credential, or has tried to
+ * for 20 s; signing up goes on in the background. Throws if the data folder or the port cannot be used.
+ */
+export async function startRunner(options: RunnerOptions): Promise<RunningRunner> {
+  const { apiUrl, publicApiUrl, exchangeToken, log } = options;
+  await prepareDataDir(options.config.dataDir);
+  const unlock = await lockDataDir(options.config.dataDir);
+  const credentials = await Credentials.open(options.config.dataDir, exchangeToken, log);
+  const facts = await hostFacts(options.config.dataDir);
+  const program = await programVersion();
+  const startGate = gate(MACHINES_AT_ONCE, MACHINES_WAITING);
+  const config = { ...options.config };
+  let link: Link | undefined;
+
+  const guard = createGuard({ allowHosts: config.scm.allowHosts, schemes: config.scm.schemes });
+  const host: Host = {
+    ...{ config, publicApiUrl, program, guard, log, startGate },
+    schema: linuxHostSchema(`${publicApiUrl}/oauth/scm/callback`, facts),
+    controlGroups: await ControlGroups.open(),
+    resolveContext: (url, signal) => parseContextUrl(url, { guard, publicUrl: publicApiUrl, signal }),
+    controlPlane: connectControlPlane(apiUrl, () => credentials.accessToken),
+    isDraining: () => link?.draining ?? false,
+  };
+  const reports: Reports = new Reports(log, (id, outcome, status) => environments.judged(id, outcome, status));
+  const environments: Environments = await Environments.open(
+    host,
+    (id, status) => reports.push(id, status),
+    (id) => reports.forget(id),
+  );
+  const server = await startRunnerServer({
+    ...{ host: config.host, port: config.port, environments, log },
+    access: new Access(host.controlPlane),
+    connected: () => link?.connected ?? false,
+  });
+  // With a port that the system chose, the public URL can only be known now.
+  if (config.port === 0) config.publicUrl = withPort(config.publicUrl, server.port);
+
+  const registered = Promise.withResolvers<void>();
+  const status = () => ({
+    phase: RunnerPhase.ACTIVE,
+    version: program.version,
+    systemDetails: `${hostname()}: ${systemDetails(facts)}`,
+    capabilities: [RunnerCapability.ALLOW_ENV_TOKEN_POPULATION],
+    additionalInfo: [{ key: "max_environments", value: String(config.maxEnvironments) }],
+    publicKey: credentials.publicKey,
+  });
+  const running = new Link({ host, credentials, environments, reports, status, calls: new Calls(host), registered: registered.resolve });
+  link = running;
+
+  const close = async () => {
+    await environments.close();
+    await server.close(CLOSE_MS);
+    await unlock();
+  };
+  const finish = async (): Promise<RunnerEnd> => {
+    const end = await running.run();
+    if (end === "refused" || end === "deleted") await environments.haltAll();
+    if (end === "deleted") await running.stop(Reason.DELETED);
+    await close();
+    return end === "foreign" ? "refused" : end;
+  };
+  await signInFirst(credentials, host);
+  const finished = finish().catch((error: unknown): RunnerEnd => {
+    log.error({ err: error }, "the runner could not end in order");
+    return "stopped";
+  });
+  return {
+    ...{ port: server.port, registered: registered.promise, finished },
+    async stop() {
+      await running.stop(Reason.STOPPING);
+      await finished;
+    },
+  };
+}
+
+/** Gives the first credential a moment to be used, so that whoever handed it over may forget it. */
+async function signInFirst(credentials: Credentials, { controlPlane, log }: Host): Promise<void> {
+  try {
+    await credentials.signIn(controlPlane, AbortSignal.timeout(FIRST_SIGN_IN_MS));
+  } catch (error) {
+    // The link meets the same refusal and ends with it; anything else is tried again there.
+    if (!(error instanceof RefusedError)) log.warn("the control plane could not be asked for an access token yet");
+  }
+}
+
+function withPort(publicUrl: string, port: number): string {
+  const url = new URL(publicUrl);
+  url.port = String(port);
+  return url.href.replace(/\/+$/, "");
+}

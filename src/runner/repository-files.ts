@@ -1,0 +1,196 @@
+import { createHash } from "node:crypto";
+import { posix } from "node:path";
+import { create } from "@bufbuild/protobuf";
+import {
+  EnvironmentStatus_AutomationsFile_Presence as AutomationsPresence,
+  EnvironmentStatus_ContentPhase as ContentPhase,
+  EnvironmentStatus_DevContainer_Phase as DevContainerPhase,
+  EnvironmentStatus_DevContainer_Presence as DevContainerPresence,
+  type EnvironmentSpec_AutomationsFile,
+  type EnvironmentSpec_DevContainer,
+  type EnvironmentStatus_AutomationsFile,
+  EnvironmentStatus_AutomationsFileSchema,
+  type EnvironmentStatus_DevContainer,
+  EnvironmentStatus_DevContainerSchema,
+} from "../../gen/gitpod/v1/environment_pb.js";
+import { runCommand } from "./commands.ts";
+import { parseJsonc } from "./jsonc.ts";
+import type { UnixUser } from "./users.ts";
+import { commandUser } from "./machine.ts";
+
+// Files of the checkout are read by a command that runs as the environment's user: a link there may point anywhere.
+
+const MAX_FILE_BYTES = 1024 * 1024;
+const READ_DEADLINE_MS = 20_000;
+const NONE = 3;
+const DEVCONTAINER_FILES = [".devcontainer/devcontainer.json", ".devcontainer.json"];
+const AUTOMATIONS_FILES = [
+  ".ona/automations.yaml",
+  ".ona/automations.yml",
+  ".ona/automations.json",
+  ".gitpod/automations.yaml",
+  ".gitpod/automations.yml",
+];
+// First argument: most bytes to show; then candidates in order. Prints the name of the first file, and its content.
+const FIND_FILE = `limit=$1; shift
+for each in "$@"; do
+  if [ -f "$each" ]; then printf '%s\\n' "$each"; exec head -c "$limit" -- "$each"; fi
+done
+exit ${NONE}`;
+const FIND_NESTED = `limit=$1
+for each in .devcontainer/*/devcontainer.json; do
+  if [ -f "$each" ]; then printf '%s\\n' "$each"; exec head -c "$limit" -- "$each"; fi
+done
+exit ${NONE}`;
+const LIFECYCLE = [
+  "initializeCommand",
+  "onCreateCommand",
+  "updateContentCommand",
+  "postCreateCommand",
+  "postStartCommand",
+  "postAttachCommand",
+];
+
+interface FoundFile {
+  path: string;
+  text: string;
+}
+
+/** Where the files of a repository are read, and as whom. */
+export interface Checkout {
+  folder: string;
+  user: UnixUser;
+}
+
+async function find(checkout: Checkout, script: string, candidates: readonly string[]): Promise<FoundFile | undefined> {
+  const args = ["-c", script, "sh", String(MAX_FILE_BYTES + 1), ...candidates];
+  const { code, stdout } = await runCommand("sh", args, {
+    cwd: checkout.folder,
+    user: commandUser(checkout.user),
+    timeoutMs: READ_DEADLINE_MS,
+    maxOutput: MAX_FILE_BYTES + 4096,
+  });
+  if (code !== 0) return undefined;
+  const end = stdout.indexOf("\n");
+  return { path: stdout.slice(0, end), text: stdout.slice(end + 1) };
+}
+
+/** The path as one below the checkout; undefined if it leads out of it. */
+function inside(path: string): string | undefined {
+  const normal = posix.normalize(path);
+  return normal.startsWith("../") || normal === ".." || normal.startsWith("/") ? undefined : `./${normal}`;
+}
+
+const isRecord = (value: unknown): value is Record<string, unknown> => typeof value === "object" && value !== null;
+const isVariable = (entry: [string, unknown]): entry is [string, string] =>
+  /^[A-Za-z_][A-Za-z0-9_]*$/.test(entry[0]) && typeof entry[1] === "string" && !/\$\{|\0/.test(entry[1]);
+const literals = (value: unknown) => (isRecord(value) ? Object.fromEntries(Object.entries(value).filter(isVariable)) : {});
+
+/** What a dev container means on a host without a container engine. */
+export interface HostDevContainer {
+  status: EnvironmentStatus_DevContainer;
+  /** Hash of the file in use; empty without one. */
+  hash: string;
+  /** Variables of `containerEnv` and `remoteEnv` that need no substitution. */
+  variables: Record<string, string>;
+}
+
+const hashOf = (file: FoundFile | undefined) => (file ? createHash("sha256").update(file.text).digest("hex") : "");
+
+async function devContainerFile(checkout: Checkout, specified: string): Promise<FoundFile | undefined> {
+  if (specified) {
+    const path = inside(specified);
+    return path ? await find(checkout, FIND_FILE, [path]) : undefined;
+  }
+  return (await find(checkout, FIND_FILE, DEVCONTAINER_FILES)) ?? (await find(checkout, FIND_NESTED, []));
+}
+
+/** Hash of the file that would be used now. */
+export async function devContainerHash(checkout: Checkout, spec: EnvironmentSpec_DevContainer): Promise<string> {
+  return hashOf(await devContainerFile(checkout, spec.devcontainerFilePath));
+}
+
+function parse(file: FoundFile | undefined): Record<string, unknown> {
+  if (!file) return {};
+  if (file.text.length > MAX_FILE_BYTES) throw new Error(`${file.path} is larger than 1 MiB`);
+  try {
+    const value = parseJsonc(file.text);
+    if (isRecord(value) && !Array.isArray(value)) return value;
+  } catch {
+    // Falls through: the parser's text would quote the file.
+  }
+  throw new Error(`${file.path} is not a JSON object`);
+}
+
+function hostWarnings(content: Record<string, unknown>, spec: EnvironmentSpec_DevContainer, skipsCommands: boolean): string {
+  const declared = LIFECYCLE.filter((name) => content[name] !== undefined);
+  const lifecycle = skipsCommands ? "are skipped by configuration" : "are not run by this runner version";
+  const warnings = [
+    "no container engine: image and features of the dev container are ignored and commands run on the host",
+    declared.length > 0 ? `${declared.join(", ")} ${lifecycle}` : "",
+    spec.dotfiles?.repository ? "dotfiles are not installed by this runner version" : "",
+  ];
+  return warnings.filter(Boolean).join("; ");
+}
+
+/**
+ * The dev container of a checkout on this host: found, its variables applied, its image and features left out. FAILED
+ * if the named file is missing or unreadable, or if the operator wants no dev container without an engine.
+ */
+export async function hostDevContainer(
+  checkout: Checkout,
+  spec: EnvironmentSpec_DevContainer,
+  mode: "run" | "skip" | "fail",
+): Promise<HostDevContainer> {
+  const { session, devcontainerFilePath: specified } = spec;
+  const file = await devContainerFile(checkout, specified);
+  const found = file ? DevContainerPresence.DISCOVERED : DevContainerPresence.GENERATED;
+  const status = create(EnvironmentStatus_DevContainerSchema, {
+    session,
+    devcontainerFilePath: specified || (file?.path ?? ""),
+    devcontainerFilePresence: specified ? DevContainerPresence.SPECIFIED : found,
+    devcontainerconfigInSync: true,
+    secretsInSync: true,
+    remoteUser: checkout.user.name,
+    remoteWorkspaceFolder: checkout.folder,
+  });
+  const failed = (failureMessage: string): HostDevContainer => ({
+    status: { ...status, phase: DevContainerPhase.FAILED, failureMessage },
+    hash: hashOf(file),
+    variables: {},
+  });
+  if (specified && !file) return failed(`dev container file ${specified.slice(0, 200)} not found`);
+  if (file && mode === "fail") return failed("dev containers need a container engine on this runner");
+  try {
+    const content = parse(file);
+    const warningMessage = hostWarnings(content, spec, mode === "skip");
+    return {
+      status: { ...status, phase: DevContainerPhase.RUNNING, warningMessage },
+      hash: hashOf(file),
+      variables: { ...literals(content.containerEnv), ...literals(content.remoteEnv) },
+    };
+  } catch (error) {
+    return failed(error instanceof Error ? error.message : "the dev container file cannot be read");
+  }
+}
+
+/** Whether there is an automations file. One that exists is FAILED: this version of the runner does not apply any. */
+export async function automationsFile(
+  checkout: Checkout,
+  { session, automationsFilePath: specified }: EnvironmentSpec_AutomationsFile,
+): Promise<EnvironmentStatus_AutomationsFile> {
+  const path = specified && inside(specified);
+  const file = specified
+    ? path && (await find(checkout, FIND_FILE, [path]))
+    : await find(checkout, FIND_FILE, AUTOMATIONS_FILES);
+  const found = file ? AutomationsPresence.DISCOVERED : AutomationsPresence.ABSENT;
+  const status = create(EnvironmentStatus_AutomationsFileSchema, {
+    session,
+    automationsFilePath: specified || (file ? file.path : ""),
+    automationsFilePresence: specified ? AutomationsPresence.SPECIFIED : found,
+    phase: file || specified ? ContentPhase.FAILED : ContentPhase.READY,
+  });
+  if (file) status.failureMessage = "automations are not supported by this runner version";
+  else if (specified) status.failureMessage = `automations file ${specified.slice(0, 200)} not found`;
+  return status;
+}

@@ -1,0 +1,252 @@
+import { Code, ConnectError, createContextKey, createContextValues, type Interceptor } from "@connectrpc/connect";
+import { connectNodeAdapter } from "@connectrpc/connect-node";
+import type { Logger } from "pino";
+import { Gauge, Registry } from "prom-client";
+import { EnvironmentOpsService } from "../../gen/supervisor/v1/environmentopts_pb.js";
+import { IntrospectTokenResponse_Kind as Kind } from "../../gen/berth/runner/v1/runner_control_pb.js";
+import { drained, type HttpRequest, type HttpResponse, type Limits } from "../http/exchange.ts";
+import { type Listener, listen } from "../http/listener.ts";
+import { type Access, bearerToken, type Grant } from "./access.ts";
+import type { ManagedEnvironment } from "./environment.ts";
+import type { Environments } from "./environments.ts";
+import type { EnvironmentLog } from "./logs.ts";
+import { forwardOps } from "./supervisor/forward.ts";
+import { MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES } from "./supervisor/ops.ts";
+
+/** What the port of a runner serves. */
+export interface ServerDeps {
+  host: string;
+  port: number;
+  environments: Environments;
+  access: Access;
+  /** The link to the control plane is in force. */
+  connected(): boolean;
+  log: Logger;
+}
+
+const MIB = 1024 * 1024;
+const LIMITS: Limits = {
+  bodyBytes: MAX_REQUEST_BYTES,
+  answerBytes: MAX_RESPONSE_BYTES,
+  headerBytes: 64 * 1024,
+  headersMs: 30_000,
+  requestMs: 5 * 60_000,
+  stallMs: 60_000,
+  idleMs: 75_000,
+  connections: 2_000,
+  streamsPerConnection: 200,
+  calls: 1_000,
+  streams: 1_000,
+};
+const RECHECK_MS = 30_000;
+const PATH = /^\/environments\/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\/(logs|ops(?:\/.*)?)$/;
+const OPS_KINDS = [Kind.ENVIRONMENT_ACCESS, Kind.ENVIRONMENT];
+const LOGS_KINDS = [Kind.ENVIRONMENT_ACCESS, Kind.ENVIRONMENT_LOGS];
+/** Calls that only look. Everything else may change files. */
+const LOOKING = /^(List|Get|Watch|Find|ReadFile|ReadTerminal|AttachTerminal)/;
+const CORS = {
+  "access-control-allow-origin": "*",
+  "access-control-expose-headers": "*, grpc-status, grpc-message, grpc-status-details-bin",
+};
+const PREFLIGHT = {
+  ...CORS,
+  "access-control-allow-methods": "GET, POST, OPTIONS",
+  "access-control-allow-headers":
+    "authorization, content-type, connect-protocol-version, connect-timeout-ms, connect-accept-encoding, connect-content-encoding, grpc-timeout, x-grpc-web, x-user-agent, range",
+  "access-control-max-age": "7200",
+};
+
+const environmentIdKey = createContextKey("", { description: "environment" });
+
+function answerText(response: HttpResponse, status: number, text: string, headers: Record<string, string> = {}): void {
+  response.writeHead(status, { "content-type": "text/plain; charset=utf-8", ...headers });
+  response.end(text);
+}
+
+/** Who presented the token of an operation, or the reason to refuse, as the caller sees it. */
+async function judgeOperation(access: Access, header: Headers, environmentId: string): Promise<Grant> {
+  const verdict = await access.judge(bearerToken(header.get("authorization")), environmentId, OPS_KINDS);
+  switch (verdict) {
+    case "none":
+      throw new ConnectError("a valid environment access token is needed", Code.Unauthenticated);
+    case "other":
+      throw new ConnectError("the token is for another environment", Code.PermissionDenied);
+    case "unknown":
+      throw new ConnectError("the token cannot be checked at the moment", Code.Unavailable);
+    default:
+      return verdict.grant;
+  }
+}
+
+/** Passes messages on until the check, made every 30 seconds, says that the stream has to end. */
+async function* whileGranted<T>(messages: AsyncIterable<T>, mustEnd: () => Promise<boolean>): AsyncIterable<T> {
+  const iterator = messages[Symbol.asyncIterator]();
+  let timer: NodeJS.Timeout | undefined;
+  const tick = () =>
+    new Promise<undefined>((resolve) => {
+      timer = setTimeout(() => resolve(undefined), RECHECK_MS);
+    });
+  try {
+    let due = tick();
+    for (let next = iterator.next(); ; ) {
+      const result = await Promise.race([next, due]);
+      if (result === undefined) {
+        if (await mustEnd()) throw new ConnectError("the token has been withdrawn", Code.Unauthenticated);
+        due = tick();
+        continue;
+      }
+      if (result.done) return;
+      yield result.value;
+      next = iterator.next();
+    }
+  } finally {
+    clearTimeout(timer);
+    // What is still being waited for ends with the call's signal.
+    void iterator.return?.()?.catch(() => undefined);
+  }
+}
+
+function operations({ environments, access }: ServerDeps) {
+  const guard: Interceptor = (next) => async (request) => {
+    const environmentId = request.contextValues.get(environmentIdKey);
+    const grant = await judgeOperation(access, request.header, environmentId);
+    const token = bearerToken(request.header.get("authorization")) ?? "";
+    const isLooking = LOOKING.test(request.method.name);
+    if (!isLooking) environments.get(environmentId)?.touched();
+    const response = await next(request);
+    if (!isLooking) environments.get(environmentId)?.touched();
+    if (!response.stream) return response;
+    return { ...response, message: whileGranted(response.message, () => access.isWithdrawn(token, grant)) };
+  };
+  const implementation = forwardOps(async (context) => {
+    const client = environments.get(context.values.get(environmentIdKey))?.operations;
+    if (!client) throw new ConnectError("the environment is not running", Code.Unavailable);
+    return client;
+  });
+  return connectNodeAdapter({
+    routes: (router) => router.service(EnvironmentOpsService, implementation),
+    interceptors: [guard],
+    readMaxBytes: LIMITS.bodyBytes,
+    writeMaxBytes: LIMITS.answerBytes,
+    contextValues: (request) => {
+      const environmentId = PATH.exec(String(request.headers["x-environment-path"] ?? ""))?.[1] ?? "";
+      return createContextValues().set(environmentIdKey, environmentId);
+    },
+  });
+}
+
+/** Sends a log: what is stored, then what comes until the environment has stopped or the reader leaves. */
+async function sendLog(
+  response: HttpResponse,
+  log: EnvironmentLog,
+  follow: boolean,
+  mustEnd: () => Promise<boolean>,
+): Promise<void> {
+  const left = new AbortController();
+  response.once("close", () => left.abort());
+  response.writeHead(200, { "content-type": "text/plain; charset=utf-8", "cache-control": "no-store", ...CORS });
+  response.flushHeaders();
+  let position = 0;
+  let checkedAt = Date.now();
+  while (!left.signal.aborted) {
+    const { data, next } = log.read(position);
+    if (data.length > 0 && !response.write(data)) await drained(response, LIMITS);
+    if (next !== position) {
+      position = next;
+      continue;
+    }
+    if (!follow || !log.live) break;
+    if (Date.now() - checkedAt >= RECHECK_MS) {
+      if (await mustEnd()) break;
+      checkedAt = Date.now();
+    }
+    await log.changed(AbortSignal.any([left.signal, AbortSignal.timeout(RECHECK_MS)]));
+  }
+  if (!left.signal.aborted) response.end();
+}
+
+async function serveLog(
+  { environments, access }: ServerDeps,
+  environmentId: string,
+  request: HttpRequest,
+  response: HttpResponse,
+): Promise<void> {
+  if (request.method !== "GET") return answerText(response, 405, "method not allowed\n", { ...CORS, allow: "GET, OPTIONS" });
+  const token = bearerToken(request.headers.authorization);
+  const verdict = await access.judge(token, environmentId, LOGS_KINDS);
+  if (verdict === "none") {
+    return answerText(response, 401, "a valid logs token is needed\n", { ...CORS, "www-authenticate": "Bearer" });
+  }
+  if (verdict === "other") return answerText(response, 403, "the token is for another environment\n", CORS);
+  if (verdict === "unknown") return answerText(response, 502, "the token cannot be checked at the moment\n", CORS);
+  const environment: ManagedEnvironment | undefined = environments.get(environmentId);
+  if (!environment) return answerText(response, 404, "no such environment\n", CORS);
+  if (!environment.hasMachine || !environment.log.started) return answerText(response, 502, "not ready yet\n", CORS);
+  const follow = new URL(request.url ?? "", "http://runner").searchParams.get("follow") !== "false";
+  await sendLog(response, environment.log, follow, () => access.isWithdrawn(token ?? "", verdict.grant));
+}
+
+function metrics({ environments, connected }: ServerDeps): Registry {
+  const registry = new Registry();
+  new Gauge({
+    name: "berth_runner_environments",
+    help: "Environments on this host, and how many of them run",
+    labelNames: ["state"],
+    registers: [registry],
+    collect() {
+      for (const [state, count] of Object.entries(environments.counts())) this.set({ state }, count);
+    },
+  });
+  new Gauge({
+    name: "berth_runner_connected",
+    help: "1 while the control plane answers",
+    registers: [registry],
+    collect() {
+      this.set(connected() ? 1 : 0);
+    },
+  });
+  return registry;
+}
+
+/** Opens the port of the runner: logs and operations of environments, health and metrics. */
+export async function startRunnerServer(deps: ServerDeps): Promise<Listener> {
+  const serveOperation = operations(deps);
+  const registry = metrics(deps);
+  const serve = async (request: HttpRequest, response: HttpResponse): Promise<void> => {
+    const url = request.url ?? "";
+    const [path = ""] = url.split("?", 1);
+    const [, environmentId = "", part = ""] = PATH.exec(path) ?? [];
+    if (environmentId && request.method === "OPTIONS") {
+      response.writeHead(204, PREFLIGHT);
+      response.end();
+      return;
+    }
+    if (part === "logs") return await serveLog(deps, environmentId, request, response);
+    if (environmentId) {
+      for (const [name, value] of Object.entries(CORS)) response.setHeader(name, value);
+      request.headers["x-environment-path"] = path;
+      request.url = url.slice(url.indexOf("/ops") + "/ops".length);
+      return serveOperation(request as never, response as never);
+    }
+    switch (path) {
+      case "/healthz":
+        return answerText(response, 200, "ok\n");
+      case "/readyz":
+        return deps.connected()
+          ? answerText(response, 200, "ok\n")
+          : answerText(response, 503, "the control plane does not answer\n");
+      case "/metrics":
+        return answerText(response, 200, await registry.metrics(), { "content-type": registry.contentType });
+      default:
+        return answerText(response, 404, "not found\n");
+    }
+  };
+  return await listen({ host: deps.host, port: deps.port, limits: LIMITS }, (request, response) => {
+    response.on("error", () => undefined);
+    serve(request, response).catch((error: unknown) => {
+      deps.log.error({ err: error }, "a request failed");
+      if (response.headersSent) response.destroy();
+      else answerText(response, 500, "internal error\n");
+    });
+  });
+}
