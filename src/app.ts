@@ -94,7 +94,7 @@ export async function transact<T>(
   for (let attempt = 1; ; attempt++) {
     const runners = new Set<string>();
     try {
-      const result = await app.db.write.begin((tx) => work(tx, (runnerId) => runners.add(runnerId)));
+      const result = await app.db.begin((tx) => work(tx, (runnerId) => runners.add(runnerId)));
       app.hub.wake(Topic.EVENTS, ...[...runners].map(runnerTopic));
       return result as T;
     } catch (error) {

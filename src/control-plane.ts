@@ -7,11 +7,12 @@ import { type App, LIMITS, type Limits } from "./app.ts";
 import { ConfigError, type ServerConfig } from "./config.ts";
 import { linuxHostSchema } from "./domain/environment-class.ts";
 import { TokenKind, tokenKind, tokenText } from "./domain/tokens.ts";
-import { routes } from "./routes.ts";
+import { routes, services } from "./routes.ts";
 import { authentication, callerOf } from "./rpc/authenticate.ts";
 import { refusals } from "./rpc/errors.ts";
 import { observe } from "./rpc/observe.ts";
-import { validation } from "./rpc/validate.ts";
+import { rateLimit } from "./rpc/rate-limit.ts";
+import { validation, warmValidation } from "./rpc/validate.ts";
 import { createGuard } from "./scm/guard.ts";
 import { type Server, startServer } from "./server.ts";
 import { bootstrap, claimInstallation } from "./store/bootstrap.ts";
@@ -190,6 +191,7 @@ export async function startControlPlane(
             );
           },
         }),
+        rateLimit(config.rateLimit),
         validation(),
       ],
       metricsToken: config.metricsToken,
@@ -198,6 +200,7 @@ export async function startControlPlane(
         (await isMigrated(db)) ? { ok: true } : { ok: false, reason: "the database is not migrated" },
       log,
     });
+    warmValidation(services);
     const sweeping = runSweeps(app, draining.signal);
     return {
       app,

@@ -13,7 +13,17 @@ import { runnerService } from "./services/runner.ts";
 import { runnerConfigurationService } from "./services/runner-configuration.ts";
 import { runnerControlService } from "./services/runner-control.ts";
 
-/** Every service of this server; one of which nothing is built yet is absent, and its RPCs answer UNIMPLEMENTED. */
+/** Services that are registered. */
+export const services = [
+  EnvironmentService,
+  EventService,
+  IdentityService,
+  RunnerService,
+  RunnerConfigurationService,
+  RunnerControlService,
+] as const;
+
+/** Their implementations; one of which nothing is built yet is absent, and its RPCs answer UNIMPLEMENTED. */
 export function routes(app: App): (router: ConnectRouter) => void {
   const configuration = runnerConfigurationService(app);
   return (router) => {

@@ -12,17 +12,19 @@ const ROOT = join(import.meta.dirname, "..");
 // "protobuf", "connect", "postgres" and "node" stand for themselves and "library" for all the rest.
 const EVERYONE = ["gen", "config", "pending", "protobuf"];
 const CODE = ["app", "client", "control-plane", "routes", "server"];
-const FOLDERS = ["cli", "domain", "rpc", "runner", "scm", "services", "store", "sweep"];
+const FOLDERS = ["cli", "domain", "http", "rpc", "runner", "scm", "services", "store", "sweep"];
 const PACKAGES = ["connect", "postgres", "node", "library"];
 const EVERYTHING = [...CODE, ...FOLDERS, ...PACKAGES];
 const TABLE: Record<string, readonly string[]> = {
   domain: ["domain"],
   store: ["domain", "store", "postgres", "node", "library"],
+  // The insides of server.ts: how bytes become calls.
+  http: ["domain", "http", "rpc", "connect", "node", "library"],
   rpc: ["domain", "rpc", "store/tokens", "connect", "node", "library"],
   services: ["app", "domain", "rpc", "scm", "store", "connect", "node", "library"],
   sweep: ["app", "domain", "store", "sweep", "node", "library"],
   scm: ["domain", "scm", "node", "library"],
-  runner: ["client", "domain", "runner", "scm", "connect", "node", "library"],
+  runner: ["client", "domain", "http/exchange", "http/listener", "runner", "scm", "connect", "node", "library"],
   cli: ["cli", "client", "control-plane", "domain", "runner", "connect", "node", "library"],
   app: ["domain", "scm", "store", "node", "library"],
   client: ["client", "connect", "node", "library"],

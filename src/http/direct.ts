@@ -253,19 +253,29 @@ class DirectCall {
   /** Ends an answer in frames. */
   #end(error?: ConnectError): void {
     if (this.#exchange.closed) return;
-    const { response } = this.#exchange;
-    const { protocol } = this.#format;
-    const trailer = this.#invocation.responseTrailer;
     this.#open();
-    if (protocol === "jsonl") return error ? breakOff(response) : void response.end();
-    if (protocol === "connect") {
-      const end = endStreamToJson(trailer, error, this.#options.jsonTypes);
-      return void response.end(encodeEnvelope(endStreamFlag, Buffer.from(JSON.stringify(end))));
+    const { response } = this.#exchange;
+    // Lines of JSON have no other way to say that something went wrong.
+    if (error && this.#format.protocol === "jsonl") breakOff(response);
+    else response.end(this.#ending(error));
+  }
+
+  /** What follows the last message: a frame, or trailers, which are set here. */
+  #ending(error: ConnectError | undefined): Uint8Array | undefined {
+    const trailer = this.#invocation.responseTrailer;
+    switch (this.#format.protocol) {
+      case "jsonl":
+        return undefined;
+      case "connect": {
+        const json = endStreamToJson(trailer, error, this.#options.jsonTypes);
+        return encodeEnvelope(endStreamFlag, Buffer.from(JSON.stringify(json)));
+      }
+      case "grpc-web":
+        return encodeEnvelope(trailerFlag, trailerSerialize(setTrailerStatus(trailer, error)));
+      case "grpc":
+        this.#exchange.response.addTrailers(toNodeHeaders(setTrailerStatus(trailer, error)));
+        return undefined;
     }
-    setTrailerStatus(trailer, error);
-    if (protocol === "grpc-web") return void response.end(encodeEnvelope(trailerFlag, trailerSerialize(trailer)));
-    response.addTrailers(toNodeHeaders(trailer));
-    response.end();
   }
 
   /** A complete answer without frames. */
@@ -279,7 +289,7 @@ class DirectCall {
     this.#exchange.response.end(bytes);
   }
 
-  #fail(cause: unknown): void {
+  #fail(cause: unknown) {
     const { call } = this.#exchange;
     const invocation = this.#invocation;
     const isKnown = call.recorded && cause instanceof ConnectError;

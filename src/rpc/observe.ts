@@ -64,7 +64,10 @@ function advise(error: ConnectError, call: Call): void {
   if (error.code === Code.AlreadyExists) metadata.set("x-should-retry", "false");
   if (error.code !== Code.ResourceExhausted) return;
   const [retry] = error.findDetails(RetryInfoSchema);
-  if (!retry) return metadata.set("x-should-retry", "false");
+  if (!retry) {
+    metadata.set("x-should-retry", "false");
+    return;
+  }
   const wait = String(Number(retry.retryDelay?.seconds ?? 0n) + (retry.retryDelay?.nanos ? 1 : 0));
   metadata.set("retry-after", wait);
   metadata.set("ratelimit-retryafter", wait);

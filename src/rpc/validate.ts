@@ -1,4 +1,4 @@
-import type { DescMessage } from "@bufbuild/protobuf";
+import { create, type DescService } from "@bufbuild/protobuf";
 import { createValidator } from "@bufbuild/protovalidate";
 import type { Interceptor } from "@connectrpc/connect";
 import { createValidateInterceptor } from "@connectrpc/validate";
@@ -9,7 +9,7 @@ const validator = createValidator();
 /** Checks request messages against the rules in the schema; INVALID_ARGUMENT with the violations. */
 export const validation = (): Interceptor => createValidateInterceptor({ validator });
 
-/** Compiles the rules of message types before the first caller has to wait for it. */
-export function warmValidation(types: Iterable<DescMessage>): void {
-  for (const type of types) validator.validate(type, { $typeName: type.typeName } as never);
+/** Compiles the rules of the request messages of services before the first caller has to wait for it. */
+export function warmValidation(services: Iterable<DescService>): void {
+  for (const { methods } of services) for (const { input } of methods) validator.validate(input, create(input));
 }

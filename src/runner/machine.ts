@@ -1,5 +1,5 @@
-import { mkdir, rename } from "node:fs/promises";
-import { basename, join } from "node:path";
+import { chmod, mkdir, realpath, rename, stat } from "node:fs/promises";
+import { basename, dirname, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { commandPath } from "./commands.ts";
 import type { Limits } from "./classes.ts";
@@ -44,9 +44,28 @@ export async function prepareDataDir(dataDir: string): Promise<void> {
   const passable = isRoot() ? 0o711 : 0o700;
   await mkdir(dataDir, { recursive: true, mode: passable });
   await makeFolder(dataDir, passable);
+  if (isRoot()) await makePassable(dataDir);
   await makeFolder(environmentsFolder(dataDir), passable);
   await makeFolder(quarantineFolder(dataDir), 0o700);
   await makeFolder(trashFolder(dataDir), 0o700);
+}
+
+/**
+ * Lets users of environments through to the data folder. The folder around it is opened for passing, which shows
+ * nothing of what is in it; any other one further up is not the runner's to change.
+ */
+async function makePassable(dataDir: string): Promise<void> {
+  const around = dirname(await realpath(dataDir));
+  for (let folder = around; ; folder = dirname(folder)) {
+    const { mode, uid } = await stat(folder);
+    if ((mode & 0o001) === 0) {
+      if (folder !== around || uid !== 0) {
+        throw new Error(`${folder} cannot be passed by the users of environments: choose another data folder`);
+      }
+      await chmod(folder, (mode & 0o7777) | 0o011);
+    }
+    if (folder === dirname(folder)) return;
+  }
 }
 
 /** Folder of one environment, still without what belongs to its user. */

@@ -88,7 +88,7 @@ export async function startRunner(options: RunnerOptions): Promise<RunningRunner
     connected: () => link?.connected ?? false,
   });
   // With a port that the system chose, the public URL can only be known now.
-  if (config.port === 0) config.publicUrl = withPort(config.publicUrl, server.port);
+  config.publicUrl = withPort(config.publicUrl, server.port);
 
   const registered = Promise.withResolvers<void>();
   const status = () => ({
@@ -138,8 +138,10 @@ async function signInFirst(credentials: Credentials, { controlPlane, log }: Host
   }
 }
 
+/** The URL with the port in place of a port 0. */
 function withPort(publicUrl: string, port: number): string {
   const url = new URL(publicUrl);
+  if (url.port !== "0") return publicUrl;
   url.port = String(port);
   return url.href.replace(/\/+$/, "");
 }

@@ -24,7 +24,6 @@ export interface ServerDeps {
   log: Logger;
 }
 
-const MIB = 1024 * 1024;
 const LIMITS: Limits = {
   bodyBytes: MAX_REQUEST_BYTES,
   answerBytes: MAX_RESPONSE_BYTES,
@@ -106,7 +105,7 @@ async function* whileGranted<T>(messages: AsyncIterable<T>, mustEnd: () => Promi
   }
 }
 
-function operations({ environments, access }: ServerDeps) {
+function operations({ environments, access }: ServerDeps, environmentOf: (request: object) => string) {
   const guard: Interceptor = (next) => async (request) => {
     const environmentId = request.contextValues.get(environmentIdKey);
     const grant = await judgeOperation(access, request.header, environmentId);
@@ -128,10 +127,7 @@ function operations({ environments, access }: ServerDeps) {
     interceptors: [guard],
     readMaxBytes: LIMITS.bodyBytes,
     writeMaxBytes: LIMITS.answerBytes,
-    contextValues: (request) => {
-      const environmentId = PATH.exec(String(request.headers["x-environment-path"] ?? ""))?.[1] ?? "";
-      return createContextValues().set(environmentIdKey, environmentId);
-    },
+    contextValues: (request) => createContextValues().set(environmentIdKey, environmentOf(request)),
   });
 }
 
@@ -210,7 +206,9 @@ function metrics({ environments, connected }: ServerDeps): Registry {
 
 /** Opens the port of the runner: logs and operations of environments, health and metrics. */
 export async function startRunnerServer(deps: ServerDeps): Promise<Listener> {
-  const serveOperation = operations(deps);
+  // The path below the environment is what connect sees; which environment it was is kept beside the request.
+  const addressed = new WeakMap<object, string>();
+  const serveOperation = operations(deps, (request) => addressed.get(request) ?? "");
   const registry = metrics(deps);
   const serve = async (request: HttpRequest, response: HttpResponse): Promise<void> => {
     const url = request.url ?? "";
@@ -224,7 +222,7 @@ export async function startRunnerServer(deps: ServerDeps): Promise<Listener> {
     if (part === "logs") return await serveLog(deps, environmentId, request, response);
     if (environmentId) {
       for (const [name, value] of Object.entries(CORS)) response.setHeader(name, value);
-      request.headers["x-environment-path"] = path;
+      addressed.set(request, environmentId);
       request.url = url.slice(url.indexOf("/ops") + "/ops".length);
       return serveOperation(request as never, response as never);
     }

@@ -119,7 +119,7 @@ async function insertFirstRunner(
  */
 export async function bootstrap(db: Db, first: FirstStart): Promise<boolean> {
   const { newId, at } = first;
-  return db.write.begin(async (tx) => {
+  return db.begin(async (tx) => {
     await tx`select pg_advisory_xact_lock(${BOOTSTRAP_LOCK})`;
     if ((await tx`select from organizations limit 1`).length > 0) return false;
     const organizationId = newId();

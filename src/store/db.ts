@@ -1,4 +1,6 @@
+import { setTimeout as delay } from "node:timers/promises";
 import postgres from "postgres";
+import { Refusal } from "../domain/errors.ts";
 
 // The second entry is for the types alone: `undefined` is written as null.
 type Types = { bigint: number; absent: undefined };
@@ -8,22 +10,49 @@ export type Tx = postgres.TransactionSql<Types>;
 export type Fragment = postgres.PendingQuery<postgres.Row[]>;
 
 /**
- * One process, four kinds of connections, because a shared pool lets short queries wait behind long ones:
- * `point` for short reads, `write` for statements that change something and transactions, `list` for listing reads,
- * and a listener that the event hub opens for itself.
+ * One process, several kinds of connections, because a shared pool lets short queries wait behind long ones: `point` for
+ * short reads, `list` for listing reads, `write` for single statements that change something, `begin` for transactions,
+ * and one to listen.
+ *
+ * The driver does not get over a connection that is closed under it (a restart or failover of the database): what it was
+ * about to write blocks that connection for ever, and a transaction that goes on writes into nothing, which ends the
+ * process, or into the next session. So a client that has lost a connection is replaced as a whole, and a transaction
+ * that has lost its own refuses every further statement.
  */
 export interface Db {
-  point: Sql;
-  write: Sql;
-  list: Sql;
-  /** Opens a connection of its own, for LISTEN or for a session lock; the caller ends it. */
-  dedicated(options?: { onclose?: () => void }): Sql;
+  readonly point: Sql;
+  readonly write: Sql;
+  readonly list: Sql;
+  /** Runs `work` in a transaction of its own. Throws what `work` throws, after a rollback. */
+  begin<T>(work: (tx: Tx) => Promise<T>): Promise<T>;
+  /**
+   * Listens on a channel until it is ended, over lost connections too. `restarted` is called whenever listening begins:
+   * what was notified before is lost. Rejects if the first attempt fails.
+   */
+  listen(channel: string, handlers: ListenHandlers): Promise<Listening>;
   close(): Promise<void>;
+}
+
+export interface ListenHandlers {
+  heard(payload: string): void;
+  restarted(): void;
+  failed(error: unknown): void;
+}
+
+export interface Listening {
+  /** Tells everybody who listens; a hint that is dropped while the connection is down. */
+  notify(payload: string): Promise<void>;
+  end(): Promise<void>;
 }
 
 const STATEMENT_TIMEOUT_MS = 15_000;
 const IDLE_IN_TRANSACTION_MS = 15_000;
 const CONNECT_TIMEOUT_S = 10;
+const END_S = 5;
+const RELISTEN_MS = 500;
+const SESSIONS = 8;
+const SESSION_WAIT_MS = 10_000;
+const NOOP = () => undefined;
 
 /** libpq's `?host=/socket/dir` is how a URL names a Unix socket; the driver only takes it as an option. */
 function target(url: string): { url: string; host?: string } {
@@ -34,8 +63,11 @@ function target(url: string): { url: string; host?: string } {
   return { url: parsed.toString(), host };
 }
 
-// `max_pipeline` is missing in the driver's types.
-type ConnectOptions = postgres.Options<{ bigint: postgres.PostgresType<number> }> & { max_pipeline?: number };
+// Two options are missing in the driver's types.
+type ConnectOptions = postgres.Options<{ bigint: postgres.PostgresType<number> }> & {
+  max_pipeline?: number;
+  onnotify?: (channel: string, payload: string) => void;
+};
 
 function connect(url: string, name: string, options: ConnectOptions): Sql {
   const { url: plain, host } = target(url);
@@ -44,7 +76,7 @@ function connect(url: string, name: string, options: ConnectOptions): Sql {
     connect_timeout: CONNECT_TIMEOUT_S,
     idle_timeout: 0,
     max_lifetime: null,
-    onnotice: () => undefined,
+    onnotice: NOOP,
     transform: { undefined: null },
     // Sequence numbers, revisions and epochs stay far below 2^53.
     types: { bigint: { to: 20, from: [20], serialize: String, parse: Number } },
@@ -57,18 +89,250 @@ function connect(url: string, name: string, options: ConnectOptions): Sql {
   }) as unknown as Sql;
 }
 
+type Open = (onclose: () => void) => Sql;
+
+/** A client that is replaced as soon as one of its connections is lost; what runs on the others may finish. */
+class Client {
+  readonly #open: Open;
+  readonly #retiring = new Set<Promise<void>>();
+  #sql: Sql | undefined;
+  #ended = false;
+
+  constructor(open: Open) {
+    this.#open = open;
+  }
+
+  get sql(): Sql {
+    this.#sql ??= this.#fresh();
+    return this.#sql;
+  }
+
+  #fresh(): Sql {
+    const sql = this.#open(() => this.#lost(sql));
+    return sql;
+  }
+
+  #lost(sql: Sql): void {
+    if (this.#ended || this.#sql !== sql) return;
+    this.#sql = undefined;
+    const retired = sql
+      .end({ timeout: END_S })
+      .catch(NOOP)
+      .finally(() => this.#retiring.delete(retired));
+    this.#retiring.add(retired);
+  }
+
+  async end(): Promise<void> {
+    this.#ended = true;
+    await Promise.all([this.#sql?.end({ timeout: END_S }), ...this.#retiring]);
+  }
+}
+
+/** One connection for transactions, one at a time. */
+class Session {
+  readonly #sql: Sql;
+  /** The connection is gone, and with it whatever it was in. */
+  isLost = false;
+
+  constructor(open: Open) {
+    this.#sql = open(() => {
+      this.isLost = true;
+    });
+  }
+
+  begin(): Promise<unknown> {
+    return this.#sql.unsafe("begin");
+  }
+
+  /** Runs `work` in the transaction that has begun, and ends it. */
+  async run<T>(work: (tx: Tx) => Promise<T>): Promise<T> {
+    let isOver = false;
+    const check = () => {
+      if (this.isLost) throw lost();
+      if (isOver) throw new Error("a statement came after the end of its transaction");
+    };
+    const tx = new Proxy(this.#sql as unknown as Tx, {
+      apply(sql, _self, args) {
+        check();
+        return Reflect.apply(sql, undefined, args);
+      },
+      get(sql, name) {
+        check();
+        return Reflect.get(sql, name);
+      },
+    });
+    try {
+      const result = await work(tx);
+      check();
+      const { command } = await this.#sql.unsafe("commit");
+      // What Postgres answers when a statement had failed and nobody minded.
+      if (command !== "COMMIT") throw new Error("a transaction went on after one of its statements had failed");
+      return result;
+    } catch (error) {
+      if (!this.isLost) await this.#sql.unsafe("rollback").catch(() => this.end());
+      throw error;
+    } finally {
+      isOver = true;
+    }
+  }
+
+  async end(): Promise<void> {
+    this.isLost = true;
+    await this.#sql.end({ timeout: END_S }).catch(NOOP);
+  }
+}
+
+const lost = () => Object.assign(new Error("the connection of the transaction is lost"), { code: "CONNECTION_CLOSED" });
+
+/** The connections of transactions. */
+class Sessions {
+  readonly #open: Open;
+  readonly #idle: Session[] = [];
+  readonly #waiting: (() => void)[] = [];
+  #busy = 0;
+
+  constructor(open: Open) {
+    this.#open = open;
+  }
+
+  async begin<T>(work: (tx: Tx) => Promise<T>): Promise<T> {
+    await this.#turn();
+    let session: Session | undefined;
+    try {
+      session = await this.#begun();
+      return await session.run(work);
+    } finally {
+      if (session && !session.isLost) this.#idle.push(session);
+      else void session?.end();
+      this.#busy--;
+      this.#waiting.shift()?.();
+    }
+  }
+
+  /** Waits until fewer than the allowed number of transactions run, in the order of asking. */
+  async #turn(): Promise<void> {
+    if (this.#busy >= SESSIONS || this.#waiting.length) {
+      const { promise, resolve, reject } = Promise.withResolvers<void>();
+      const timer = setTimeout(() => {
+        this.#waiting.splice(this.#waiting.indexOf(resolve), 1);
+        reject(new Refusal("unavailable", "the database is too busy, try again"));
+      }, SESSION_WAIT_MS);
+      this.#waiting.push(resolve);
+      await promise;
+      clearTimeout(timer);
+    }
+    this.#busy++;
+  }
+
+  /** A session in a new transaction. Idle ones may have died unnoticed; nothing is lost by trying the next. */
+  async #begun(): Promise<Session> {
+    for (let session = this.#idle.pop(); session; session = this.#idle.pop()) {
+      if (session.isLost) continue;
+      const begun = await session.begin().then(
+        () => true,
+        () => false,
+      );
+      if (begun) return session;
+      void session.end();
+    }
+    const session = new Session(this.#open);
+    try {
+      await session.begin();
+      return session;
+    } catch (error) {
+      void session.end();
+      throw error;
+    }
+  }
+
+  async end(): Promise<void> {
+    await Promise.all(this.#idle.splice(0).map((session) => session.end()));
+  }
+}
+
+/** Listens on one connection after the other, for as long as it is wanted. */
+class Listener implements Listening {
+  readonly #stop = new AbortController();
+  readonly #channel: string;
+  #sql?: Sql;
+  #kept: Promise<void> = Promise.resolve();
+
+  constructor(channel: string) {
+    this.#channel = channel;
+  }
+
+  async start(open: (onnotify: (payload: string) => void, onclose: () => void) => Sql, handlers: ListenHandlers) {
+    const first = Promise.withResolvers<void>();
+    this.#kept = this.#keep(open, {
+      ...handlers,
+      restarted() {
+        first.resolve();
+        handlers.restarted();
+      },
+      failed(error) {
+        first.reject(error);
+        handlers.failed(error);
+      },
+    });
+    await first.promise;
+  }
+
+  async #keep(open: (onnotify: (payload: string) => void, onclose: () => void) => Sql, handlers: ListenHandlers) {
+    const { signal } = this.#stop;
+    while (!signal.aborted) {
+      const closed = Promise.withResolvers<void>();
+      const sql = open(handlers.heard, closed.resolve);
+      signal.addEventListener("abort", () => closed.resolve(), { once: true });
+      try {
+        await sql.unsafe(`listen ${this.#channel}`);
+        this.#sql = sql;
+        handlers.restarted();
+        await closed.promise;
+      } catch (error) {
+        if (!signal.aborted) handlers.failed(error);
+      }
+      this.#sql = undefined;
+      await sql.end({ timeout: 1 }).catch(NOOP);
+      await delay(RELISTEN_MS, undefined, { signal, ref: false }).catch(NOOP);
+    }
+  }
+
+  async notify(payload: string): Promise<void> {
+    await this.#sql?.`select pg_notify(${this.#channel}, ${payload})`;
+  }
+
+  async end(): Promise<void> {
+    this.#stop.abort();
+    await this.#kept;
+  }
+}
+
 /** Opens the pools; nothing is contacted before the first query. */
 export function openDb(url: string): Db {
-  const point = connect(url, "point", { max: 2 });
-  const write = connect(url, "write", { max: 8, max_pipeline: 1 });
-  const list = connect(url, "list", { max: 2, max_pipeline: 0 });
+  const point = new Client((onclose) => connect(url, "point", { max: 2, onclose }));
+  const write = new Client((onclose) => connect(url, "write", { max: 4, max_pipeline: 1, onclose }));
+  const list = new Client((onclose) => connect(url, "list", { max: 2, max_pipeline: 0, onclose }));
+  const sessions = new Sessions((onclose) => connect(url, "transaction", { max: 1, max_pipeline: 1, onclose }));
   return {
-    point,
-    write,
-    list,
-    dedicated: (options = {}) => connect(url, "dedicated", { max: 1, ...options }),
+    get point() {
+      return point.sql;
+    },
+    get write() {
+      return write.sql;
+    },
+    get list() {
+      return list.sql;
+    },
+    begin: (work) => sessions.begin(work),
+    async listen(channel, handlers) {
+      const listener = new Listener(channel);
+      const open = (heard: (payload: string) => void, onclose: () => void) =>
+        connect(url, "listen", { max: 1, onnotify: (_channel, payload) => heard(payload), onclose });
+      await listener.start(open, handlers);
+      return listener;
+    },
     async close() {
-      await Promise.all([point, write, list].map((sql) => sql.end({ timeout: 5 })));
+      await Promise.all([point.end(), write.end(), list.end(), sessions.end()]);
     },
   };
 }

@@ -1,6 +1,6 @@
 import { setTimeout as delay } from "node:timers/promises";
 import type { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
-import type { Db, Sql } from "./db.ts";
+import type { Db, Listening } from "./db.ts";
 
 /** What somebody can wait for. */
 export const Topic = { EVENTS: "events" } as const;
@@ -94,7 +94,7 @@ export class EventHub {
   readonly #subscribers = new Set<EventListener>();
   readonly #pending = new Set<string>();
   readonly #stop = new AbortController();
-  #listening?: Sql;
+  #listening?: Listening;
   #notifyTimer?: NodeJS.Timeout;
   #poll?: NodeJS.Timeout;
   #behindTimer?: NodeJS.Timeout;
@@ -112,13 +112,12 @@ export class EventHub {
 
   /** Starts to listen to other processes; until then only this one is heard. */
   async start(): Promise<void> {
-    this.#listening = this.#db.dedicated();
-    await this.#listening.listen(
-      CHANNEL,
-      (payload) => this.#heard(payload),
-      // Also after a lost connection: whatever was missed meanwhile has to be looked for.
-      () => this.#emitAll(),
-    );
+    this.#listening = await this.#db.listen(CHANNEL, {
+      heard: (payload) => this.#heard(payload),
+      // Whatever was missed meanwhile has to be looked for.
+      restarted: () => this.#emitAll(),
+      failed: this.#onError,
+    });
     this.#poll = setInterval(() => this.#emit(Topic.EVENTS), POLL_MS);
     this.#poll.unref();
   }
@@ -175,7 +174,7 @@ export class EventHub {
     clearInterval(this.#poll);
     clearTimeout(this.#behindTimer);
     await this.#dispatching;
-    await this.#listening?.end({ timeout: 1 });
+    await this.#listening?.end();
   }
 
   #heard(payload: string): void {
@@ -200,7 +199,7 @@ export class EventHub {
     this.#notifyTimer = undefined;
     if (this.#stop.signal.aborted) return;
     const payload = `${this.#origin} ${topics.length < NOTIFY_BYTES ? topics : EVERYTHING}`;
-    await this.#listening?.notify(CHANNEL, payload).catch(this.#onError);
+    await this.#listening?.notify(payload).catch(this.#onError);
   }
 
   #dispatch(): void {

@@ -21,7 +21,7 @@ async function migrations(): Promise<{ number: number; name: string }[]> {
 export async function migrate(db: Db): Promise<void> {
   const known = await migrations();
   const newest = known.at(-1)?.number ?? 0;
-  await db.write.begin(async (tx) => {
+  await db.begin(async (tx) => {
     await tx`set local statement_timeout = 0`;
     await tx`select pg_advisory_xact_lock(${MIGRATION_LOCK})`;
     await tx`create table if not exists schema_migrations (number integer primary key, name text not null, applied_at timestamptz not null default now())`;

@@ -200,7 +200,7 @@ const daysAgo = (app: App, days: number) => new Date(app.now().getTime() - days 
 
 async function purgeOldAudit(app: App, limit: number): Promise<number> {
   const days = app.config.auditRetentionDays;
-  return days > 0 ? app.db.write.begin((tx) => purgeAudit(tx, daysAgo(app, days), limit)) : 0;
+  return days > 0 ? app.db.begin((tx) => purgeAudit(tx, daysAgo(app, days), limit)) : 0;
 }
 
 export const sweeps: readonly Sweep[] = [

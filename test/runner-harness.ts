@@ -1,0 +1,544 @@
+import { randomBytes } from "node:crypto";
+import { mkdtemp, readFile, rm } from "node:fs/promises";
+import { createServer, type Server } from "node:http";
+import type { AddressInfo } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { clone, create, type MessageInitShape } from "@bufbuild/protobuf";
+import { durationFromMs, timestampFromDate } from "@bufbuild/protobuf/wkt";
+import { type Client, Code, ConnectError, createClient, type HandlerContext } from "@connectrpc/connect";
+import { connectNodeAdapter, createConnectTransport } from "@connectrpc/connect-node";
+import { pino } from "pino";
+import { v7 as uuidv7 } from "uuid";
+import {
+  type CompleteCallRequest,
+  DesiredEnvironmentSchema,
+  Directive,
+  IntrospectTokenResponse_Kind as Kind,
+  ObjectKind,
+  type RegisterRequest,
+  ReportResult_Outcome as Outcome,
+  RunnerControlService,
+  type WatchRequest,
+  type WatchResponse,
+  WatchResponseSchema,
+} from "../gen/berth/runner/v1/runner_control_pb.js";
+import {
+  type Environment,
+  EnvironmentMetadataSchema,
+  EnvironmentPhase,
+  EnvironmentSchema,
+  EnvironmentService,
+  type EnvironmentSpec,
+  EnvironmentSpecSchema,
+  type EnvironmentStatus,
+  EnvironmentStatusSchema,
+  GitInitializer_CloneTargetMode as Mode,
+} from "../gen/gitpod/v1/environment_pb.js";
+import { IdentityService } from "../gen/gitpod/v1/identity_pb.js";
+import { EnvironmentClassSchema } from "../gen/gitpod/v1/runner_configuration_pb.js";
+import { RunnerPhase, RunnerService } from "../gen/gitpod/v1/runner_pb.js";
+import { EnvironmentOpsService } from "../gen/supervisor/v1/environmentopts_pb.js";
+import type { RunnerHostConfig } from "../src/config.ts";
+import {
+  applyReport,
+  type EnvironmentState,
+  newFacts,
+  requestDelete,
+  requestStart,
+  requestStop,
+  settle,
+  type Settled,
+  type Transition,
+} from "../src/domain/lifecycle.ts";
+import { TokenKind, tokenText } from "../src/domain/tokens.ts";
+import { type RunningRunner, startRunner } from "../src/runner/main.ts";
+import { eventually } from "./harness/wait.ts";
+
+const HEARTBEAT_MS = 200;
+
+type Event = WatchResponse["event"];
+type SpecInit = MessageInitShape<typeof EnvironmentSpecSchema>;
+
+const event = (value: Event) => create(WatchResponseSchema, { event: value });
+const newToken = (kind: TokenKind) => tokenText(kind, randomBytes);
+
+interface Grant {
+  kind: Kind;
+  environmentId: string;
+  expiresAt: Date | undefined;
+}
+
+/**
+ * A control plane that speaks the private protocol over HTTP and keeps environments in memory by the rules of the
+ * domain. Tests change goals, hand out tokens, and let it misbehave.
+ */
+export class FakeControlPlane implements AsyncDisposable {
+  readonly runnerId = uuidv7();
+  controlPlaneId = uuidv7();
+  readonly exchangeToken = newToken(TokenKind.RUNNER_EXCHANGE);
+  readonly registrations: RegisterRequest[] = [];
+  readonly completed: CompleteCallRequest[] = [];
+  readonly introspected: string[] = [];
+  readonly activity: string[] = [];
+  readonly deregistered: number[] = [];
+  /** Everything reported, in the order it came. */
+  readonly reports: { environmentId: string; status: EnvironmentStatus; outcome: Outcome }[] = [];
+  /** Answers every call of a runner with this code while it is set. */
+  failWith: Code | undefined;
+  directive = Directive.UNSPECIFIED;
+  url = "";
+
+  readonly #states = new Map<string, EnvironmentState>();
+  readonly #gone = new Set<string>();
+  readonly #grants = new Map<string, Grant>();
+  readonly #changes: { revision: bigint; id: string }[] = [];
+  readonly #calls: Event[] = [];
+  readonly #watchers = new Set<() => void>();
+  readonly #streams = new Set<AbortController>();
+  #accessTokens = new Set<string>();
+  #used = false;
+  #epoch = 0n;
+  #linkId = "";
+  #revision = 1n;
+  #server: Server | undefined;
+
+  static async start(): Promise<FakeControlPlane> {
+    const plane = new FakeControlPlane();
+    await plane.listen(0);
+    return plane;
+  }
+
+  async listen(port: number): Promise<void> {
+    const serve = connectNodeAdapter({
+      routes: (router) => {
+        router.service(RunnerControlService, {
+          register: (request, context) => this.#register(request, context),
+          heartbeat: (request, context) => {
+            this.#check(context, request.linkId);
+            return { directive: this.directive, headRevision: this.#revision };
+          },
+          watch: (request, context) => this.#watch(request, context),
+          reportEnvironments: (request, context) => {
+            this.#check(context, request.linkId);
+            return { results: request.items.map((item) => this.#report(item.environmentId, item.status)) };
+          },
+          createEnvironmentToken: (request, context) => {
+            this.#check(context);
+            const state = this.#state(request.environmentId);
+            if (state.spec.machine?.session !== request.machineSession) {
+              throw new ConnectError("another start", Code.FailedPrecondition);
+            }
+            return { token: this.grant(request.environmentId, Kind.ENVIRONMENT) };
+          },
+          introspectToken: (request, context) => {
+            this.#check(context);
+            this.introspected.push(request.token);
+            const grant = this.#grants.get(request.token);
+            const isActive = grant && (!grant.expiresAt || grant.expiresAt > new Date());
+            if (!isActive) return { active: false };
+            return { ...grant, active: true, expiresAt: grant.expiresAt && timestampFromDate(grant.expiresAt) };
+          },
+          completeCall: (request, context) => {
+            this.#check(context);
+            this.completed.push(request);
+            return {};
+          },
+          deregister: (request, context) => {
+            this.#check(context, request.linkId);
+            this.deregistered.push(request.reason);
+            return {};
+          },
+        });
+        router.rpc(IdentityService.method.exchangeToken, (request) => this.#exchange(request.exchangeToken));
+        router.rpc(RunnerService.method.createRunnerToken, (_request, context) => {
+          this.#check(context);
+          this.#used = false;
+          return { exchangeToken: this.exchangeToken };
+        });
+        router.rpc(EnvironmentService.method.getEnvironment, (request, context) => {
+          if (this.#grants.get(bearer(context))?.environmentId !== request.environmentId) {
+            throw new ConnectError("not yours", Code.Unauthenticated);
+          }
+          return { environment: this.environment(request.environmentId) };
+        });
+        router.rpc(EnvironmentService.method.markEnvironmentActive, (request, context) => {
+          if (this.#grants.get(bearer(context))?.environmentId !== request.environmentId) {
+            throw new ConnectError("not yours", Code.Unauthenticated);
+          }
+          this.activity.push(request.environmentId);
+          return {};
+        });
+      },
+    });
+    const server = createServer((request, response) => {
+      request.url = request.url?.replace(/^\/api\//, "/");
+      serve(request, response);
+    });
+    await new Promise<void>((resolve) => server.listen(port, "127.0.0.1", resolve));
+    this.#server = server;
+    this.url = `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
+  }
+
+  get #port(): number {
+    return Number(new URL(this.url).port);
+  }
+
+  /** The server goes away; state stays. */
+  async outage(): Promise<void> {
+    const closed = new Promise((resolve) => this.#server?.close(resolve));
+    this.#server?.closeAllConnections();
+    await closed;
+  }
+
+  async back(): Promise<void> {
+    await this.listen(this.#port);
+  }
+
+  #exchange(token: string) {
+    if (token !== this.exchangeToken || this.#used) throw new ConnectError("used", Code.Unauthenticated);
+    this.#used = true;
+    const accessToken = newToken(TokenKind.RUNNER_ACCESS);
+    this.#accessTokens.add(accessToken);
+    return { accessToken };
+  }
+
+  /** No access token that was handed out is good any more. */
+  revokeRunner(): void {
+    this.#accessTokens = new Set();
+  }
+
+  #check(context: HandlerContext, linkId = this.#linkId): void {
+    if (this.failWith !== undefined) throw new ConnectError("told to fail", this.failWith);
+    if (!this.#accessTokens.has(bearer(context))) throw new ConnectError("who are you", Code.Unauthenticated);
+    if (linkId !== this.#linkId) throw new ConnectError("another process has registered", Code.Aborted);
+  }
+
+  #register(request: RegisterRequest, context: HandlerContext) {
+    this.#check(context);
+    this.registrations.push(request);
+    this.#linkId = uuidv7();
+    this.#epoch++;
+    return {
+      linkId: this.#linkId,
+      epoch: this.#epoch,
+      heartbeatInterval: durationFromMs(HEARTBEAT_MS),
+      lease: durationFromMs(30_000),
+      runner: { runnerId: this.runnerId, status: { phase: RunnerPhase.ACTIVE } },
+      controlPlaneId: this.controlPlaneId,
+    };
+  }
+
+  async *#watch(request: WatchRequest, context: HandlerContext): AsyncGenerator<WatchResponse> {
+    this.#check(context, request.linkId);
+    const linkId = request.linkId;
+    const cut = new AbortController();
+    this.#streams.add(cut);
+    let sent = request.resumeRevision;
+    let calls = 0;
+    try {
+      if (sent === 0n) {
+        const revision = this.#revision;
+        yield event({ case: "snapshotBegin", value: this.#begin(revision) });
+        for (const id of this.#states.keys()) yield this.#upsert(id, 0n);
+        for (const id of this.registrations.at(-1)?.localEnvironmentIds ?? []) {
+          if (this.#gone.has(id)) yield this.#remove(id, 0n);
+        }
+        yield event({ case: "snapshotEnd", value: { $typeName: "berth.runner.v1.SnapshotEnd", revision } });
+        sent = revision;
+      }
+      for (;;) {
+        this.#check(context, linkId);
+        const from = sent;
+        for (const { revision, id } of this.#changes.filter((change) => change.revision > from)) {
+          if (this.#gone.has(id)) yield this.#remove(id, revision);
+          else if (this.#states.has(id)) yield this.#upsert(id, revision);
+          sent = revision;
+        }
+        for (; calls < this.#calls.length; calls++) yield event(this.#calls[calls] ?? { case: undefined });
+        await this.#news(AbortSignal.any([context.signal, cut.signal]));
+        if (context.signal.aborted) return;
+        if (cut.signal.aborted) throw new ConnectError("cut", Code.Unavailable);
+        yield event({ case: "bookmark", value: { $typeName: "berth.runner.v1.Bookmark", revision: sent } });
+      }
+    } finally {
+      this.#streams.delete(cut);
+    }
+  }
+
+  #begin(revision: bigint) {
+    return { $typeName: "berth.runner.v1.SnapshotBegin" as const, revision, controlPlaneId: this.controlPlaneId };
+  }
+
+  #upsert(id: string, revision: bigint): WatchResponse {
+    const environmentClass = create(EnvironmentClassSchema, {
+      configuration: [
+        { key: "cpu", value: "1" },
+        { key: "memory", value: "512" },
+      ],
+    });
+    const value = create(DesiredEnvironmentSchema, { environment: this.environment(id), environmentClass });
+    const object = { case: "environment" as const, value };
+    return event({ case: "upsert", value: { $typeName: "berth.runner.v1.Upsert", revision, object } });
+  }
+
+  #remove(id: string, revision: bigint): WatchResponse {
+    const kind = ObjectKind.ENVIRONMENT;
+    return event({ case: "remove", value: { $typeName: "berth.runner.v1.Remove", revision, kind, id } });
+  }
+
+  #news(signal: AbortSignal): Promise<void> {
+    return new Promise((resolve) => {
+      const done = () => {
+        this.#watchers.delete(done);
+        resolve();
+      };
+      this.#watchers.add(done);
+      signal.addEventListener("abort", done, { once: true });
+      if (signal.aborted) done();
+    });
+  }
+
+  #touch(id: string): void {
+    this.#changes.push({ revision: ++this.#revision, id });
+    for (const wake of [...this.#watchers]) wake();
+  }
+
+  /** Ends every stream of desired state as a replica that goes away does. */
+  cutStreams(): void {
+    for (const stream of this.#streams) stream.abort();
+  }
+
+  ask(callId: string, contextUrl: string): void {
+    const request = { case: "parseContext" as const, value: { $typeName: "berth.runner.v1.ParseContextCall" as const, contextUrl } };
+    const deadline = timestampFromDate(new Date(Date.now() + 20_000));
+    this.#calls.push({ case: "call", value: { $typeName: "berth.runner.v1.Call", callId, deadline, request } });
+    for (const wake of [...this.#watchers]) wake();
+  }
+
+  #report(environmentId: string, status: EnvironmentStatus | undefined) {
+    const state = this.#states.get(environmentId);
+    const reported = status ?? create(EnvironmentStatusSchema);
+    const judged = (outcome: Outcome) => {
+      this.reports.push({ environmentId, status: reported, outcome });
+      return { environmentId, outcome };
+    };
+    if (!state) return judged(Outcome.NOT_ASSIGNED);
+    const { result, next } = applyReport(state, reported, new Date());
+    if (result === "not_assigned") return judged(Outcome.NOT_ASSIGNED);
+    if (result === "rejected") return judged(Outcome.REJECTED);
+    this.#store(environmentId, next);
+    return judged(Outcome.OK);
+  }
+
+  #store(id: string, next: Settled): void {
+    const { changed, ...state } = next;
+    this.#states.set(id, state);
+    if (state.status.phase === EnvironmentPhase.DELETED) {
+      this.#states.delete(id);
+      this.#gone.add(id);
+    }
+    if (changed.spec || this.#gone.has(id)) this.#touch(id);
+  }
+
+  #state(id: string): EnvironmentState {
+    const state = this.#states.get(id);
+    if (!state) throw new Error(`no environment ${id}`);
+    return state;
+  }
+
+  #apply(id: string, transition: Transition): void {
+    if (transition.kind === "refused") throw new Error(transition.reason);
+    if (transition.kind === "changed") this.#store(id, transition.next);
+  }
+
+  environment(id: string): Environment {
+    const { metadata, spec, status } = this.#state(id);
+    return create(EnvironmentSchema, { id, metadata, spec, status });
+  }
+
+  isGone = (id: string) => this.#gone.has(id);
+  exists = (id: string) => this.#states.has(id);
+
+  /** An environment that is to run, with fresh sessions; `spec` comes on top. */
+  create(spec: SpecInit = {}): string {
+    const id = uuidv7();
+    const session = () => ({ session: uuidv7() });
+    const state: EnvironmentState = {
+      metadata: create(EnvironmentMetadataSchema, { runnerId: this.runnerId, lastStartedAt: timestampFromDate(new Date()) }),
+      spec: create(EnvironmentSpecSchema, {
+        specVersion: 1n,
+        desiredPhase: EnvironmentPhase.RUNNING,
+        ...spec,
+        machine: session(),
+        devcontainer: { ...session(), ...spec.devcontainer },
+        automationsFile: { ...session(), ...spec.automationsFile },
+        content: { ...session(), gitUsername: "Ada Lovelace", gitEmail: "ada@example.com", ...spec.content },
+      } as SpecInit),
+      status: create(EnvironmentStatusSchema, { phase: EnvironmentPhase.CREATING, statusVersion: 1n }),
+      facts: newFacts(new Date()),
+    };
+    this.#states.set(id, state);
+    this.#touch(id);
+    return id;
+  }
+
+  /** Forgets an environment as if it had never been. */
+  lose(id: string): void {
+    this.#states.delete(id);
+  }
+
+  edit(id: string, change: (spec: EnvironmentSpec) => void): void {
+    const state = this.#state(id);
+    const spec = clone(EnvironmentSpecSchema, state.spec);
+    change(spec);
+    this.#store(id, settle(state, { ...state, spec }, new Date()));
+  }
+
+  startEnvironment(id: string): void {
+    this.#apply(id, requestStart(this.#state(id), { machineSession: uuidv7(), secrets: [] }, new Date()));
+  }
+
+  stopEnvironment(id: string): void {
+    this.#apply(id, requestStop(this.#state(id), new Date()));
+  }
+
+  deleteEnvironment(id: string, force = false): void {
+    this.#apply(id, requestDelete(this.#state(id), force, new Date()));
+  }
+
+  /** A token for an environment, as the control plane would hand it out. */
+  grant(environmentId: string, kind: Kind, expiresAt?: Date): string {
+    const kinds: Partial<Record<Kind, TokenKind>> = {
+      [Kind.ENVIRONMENT]: TokenKind.ENVIRONMENT,
+      [Kind.ENVIRONMENT_LOGS]: TokenKind.LOGS,
+      [Kind.PORT_ACCESS]: TokenKind.PORT_ACCESS,
+    };
+    const token = newToken(kinds[kind] ?? TokenKind.ENVIRONMENT_ACCESS);
+    this.#grants.set(token, { kind, environmentId, expiresAt });
+    return token;
+  }
+
+  /** Waits until an environment satisfies a condition. */
+  async until(id: string, condition: (environment: Environment) => boolean, what: string): Promise<Environment> {
+    return await eventually(() => {
+      if (!this.#states.has(id)) throw new Error("the environment is gone");
+      const environment = this.environment(id);
+      if (condition(environment)) return environment;
+      throw new Error(JSON.stringify(environment.status, (_key, value) => (typeof value === "bigint" ? String(value) : value)));
+    }, what);
+  }
+
+  untilPhase(id: string, phase: EnvironmentPhase): Promise<Environment> {
+    return this.until(id, (environment) => environment.status?.phase === phase, `phase ${EnvironmentPhase[phase]}`);
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.outage();
+  }
+}
+
+function bearer(context: HandlerContext): string {
+  return context.requestHeader.get("authorization")?.replace(/^Bearer /, "") ?? "";
+}
+
+/** Content from git, as in a specification. */
+export const fromGit = (remoteUri: string, more: { targetMode?: Mode; cloneTarget?: string; checkoutLocation?: string; upstreamRemoteUri?: string } = {}) => ({
+  spec: { case: "git" as const, value: { remoteUri, ...more } },
+});
+
+export const contentOf = (...specs: ReturnType<typeof fromGit>[]): SpecInit => ({ content: { initializer: { specs } } });
+
+/** A data folder and runners in it, one at a time. */
+export class TestRunner implements AsyncDisposable {
+  readonly dataDir: string;
+  readonly plane: FakeControlPlane;
+  readonly gitHost: string;
+  readonly lines: string[] = [];
+  running: RunningRunner | undefined;
+
+  private constructor(plane: FakeControlPlane, dataDir: string, gitHost: string) {
+    this.plane = plane;
+    this.dataDir = dataDir;
+    this.gitHost = gitHost;
+  }
+
+  static async create(plane: FakeControlPlane, gitHost = ""): Promise<TestRunner> {
+    return new TestRunner(plane, join(await mkdtemp(join(tmpdir(), "br-")), "r"), gitHost);
+  }
+
+  config(more: Partial<RunnerHostConfig> = {}): RunnerHostConfig {
+    return {
+      name: "test",
+      host: "127.0.0.1",
+      port: 0,
+      publicUrl: "http://127.0.0.1:0",
+      dataDir: this.dataDir,
+      maxEnvironments: 10,
+      allowUnenforced: false,
+      hostDevcontainer: "run",
+      scm: { fallback: true, allowHosts: this.gitHost ? [this.gitHost] : [], schemes: ["http"] },
+      logLevel: "debug",
+      ...more,
+    };
+  }
+
+  async start(more: Partial<RunnerHostConfig> = {}): Promise<RunningRunner> {
+    const log = pino({ level: "debug" }, { write: (line: string) => void this.lines.push(line) });
+    const { url, exchangeToken } = this.plane;
+    this.running = await startRunner({ config: this.config(more), apiUrl: url, publicApiUrl: url, exchangeToken, log });
+    return this.running;
+  }
+
+  get baseUrl(): string {
+    return `http://127.0.0.1:${this.running?.port}`;
+  }
+
+  folder(id: string, ...rest: string[]): string {
+    return join(this.dataDir, "environments", id, ...rest);
+  }
+
+  /** The operations of an environment, with a token. */
+  ops(id: string, token = this.plane.grant(id, Kind.ENVIRONMENT_ACCESS), baseUrl = this.baseUrl): Client<typeof EnvironmentOpsService> {
+    return createClient(
+      EnvironmentOpsService,
+      createConnectTransport({
+        baseUrl: `${baseUrl}/environments/${id}/ops`,
+        httpVersion: "1.1",
+        interceptors: [
+          (next) => (request) => {
+            if (token) request.header.set("authorization", `Bearer ${token}`);
+            return next(request);
+          },
+        ],
+      }),
+    );
+  }
+
+  /** Runs a command in an environment and returns what it printed. */
+  async exec(id: string, command: string): Promise<string> {
+    const { stdout, stderr, exitCode } = await this.ops(id).exec({ command });
+    if (exitCode !== 0) throw new Error(`${command} ended with ${exitCode}: ${stderr}`);
+    return stdout.trim();
+  }
+
+  logs(id: string, token: string, query = "", init: RequestInit = {}): Promise<Response> {
+    const headers = token ? { authorization: `Bearer ${token}` } : {};
+    return fetch(`${this.baseUrl}/environments/${id}/logs${query}`, { ...init, headers });
+  }
+
+  async record(id: string): Promise<{ user?: { name: string; uid: number; own: boolean }; supervisor?: { pid: number } }> {
+    return JSON.parse(await readFile(this.folder(id, "state.json"), "utf8"));
+  }
+
+  /** Stops the runner, then whatever it has left, and removes the folder. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.running?.stop();
+    this.plane.failWith = undefined;
+    this.plane.revokeRunner();
+    this.plane.directive = Directive.UNSPECIFIED;
+    const { Cleaner } = await import("./runner-cleaner.ts");
+    await new Cleaner(this.dataDir).run();
+    await rm(join(this.dataDir, ".."), { recursive: true, force: true });
+  }
+}
