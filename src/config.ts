@@ -1,4 +1,5 @@
-import { readFileSync } from "node:fs";
+import { readFileSync, statSync } from "node:fs";
+import { isIP } from "node:net";
 import { homedir, hostname } from "node:os";
 import { join } from "node:path";
 
@@ -25,7 +26,6 @@ export interface ServerConfig {
   masterKey?: Uint8Array;
   bootstrap: BootstrapConfig;
   metricsToken?: string;
-  docsUrl?: string;
   logLevel: LogLevel;
   /** Calls per second and caller; 0 turns the limit off. */
   rateLimit: number;
@@ -85,7 +85,6 @@ const VARIABLES = new Set([
   "BERTH_RATE_LIMIT",
   "BERTH_TRUSTED_PROXIES",
   "BERTH_METRICS_TOKEN",
-  "BERTH_DOCS_URL",
   "BERTH_LOG_LEVEL",
   "BERTH_SCM_FALLBACK",
   "BERTH_SCM_ALLOW_HOSTS",
@@ -102,8 +101,15 @@ const VARIABLES = new Set([
   "BERTH_RUNNER_EXCHANGE_TOKEN",
   "BERTH_RUNNER_EXCHANGE_TOKEN_FILE",
 ]);
-// Given by a runner to the processes of an environment, where `berth` may be started too.
-const INSIDE_ENVIRONMENTS = new Set(["BERTH_ENVIRONMENT_ID"]);
+// What clients read, and what a runner gives the processes of an environment: `berth` may be started beside them.
+const OF_OTHERS = new Set(["BERTH_TOKEN", "BERTH_ENVIRONMENT_ID"]);
+
+const HOST = /^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$/;
+const ALLOWED_HOST = /^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(:\d{1,5})?$/;
+const KEY_BYTES = 32;
+const KEY = /^[A-Za-z0-9+/]{43}=$/;
+const MAX_SECRET_BYTES = 64 * 1024;
+const NAME_LENGTH = { min: 3, max: 255 };
 
 class Reader {
   readonly env: Environment;
@@ -111,7 +117,7 @@ class Reader {
   constructor(env: Environment) {
     this.env = env;
     for (const name of Object.keys(env)) {
-      if (name.startsWith("BERTH_") && !VARIABLES.has(name) && !INSIDE_ENVIRONMENTS.has(name)) {
+      if (name.startsWith("BERTH_") && !VARIABLES.has(name) && !OF_OTHERS.has(name)) {
         throw new ConfigError(`${name} is not a variable that this version knows`);
       }
     }
@@ -148,17 +154,27 @@ class Reader {
   url(name: string, fallback: string): string {
     const value = this.text(name, fallback);
     const url = URL.parse(value);
-    if (!url || !/^https?:$/.test(url.protocol) || url.search || url.hash || url.username) {
+    if (!url || !/^https?:$/.test(url.protocol) || /[?#@\s]/.test(value)) {
       throw new ConfigError(`${name} must be an http or https URL without query, fragment or credentials`);
     }
     return value.replace(/\/+$/, "");
   }
 
-  list(name: string): string[] {
-    return this.text(name, "")
+  host(name: string, fallback: string): string {
+    const value = this.text(name, fallback);
+    if (!HOST.test(value) && !isIP(value)) throw new ConfigError(`${name} must be a host name or an IP address`);
+    return value;
+  }
+
+  /** A list separated by commas, each item of which passes a check; `what` says which items do. */
+  list(name: string, isValid: (item: string) => boolean, what: string): string[] {
+    const items = this.text(name, "")
       .split(",")
       .map((item) => item.trim())
       .filter(Boolean);
+    const wrong = items.find((item) => !isValid(item));
+    if (wrong !== undefined) throw new ConfigError(`${name} must list ${what}`);
+    return items;
   }
 
   /** A secret given as a variable or as a file; both at once is a mistake. */
@@ -167,20 +183,43 @@ class Reader {
     const value = this.optional(name);
     if (file && value) throw new ConfigError(`${name} and ${name}_FILE are both set`);
     if (!file) return value;
-    try {
-      return readFileSync(file, "utf8").trim();
-    } catch {
-      throw new ConfigError(`${name}_FILE cannot be read`);
-    }
+    const content = readSecret(file);
+    if (content === undefined) throw new ConfigError(`${name}_FILE cannot be read`);
+    // An empty file is one that somebody has yet to fill, and not the wish for a value of our own making.
+    if (!content) throw new ConfigError(`${name}_FILE names an empty file`);
+    return content;
   }
+}
+
+function readSecret(file: string): string | undefined {
+  try {
+    return statSync(file).size > MAX_SECRET_BYTES ? undefined : readFileSync(file, "utf8").trim();
+  } catch {
+    return undefined;
+  }
+}
+
+/** The bytes of a master key in base64; undefined for any other text. */
+export function parseMasterKey(text: string): Uint8Array | undefined {
+  const key = KEY.test(text) ? Buffer.from(text, "base64") : undefined;
+  return key?.length === KEY_BYTES ? key : undefined;
 }
 
 function masterKey(read: Reader): Uint8Array | undefined {
   const text = read.secret("BERTH_MASTER_KEY");
   if (!text) return undefined;
-  const key = Buffer.from(text, "base64");
-  if (key.length !== 32) throw new ConfigError("BERTH_MASTER_KEY must be 32 bytes in base64");
+  const key = parseMasterKey(text);
+  const name = read.optional("BERTH_MASTER_KEY") ? "BERTH_MASTER_KEY" : "BERTH_MASTER_KEY_FILE";
+  if (!key) throw new ConfigError(`${name} must hold ${KEY_BYTES} bytes in base64`);
   return key;
+}
+
+function isNetwork(text: string): boolean {
+  const [address = "", prefix] = text.split("/");
+  const family = isIP(address);
+  const longest = family === 6 ? 128 : 32;
+  const isPrefix = prefix === undefined || (/^\d{1,3}$/.test(prefix) && Number(prefix) <= longest);
+  return family !== 0 && isPrefix && text.split("/").length <= 2;
 }
 
 function dataDir(read: Reader): string {
@@ -192,17 +231,18 @@ function dataDir(read: Reader): string {
 }
 
 function scmConfig(read: Reader): ScmConfig {
-  const schemes = read.list("BERTH_GIT_SCHEMES");
-  if (schemes.some((scheme) => !["file", "http", "git"].includes(scheme))) {
-    throw new ConfigError("BERTH_GIT_SCHEMES may list file, http and git");
-  }
-  return { fallback: read.flag("BERTH_SCM_FALLBACK", true), allowHosts: read.list("BERTH_SCM_ALLOW_HOSTS"), schemes };
+  const schemes = ["file", "http", "git"];
+  return {
+    fallback: read.flag("BERTH_SCM_FALLBACK", true),
+    allowHosts: read.list("BERTH_SCM_ALLOW_HOSTS", (item) => ALLOWED_HOST.test(item), "host[:port] entries"),
+    schemes: read.list("BERTH_GIT_SCHEMES", (item) => schemes.includes(item), schemes.join(", ")),
+  };
 }
 
 const logLevel = (read: Reader) => read.oneOf("BERTH_LOG_LEVEL", ["debug", "info", "warn", "error"], "info");
 
 function runnerHost(read: Reader, home: string): RunnerHostConfig {
-  const host = read.text("BERTH_RUNNER_HOST", "127.0.0.1");
+  const host = read.host("BERTH_RUNNER_HOST", "127.0.0.1");
   const port = read.integer("BERTH_RUNNER_PORT", 8081, 0, 65_535);
   return {
     name: hostname().slice(0, 127).padEnd(3, "-"),
@@ -224,7 +264,9 @@ export function readServerConfig(env: Environment): ServerConfig {
   const home = dataDir(read);
   const port = read.integer("BERTH_PORT", 8080, 0, 65_535);
   const organizationName = read.text("BERTH_BOOTSTRAP_ORG_NAME", "Default");
-  if (organizationName.length < 3) throw new ConfigError("BERTH_BOOTSTRAP_ORG_NAME must have at least 3 characters");
+  if (organizationName.length < NAME_LENGTH.min || organizationName.length > NAME_LENGTH.max) {
+    throw new ConfigError(`BERTH_BOOTSTRAP_ORG_NAME must have ${NAME_LENGTH.min} to ${NAME_LENGTH.max} characters`);
+  }
   const adminEmail = read.text("BERTH_BOOTSTRAP_ADMIN_EMAIL", "admin@localhost").toLowerCase();
   if (!/^[^@\s]+@[^@\s]+$/.test(adminEmail))
     throw new ConfigError("BERTH_BOOTSTRAP_ADMIN_EMAIL must be a mail address");
@@ -233,7 +275,7 @@ export function readServerConfig(env: Environment): ServerConfig {
     throw new ConfigError("DATABASE_URL must be a postgres:// URL");
   }
   return {
-    host: read.text("BERTH_HOST", "127.0.0.1"),
+    host: read.host("BERTH_HOST", "127.0.0.1"),
     port,
     publicUrl: read.url("BERTH_PUBLIC_URL", `http://127.0.0.1:${port}`),
     dataDir: home,
@@ -248,10 +290,9 @@ export function readServerConfig(env: Environment): ServerConfig {
       tokenFile: read.optional("BERTH_BOOTSTRAP_TOKEN_FILE"),
     },
     metricsToken: read.optional("BERTH_METRICS_TOKEN"),
-    docsUrl: read.optional("BERTH_DOCS_URL") && read.url("BERTH_DOCS_URL", ""),
     logLevel: logLevel(read),
     rateLimit: read.integer("BERTH_RATE_LIMIT", 50, 0, 1_000_000),
-    trustedProxies: read.list("BERTH_TRUSTED_PROXIES"),
+    trustedProxies: read.list("BERTH_TRUSTED_PROXIES", isNetwork, "IP addresses and networks"),
     scm: scmConfig(read),
     auditRetentionDays: read.integer("BERTH_AUDIT_RETENTION_DAYS", 400, 0, 100_000),
     embeddedRunner: read.flag("BERTH_RUNNER", true),

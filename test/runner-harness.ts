@@ -1,9 +1,11 @@
 import { randomBytes } from "node:crypto";
-import { mkdtemp, readFile, rm } from "node:fs/promises";
+import { spawn } from "node:child_process";
+import { chown, mkdtemp, readdir, readFile, rm } from "node:fs/promises";
 import { createServer, type Server } from "node:http";
 import type { AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 import { clone, create, type MessageInitShape } from "@bufbuild/protobuf";
 import { durationFromMs, timestampFromDate } from "@bufbuild/protobuf/wkt";
 import { type Client, Code, ConnectError, createClient, type HandlerContext } from "@connectrpc/connect";
@@ -53,6 +55,10 @@ import {
 } from "../src/domain/lifecycle.ts";
 import { TokenKind, tokenText } from "../src/domain/tokens.ts";
 import { type RunningRunner, startRunner } from "../src/runner/main.ts";
+import { environmentPaths } from "../src/runner/paths.ts";
+import { readRecord } from "../src/runner/record.ts";
+import { killEnvironmentProcesses } from "../src/runner/supervisor/processes.ts";
+import { removeUser } from "../src/runner/users.ts";
 import { eventually } from "./harness/wait.ts";
 
 const HEARTBEAT_MS = 200;
@@ -87,6 +93,8 @@ export class FakeControlPlane implements AsyncDisposable {
   /** Answers every call of a runner with this code while it is set. */
   failWith: Code | undefined;
   directive = Directive.UNSPECIFIED;
+  /** Values of the class of every environment. */
+  classConfiguration: Record<string, string> = { cpu: "1", memory: "512" };
   url = "";
 
   readonly #states = new Map<string, EnvironmentState>();
@@ -272,10 +280,7 @@ export class FakeControlPlane implements AsyncDisposable {
 
   #upsert(id: string, revision: bigint): WatchResponse {
     const environmentClass = create(EnvironmentClassSchema, {
-      configuration: [
-        { key: "cpu", value: "1" },
-        { key: "memory", value: "512" },
-      ],
+      configuration: Object.entries(this.classConfiguration).map(([key, value]) => ({ key, value })),
     });
     const value = create(DesiredEnvironmentSchema, { environment: this.environment(id), environmentClass });
     const object = { case: "environment" as const, value };
@@ -449,6 +454,14 @@ export const fromGit = (remoteUri: string, more: { targetMode?: Mode; cloneTarge
 
 export const contentOf = (...specs: ReturnType<typeof fromGit>[]): SpecInit => ({ content: { initializer: { specs } } });
 
+/** A runner that is a process of its own. */
+export interface RunnerProcess {
+  port: number;
+  /** Exit code; null if a signal ended it. */
+  exited: Promise<number | null>;
+  kill(signal?: NodeJS.Signals): Promise<number | null>;
+}
+
 /** A data folder and runners in it, one at a time. */
 export class TestRunner implements AsyncDisposable {
   readonly dataDir: string;
@@ -490,8 +503,37 @@ export class TestRunner implements AsyncDisposable {
     return this.running;
   }
 
+  /** Starts the runner as a process of its own, which can be killed; as another user if given. */
+  async spawn(more: Partial<RunnerHostConfig> = {}, uid?: number): Promise<RunnerProcess> {
+    const { url, exchangeToken } = this.plane;
+    if (uid !== undefined) await chown(join(this.dataDir, ".."), uid, uid);
+    const options = JSON.stringify({ config: this.config(more), apiUrl: url, publicApiUrl: url, exchangeToken });
+    const program = fileURLToPath(new URL("./runner-process.ts", import.meta.url));
+    const child = spawn(process.execPath, [program], {
+      cwd: "/",
+      env: { PATH: process.env.PATH, HOME: "/nonexistent" },
+      stdio: ["pipe", "pipe", "pipe"],
+      ...(uid !== undefined && { uid, gid: uid }),
+    });
+    child.stdin.end(options);
+    child.stderr.setEncoding("utf8").on("data", (text: string) => this.lines.push(text));
+    const exited = new Promise<number | null>((resolve) => child.once("exit", resolve));
+    const port = await new Promise<number>((resolve, reject) => {
+      child.stdout.once("data", (text: Buffer) => resolve(Number(text.toString())));
+      child.once("exit", () => reject(new Error(`the runner ended: ${this.lines.join("")}`)));
+    });
+    const kill = async (signal: NodeJS.Signals = "SIGKILL") => {
+      child.kill(signal);
+      return await exited;
+    };
+    this.#spawned = { port, kill, exited };
+    return this.#spawned;
+  }
+
+  #spawned: RunnerProcess | undefined;
+
   get baseUrl(): string {
-    return `http://127.0.0.1:${this.running?.port}`;
+    return `http://127.0.0.1:${this.running?.port ?? this.#spawned?.port}`;
   }
 
   folder(id: string, ...rest: string[]): string {
@@ -534,11 +576,22 @@ export class TestRunner implements AsyncDisposable {
   /** Stops the runner, then whatever it has left, and removes the folder. */
   async [Symbol.asyncDispose](): Promise<void> {
     await this.running?.stop();
-    this.plane.failWith = undefined;
-    this.plane.revokeRunner();
-    this.plane.directive = Directive.UNSPECIFIED;
-    const { Cleaner } = await import("./runner-cleaner.ts");
-    await new Cleaner(this.dataDir).run();
+    await this.#spawned?.kill();
+    await cleanUp(this.dataDir);
     await rm(join(this.dataDir, ".."), { recursive: true, force: true });
+  }
+}
+
+/** Ends what the runners of a data folder have left behind, and removes the users they made. */
+async function cleanUp(dataDir: string): Promise<void> {
+  for (const part of ["environments", "quarantine", "trash"]) {
+    for (const name of await readdir(join(dataDir, part)).catch(() => [])) {
+      const root = join(dataDir, part, name);
+      const id = name.split(".")[0] ?? "";
+      const record = await readRecord({ ...environmentPaths(dataDir, id), root, record: join(root, "state.json") });
+      const uid = record?.user?.own ? record.user.uid : undefined;
+      await killEnvironmentProcesses({ environmentId: id, uid });
+      await removeUser(id, record?.user);
+    }
   }
 }

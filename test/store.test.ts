@@ -6,7 +6,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, inject, test } from "vitest";
 import { transact } from "../src/app.ts";
-import { Refusal } from "../src/domain/errors.ts";
+import { databaseRefusal, Refusal } from "../src/domain/errors.ts";
 import { type Db, openDb } from "../src/store/db.ts";
 import { DatabaseInUse, startEmbeddedPostgres } from "../src/store/embedded-postgres.ts";
 import { isMigrated, migrate, NewerDatabase } from "../src/store/migrate.ts";
@@ -73,8 +73,13 @@ describe("transactions", () => {
     await Promise.all([inOrder(0, [1, 2]), inOrder(1, [2, 1])]);
     expect(await app.db.point`select value from counters`).toEqual([{ value: 2 }, { value: 2 }]);
 
-    const fails = (code: string) => transact(app, (tx) => tx.unsafe(`do $$ begin raise exception 'x' using errcode = '${code}'; end $$`));
-    const kindOf = (work: Promise<unknown>) => work.then(() => "", (error) => error instanceof Refusal && error.kind);
+    const fails = (code: string) =>
+      transact(app, (tx) => tx.unsafe(`do $$ begin raise exception 'x' using errcode = '${code}'; end $$`));
+    const kindOf = (work: Promise<unknown>) =>
+      work.then(
+        () => "",
+        (error) => error instanceof Refusal && error.kind,
+      );
     expect(await kindOf(fails("40P01"))).toBe("aborted");
     expect(await kindOf(fails("57P01"))).toBe("unavailable");
     const ended = transact(app, (tx) => tx`select pg_terminate_backend(pg_backend_pid())`);
@@ -96,8 +101,13 @@ describe("embedded Postgres", () => {
 
   afterAll(() => rm(folder, { recursive: true, force: true }));
 
-  const postmasterPid = async () => Number((await readFile(join(home, "data", "postmaster.pid"), "utf8")).split("\n")[0]);
-  const isAlive = (pid: number) => readFile(`/proc/${pid}/stat`).then(() => true, () => false);
+  const postmasterPid = async () =>
+    Number((await readFile(join(home, "data", "postmaster.pid"), "utf8")).split("\n")[0]);
+  const isAlive = (pid: number) =>
+    readFile(`/proc/${pid}/stat`).then(
+      () => true,
+      () => false,
+    );
   const start = () => startEmbeddedPostgres(home, (message) => void logged.push(message));
 
   async function query<T>(url: string, work: (db: Db) => Promise<T>): Promise<T> {
@@ -120,10 +130,46 @@ describe("embedded Postgres", () => {
 
     const second = await start();
     expect(await readNotes(second.url)).toEqual([{ text: "kept" }]);
-    const pid = await postmasterPid();
-    process.kill(pid, "SIGKILL");
-    expect(await eventually(() => readNotes(second.url), "the restart of Postgres")).toEqual([{ text: "kept" }]);
-    expect(await postmasterPid()).not.toBe(pid);
+    await query(second.url, async (db) => {
+      const heard: string[] = [];
+      let restarts = 0;
+      const listening = await db.listen("berth_test", {
+        heard: (payload) => void heard.push(payload),
+        restarted: () => void restarts++,
+        failed: () => undefined,
+      });
+      const underWay = Array.from({ length: 20 }, (_, index) =>
+        index % 2
+          ? db.begin(async (tx) => {
+              await tx`insert into notes values ('lost')`;
+              await tx`select pg_sleep(5)`;
+              await tx`insert into notes values ('lost')`;
+            })
+          : db.point`select pg_sleep(5)`,
+      );
+      await eventually(async () => {
+        const [row] = await db.list<{ count: number }[]>`
+          select count(*)::int from pg_stat_activity where query like '%pg_sleep%' and state = 'active'`;
+        return (row?.count ?? 0) > 5;
+      }, "statements under way");
+      const pid = await postmasterPid();
+      process.kill(pid, "SIGKILL");
+
+      // Whatever was under way ends as a failure that callers can act on; nothing hangs.
+      const outcomes = await Promise.all(underWay.map((each) => each.then(() => "done", databaseRefusal)));
+      expect(new Set(outcomes.map((each) => each instanceof Refusal && each.kind))).toEqual(new Set(["unavailable"]));
+
+      const notes = () => db.begin((tx) => tx`select text from notes`);
+      expect(await eventually(notes, "the restart of Postgres")).toEqual([{ text: "kept" }]);
+      expect(await db.point`select text from notes`).toEqual([{ text: "kept" }]);
+      expect(await db.write`select text from notes`).toEqual([{ text: "kept" }]);
+      expect(await db.list`select text from notes`).toEqual([{ text: "kept" }]);
+      expect(await postmasterPid()).not.toBe(pid);
+      await eventually(() => restarts === 2, "listening again");
+      await listening.notify("hello");
+      await eventually(() => heard.includes("hello"), "a notification after the restart");
+      await listening.end();
+    });
     expect(logged.join("\n")).toMatch(/ended unexpectedly \(SIGKILL\)/);
     await second.stop();
     expect(await isAlive(await postmasterPid().catch(() => 0))).toBe(false);
@@ -151,7 +197,9 @@ async function startInOtherProcess(home: string): Promise<ChildProcess> {
     await startEmbeddedPostgres(${JSON.stringify(home)}, () => undefined);
     process.stdout.write("ready");
     setInterval(() => undefined, 60_000);`;
-  const child = spawn(process.execPath, ["--input-type=module", "-e", script], { stdio: ["ignore", "pipe", "inherit"] });
+  const child = spawn(process.execPath, ["--input-type=module", "-e", script], {
+    stdio: ["ignore", "pipe", "inherit"],
+  });
   const failed = once(child, "exit").then(([code]) => {
     throw new Error(`the other process ended with ${code}`);
   });

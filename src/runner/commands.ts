@@ -1,5 +1,5 @@
 import { type ChildProcess, spawn } from "node:child_process";
-import { constants } from "node:os";
+import { constants, homedir } from "node:os";
 import { type ProcessRef, readProcess, terminateSession } from "./supervisor/processes.ts";
 
 /** How a command is run. Nothing of the runner's own environment reaches it but PATH. */
@@ -35,10 +35,15 @@ const PIPE_GRACE_MS = 1000;
 const SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const SIGNALED = 128;
 
-/** PATH for commands and environments: the usual places, then whatever else the runner was started with. */
+/**
+ * PATH for commands and environments: the usual places, then what the runner was started with, without its own
+ * packages and, as root, without what lies in root's home.
+ */
 export function commandPath(): string {
-  const own = (process.env.PATH ?? "").split(":").filter((entry) => entry.startsWith("/") && !entry.includes("node_modules"));
-  return [...new Set([...SYSTEM_PATH.split(":"), ...own])].join(":");
+  const isHidden = (entry: string) => process.getuid?.() === 0 && entry.startsWith(`${homedir()}/`);
+  const own = (process.env.PATH ?? "").split(":");
+  const usable = own.filter((entry) => entry.startsWith("/") && !entry.includes("node_modules") && !isHidden(entry));
+  return [...new Set([...SYSTEM_PATH.split(":"), ...usable])].join(":");
 }
 
 function collect(stream: NodeJS.ReadableStream | null, limit: number, onOutput?: (chunk: Buffer) => void): () => string {

@@ -8,7 +8,7 @@ import type {
 import { isFullCommit } from "../scm/refs.ts";
 import { type ClonePlan, planClones } from "./clone-plan.ts";
 import { CommandTimeout, commandPath, runCommand } from "./commands.ts";
-import { ContentError, failureText, type GitContext, git } from "./git.ts";
+import { ContentError, failureText, type GitContext, git, isRedirect, movedTo } from "./git.ts";
 import type { Host } from "./host.ts";
 import { lineWriter } from "./logs.ts";
 import { commandUser } from "./machine.ts";
@@ -24,6 +24,7 @@ import type { UnixUser } from "./users.ts";
 const CONTENT_DEADLINE_MS = 30 * 60_000;
 const FILES_DEADLINE_MS = 5 * 60_000;
 const GIT_DEADLINE_MS = 60_000;
+const MAX_REDIRECTS = 3;
 /** Names in the workspace that belong to the runner. */
 const RESERVED = /^\.(partial|berth)-/;
 const PLAIN_SESSION = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/;
@@ -97,14 +98,36 @@ function gitContext(workspace: Workspace, cwd: string, plan: ClonePlan | undefin
 }
 
 /** Runs git with its progress in the log; throws the short text for people if it fails. */
-async function gitStep(workspace: Workspace, context: GitContext, plan: ClonePlan, args: readonly string[], facts?: ContentFacts) {
+async function gitStep(workspace: Workspace, context: GitContext, plan: ClonePlan, args: readonly string[]) {
   const lines = lineWriter(workspace.write);
-  const onStart = async (process: ProcessRef) => {
-    if (facts) await workspace.save({ ...facts, process: { ...process, bootId: bootId() } });
-  };
-  const { code, stderr } = await git({ ...context, onOutput: lines.push, onStart }, args);
+  const { code, stderr } = await git({ ...context, onOutput: lines.push }, args);
   lines.end();
   if (code !== 0) throw new ContentError(failureText(stderr, plan.admitted));
+}
+
+/** Fetches a repository without checking anything out; a host that has moved it on itself is followed. */
+async function fetchRepository(
+  workspace: Workspace,
+  plan: ClonePlan,
+  folder: string,
+  deadline: number,
+  facts: ContentFacts,
+): Promise<ClonePlan> {
+  const options = ["--no-checkout", "--template=", "--origin", "origin", "--progress"];
+  const onStart = (process: ProcessRef) => workspace.save({ ...facts, process: { ...process, bootId: bootId() } });
+  let present = plan;
+  for (let redirects = 0; ; redirects++) {
+    const lines = lineWriter(workspace.write);
+    const context = gitContext(workspace, dirname(folder), present, deadline);
+    const args = ["clone", ...options, "--", present.url, folder];
+    const { code, stderr } = await git({ ...context, onOutput: lines.push, onStart }, args);
+    lines.end();
+    if (code === 0) return present;
+    const moved = isRedirect(stderr) && redirects < MAX_REDIRECTS && (await movedTo(present.admitted, workspace.signal));
+    if (!moved) throw new ContentError(failureText(stderr, present.admitted));
+    workspace.write(`The repository lies at ${moved.href}`);
+    present = { ...present, url: moved.href, admitted: { ...present.admitted, url: moved } };
+  }
 }
 
 const hasCommit = async (context: GitContext, name: string) =>
@@ -143,12 +166,16 @@ async function checkOut(workspace: Workspace, context: GitContext, plan: ClonePl
 }
 
 /** Clones one repository into a folder; returns a warning if its submodules could not be fetched. */
-async function clone(workspace: Workspace, plan: ClonePlan, folder: string, deadline: number, facts: ContentFacts): Promise<string[]> {
-  const parent = dirname(folder);
-  await change(workspace, "mkdir", "-p", "--", parent);
-  workspace.write(`Cloning ${plan.admitted.url.href}`);
-  const options = ["--no-checkout", "--template=", "--origin", "origin", "--progress"];
-  await gitStep(workspace, gitContext(workspace, parent, plan, deadline), plan, ["clone", ...options, "--", plan.url, folder], facts);
+async function clone(
+  workspace: Workspace,
+  wanted: ClonePlan,
+  folder: string,
+  deadline: number,
+  facts: ContentFacts,
+): Promise<string[]> {
+  await change(workspace, "mkdir", "-p", "--", dirname(folder));
+  workspace.write(`Cloning ${wanted.admitted.url.href}`);
+  const plan = await fetchRepository(workspace, wanted, folder, deadline, facts);
   const context = gitContext(workspace, folder, plan, deadline);
   await checkOut(workspace, context, plan);
   if (plan.upstream) await gitStep(workspace, context, plan, ["remote", "add", "--", "upstream", plan.upstream]);

@@ -1,4 +1,4 @@
-import { create, equals } from "@bufbuild/protobuf";
+import { clone, create, equals } from "@bufbuild/protobuf";
 import { timestampFromDate } from "@bufbuild/protobuf/wkt";
 import type { DesiredEnvironment } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import {
@@ -73,7 +73,8 @@ export interface EnvironmentEvents {
   gone(environmentId: string): void;
 }
 
-const HEALTH_INTERVAL_MS = 5_000;
+const LOOK_INTERVAL_MS = 1_000;
+const HEALTH_INTERVAL_MS = 10_000;
 const HEALTH_TIMEOUT_MS = 5_000;
 const MISSED_HEALTH_CHECKS = 3;
 const LOST_AFTER_MS = 30_000;
@@ -120,7 +121,10 @@ export class ManagedEnvironment {
   #lostSince: number | undefined;
   #knownStopped = false;
   #gitAt = 0;
-  #gitDueAt = 0;
+  #gitCostMs = 0;
+  #gitInterval = GIT_REFRESH_MS;
+  #isGitDue = false;
+  #gitTimer: NodeJS.Timeout | undefined;
   #signaledAt = 0;
   #signaled = 0;
   #halted = Promise.withResolvers<void>();
@@ -192,8 +196,15 @@ export class ManagedEnvironment {
 
   /** Something was changed through the operations, so the git status is worth another look. */
   touched(): void {
-    this.#gitDueAt = Math.max(this.#gitAt + AFTER_OPERATION_MS, Date.now() + AFTER_OPERATION_MS);
-    setTimeout(() => this.wake(), AFTER_OPERATION_MS).unref();
+    if (this.#gitTimer) return;
+    // A slow repository is looked at less often.
+    const pause = Math.max(AFTER_OPERATION_MS, this.#gitCostMs * 10);
+    this.#gitTimer = setTimeout(() => {
+      this.#gitTimer = undefined;
+      this.#isGitDue = true;
+      this.wake();
+    }, pause);
+    this.#gitTimer.unref();
   }
 
   /** Reports the present state once more. */
@@ -203,14 +214,15 @@ export class ManagedEnvironment {
     this.#events.report(this.id, reportOf(this.#status, base, this.#isServing));
   }
 
-  /** Resolves when the processes have ended after the goal `halt`. */
-  halted(): Promise<void> {
-    return this.#halted.promise;
+  /** Resolves when the processes have ended after the goal `halt`, or nothing is left of the environment. */
+  async halted(): Promise<void> {
+    await Promise.race([this.#halted.promise, this.#ended]);
   }
 
   /** Ends the loop; the environment and its supervisor stay as they are. */
   async close(): Promise<void> {
     this.#closed = true;
+    clearTimeout(this.#gitTimer);
     this.#pass?.controller.abort(new Error("the runner stops"));
     this.#wake?.();
     await this.#ended;
@@ -352,7 +364,7 @@ export class ManagedEnvironment {
       await this.#keepRepositoryFiles(spec, signal);
     }
     await this.#observe(spec);
-    return this.#nextLook();
+    return LOOK_INTERVAL_MS;
   }
 
   // Machine.
@@ -721,22 +733,18 @@ export class ManagedEnvironment {
 
   // While it runs.
 
-  #nextLook(): number {
-    const due = this.#gitDueAt > this.#gitAt ? this.#gitDueAt - Date.now() : HEALTH_INTERVAL_MS;
-    return Math.min(HEALTH_INTERVAL_MS, Math.max(AFTER_OPERATION_MS / 2, due));
-  }
-
   /** Refreshes what people change: git status, and whether the dev container file is still the one in use. */
   async #observe(spec: EnvironmentSpec): Promise<void> {
     const now = Date.now();
-    const isDue = (this.#gitDueAt > this.#gitAt && this.#gitDueAt <= now) || now - this.#gitAt > this.#gitInterval;
     const { user, content } = this.#record;
-    if (!isDue || !user) return;
-    this.#gitAt = now;
+    if (!user || !(this.#isGitDue || now - this.#gitAt > this.#gitInterval)) return;
+    this.#isGitDue = false;
     const git = await contentGitStatus(this.id, this.#paths, user, content);
     const checkout = { folder: this.#folder, user };
     const hash = await devContainerHash(checkout, spec.devcontainer ?? create(EnvironmentSpec_DevContainerSchema));
-    const next = create(EnvironmentStatusSchema, this.#status);
+    this.#gitAt = Date.now();
+    this.#gitCostMs = this.#gitAt - now;
+    const next = clone(EnvironmentStatusSchema, this.#status);
     if (next.content) next.content = { ...next.content, git };
     if (next.devcontainer) {
       next.devcontainer = { ...next.devcontainer, devcontainerconfigInSync: hash === this.#record.devcontainerHash };
@@ -748,8 +756,6 @@ export class ManagedEnvironment {
       record.status = next;
     });
   }
-
-  #gitInterval = GIT_REFRESH_MS;
 
   // The end.
 

@@ -1,5 +1,6 @@
 import { readdir } from "node:fs/promises";
 import { join } from "node:path";
+import { setTimeout as delay } from "node:timers/promises";
 import type { DesiredEnvironment } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { ReportResult_Outcome as Outcome } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { type EnvironmentStatus, EnvironmentStatus_Machine_Phase as MachinePhase } from "../../gen/gitpod/v1/environment_pb.js";
@@ -13,6 +14,7 @@ import { removeUser } from "./users.ts";
 const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
 const QUARANTINE_MS = 24 * 60 * 60_000;
 const SWEEP_MS = 60 * 60_000;
+const HALT_DEADLINE_MS = 5 * 60_000;
 
 /** All environments of this host, and what the control plane has said about each. */
 export class Environments {
@@ -117,11 +119,12 @@ export class Environments {
     for (const environment of this.#managed.values()) environment.wake();
   }
 
-  /** Ends the processes of all environments and keeps their files. */
+  /** Ends the processes of all environments and keeps their files; waits five minutes at most. */
   async haltAll(): Promise<void> {
     const all = [...this.#managed.values()];
     for (const environment of all) environment.setGoal({ kind: "halt" });
-    await Promise.all(all.map((environment) => environment.halted()));
+    const late = delay(HALT_DEADLINE_MS, undefined, { ref: false });
+    await Promise.race([Promise.all(all.map((environment) => environment.halted())), late]);
   }
 
   /** Lets go of everything; environments go on running. */

@@ -1,4 +1,6 @@
-import { isIPv6 } from "node:net";
+import { request as httpRequest } from "node:http";
+import { request as httpsRequest } from "node:https";
+import { isIPv6, type LookupFunction } from "node:net";
 import type { AdmittedUrl } from "../scm/guard.ts";
 import { type CommandOptions, type CommandResult, runCommand } from "./commands.ts";
 
@@ -78,10 +80,52 @@ const FAILURES: readonly (readonly [RegExp, (target: AdmittedUrl) => string])[] 
   ],
   [/Could not resolve host/i, ({ host }) => `host ${host} does not exist`],
   [
+    /returned error: 30\d/i,
+    ({ host }) => `host ${host} redirects elsewhere`,
+  ],
+  [
     /Failed to connect|Connection (refused|timed out|reset)|Could not connect|unable to access|early EOF|hung up unexpectedly/i,
     ({ host }) => `host ${host} cannot be reached`,
   ],
 ];
+
+const INFO_REFS = "/info/refs";
+const REDIRECT_PROBE_MS = 15_000;
+
+/** Git was told not to follow redirects, and met one. */
+export const isRedirect = (stderr: string): boolean => /The requested URL returned error: 30[12378]/.test(stderr);
+
+/**
+ * Where a host says that a repository lies now; undefined unless it is another path on the same host and port, since
+ * nothing else has been checked.
+ */
+export async function movedTo({ url, addresses }: AdmittedUrl, signal: AbortSignal): Promise<URL | undefined> {
+  const probe = new URL(url);
+  probe.pathname = `${probe.pathname.replace(/\/$/, "")}${INFO_REFS}`;
+  probe.search = "?service=git-upload-pack";
+  const pinned = addresses.map((address) => ({ address, family: isIPv6(address) ? 6 : 4 }));
+  const lookup: LookupFunction = (_host, options, done) => {
+    const [first] = pinned;
+    if (options.all) done(null, pinned);
+    else done(null, first?.address ?? "", first?.family);
+  };
+  const send = probe.protocol === "https:" ? httpsRequest : httpRequest;
+  const ends = AbortSignal.any([signal, AbortSignal.timeout(REDIRECT_PROBE_MS)]);
+  const location = await new Promise<string | undefined>((resolve) => {
+    const request = send(probe, { agent: false, lookup, signal: ends, headers: { "user-agent": "git/berth" } });
+    request.once("response", (response) => {
+      resolve(response.headers.location);
+      response.destroy();
+    });
+    request.on("error", () => resolve(undefined));
+    request.end();
+  });
+  const next = location === undefined ? undefined : URL.parse(location, probe.href);
+  if (next?.origin !== probe.origin || !next.pathname.endsWith(INFO_REFS)) return undefined;
+  const moved = new URL(next.origin);
+  moved.pathname = next.pathname.slice(0, -INFO_REFS.length);
+  return moved;
+}
 
 /** The short text for a failed git command. What the remote side wrote does not decide. */
 export function failureText(stderr: string, target: AdmittedUrl): string {

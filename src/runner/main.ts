@@ -57,24 +57,33 @@ const FIRST_SIGN_IN_MS = 20_000;
  * for 20 s; signing up goes on in the background. Throws if the data folder or the port cannot be used.
  */
 export async function startRunner(options: RunnerOptions): Promise<RunningRunner> {
-  const { apiUrl, publicApiUrl, exchangeToken, log } = options;
-  await prepareDataDir(options.config.dataDir);
-  const unlock = await lockDataDir(options.config.dataDir);
-  const credentials = await Credentials.open(options.config.dataDir, exchangeToken, log);
-  const facts = await hostFacts(options.config.dataDir);
-  const program = await programVersion();
-  const startGate = gate(MACHINES_AT_ONCE, MACHINES_WAITING);
-  const config = { ...options.config };
-  let link: Link | undefined;
+  const { dataDir } = options.config;
+  await prepareDataDir(dataDir);
+  const unlock = await lockDataDir(dataDir);
+  try {
+    return await start(options, unlock);
+  } catch (error) {
+    await unlock();
+    throw error;
+  }
+}
 
+async function start(options: RunnerOptions, unlock: () => Promise<void>): Promise<RunningRunner> {
+  const { apiUrl, publicApiUrl, exchangeToken, log } = options;
+  const config = { ...options.config };
+  const credentials = await Credentials.open(config.dataDir, exchangeToken, log);
+  const facts = await hostFacts(config.dataDir);
+  const program = await programVersion();
   const guard = createGuard({ allowHosts: config.scm.allowHosts, schemes: config.scm.schemes });
+  let link: Link | undefined;
   const host: Host = {
-    ...{ config, publicApiUrl, program, guard, log, startGate },
+    ...{ config, publicApiUrl, program, guard, log },
     schema: linuxHostSchema(`${publicApiUrl}/oauth/scm/callback`, facts),
     controlGroups: await ControlGroups.open(),
     resolveContext: (url, signal) => parseContextUrl(url, { guard, publicUrl: publicApiUrl, signal }),
     controlPlane: connectControlPlane(apiUrl, () => credentials.accessToken),
     isDraining: () => link?.draining ?? false,
+    startGate: gate(MACHINES_AT_ONCE, MACHINES_WAITING),
   };
   const reports: Reports = new Reports(log, (id, outcome, status) => environments.judged(id, outcome, status));
   const environments: Environments = await Environments.open(
@@ -86,6 +95,9 @@ export async function startRunner(options: RunnerOptions): Promise<RunningRunner
     ...{ host: config.host, port: config.port, environments, log },
     access: new Access(host.controlPlane),
     connected: () => link?.connected ?? false,
+  }).catch(async (error: unknown) => {
+    await environments.close();
+    throw error;
   });
   // With a port that the system chose, the public URL can only be known now.
   config.publicUrl = withPort(config.publicUrl, server.port);
@@ -99,23 +111,21 @@ export async function startRunner(options: RunnerOptions): Promise<RunningRunner
     additionalInfo: [{ key: "max_environments", value: String(config.maxEnvironments) }],
     publicKey: credentials.publicKey,
   });
-  const running = new Link({ host, credentials, environments, reports, status, calls: new Calls(host), registered: registered.resolve });
+  const calls = new Calls(host);
+  const running = new Link({ host, credentials, environments, reports, calls, status, registered: registered.resolve });
   link = running;
 
-  const close = async () => {
-    await environments.close();
-    await server.close(CLOSE_MS);
-    await unlock();
-  };
-  const finish = async (): Promise<RunnerEnd> => {
+  const work = async (): Promise<RunnerEnd> => {
     const end = await running.run();
     if (end === "refused" || end === "deleted") await environments.haltAll();
     if (end === "deleted") await running.stop(Reason.DELETED);
-    await close();
+    await environments.close();
+    await server.close(CLOSE_MS);
+    await unlock();
     return end === "foreign" ? "refused" : end;
   };
   await signInFirst(credentials, host);
-  const finished = finish().catch((error: unknown): RunnerEnd => {
+  const finished = work().catch((error: unknown): RunnerEnd => {
     log.error({ err: error }, "the runner could not end in order");
     return "stopped";
   });

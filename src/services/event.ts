@@ -1,5 +1,5 @@
 import { create } from "@bufbuild/protobuf";
-import type { ServiceImpl } from "@connectrpc/connect";
+import type { HandlerContext, ServiceImpl } from "@connectrpc/connect";
 import {
   EventService,
   type WatchEventsRequest_ResourceTypeFilter as Filter,
@@ -15,6 +15,7 @@ import { denied, invalid, notFound, Refusal } from "../domain/errors.ts";
 import type { Caller } from "../domain/principal.ts";
 import { withPending } from "../pending.ts";
 import { principal } from "../rpc/authenticate.ts";
+import { streamOpened } from "../rpc/call.ts";
 import { getEnvironment } from "../store/environments.ts";
 import { Latch, type OutboxEvent } from "../store/hub.ts";
 import { refreshCaller } from "../store/tokens.ts";
@@ -156,8 +157,9 @@ async function* watch(
   app: App,
   opener: Caller,
   request: WatchEventsRequest,
-  signal: AbortSignal,
+  context: HandlerContext,
 ): AsyncGenerator<WatchEventsResponse> {
+  const { signal } = context;
   let caller = opener;
   const environmentId = await scopeOf(app, caller, request);
   const wanted = selector(caller, request, environmentId);
@@ -166,6 +168,7 @@ async function* watch(
     for (const event of events) if (wanted(event)) backlog.add(event);
   });
   try {
+    streamOpened(context);
     for (const event of await openingEvents(app.db.list, caller, named(request, environmentId))) yield message(event);
     const heartbeat = pacer(app.limits.eventHeartbeatMs);
     const check = pacer(app.limits.credentialCheckMs);
@@ -210,7 +213,7 @@ export function eventService(app: App): ServiceImpl<typeof EventService> {
         if (count(caller.id, 1) > streamsPerPrincipal) {
           throw new Refusal("resource_exhausted", `at most ${streamsPerPrincipal} streams may be open at once`);
         }
-        yield* watch(app, caller, request, context.signal);
+        yield* watch(app, caller, request, context);
       } finally {
         count(caller.id, -1);
       }

@@ -1,6 +1,6 @@
 import { create } from "@bufbuild/protobuf";
 import { durationFromMs, timestampFromDate } from "@bufbuild/protobuf/wkt";
-import type { ServiceImpl } from "@connectrpc/connect";
+import type { HandlerContext, ServiceImpl } from "@connectrpc/connect";
 import {
   BookmarkSchema,
   type Call,
@@ -36,6 +36,7 @@ import type { Caller } from "../domain/principal.ts";
 import { acceptStatus, HEARTBEAT_MS, isConnected, LEASE_MS, PROTOCOL_VERSION } from "../domain/runner.ts";
 import { TokenKind } from "../domain/tokens.ts";
 import { principal } from "../rpc/authenticate.ts";
+import { streamOpened } from "../rpc/call.ts";
 import { completeCall, openCalls } from "../store/calls.ts";
 import type { Tx } from "../store/db.ts";
 import { classesById, refitClasses } from "../store/environment-classes.ts";
@@ -332,14 +333,16 @@ async function* watch(
   app: App,
   caller: Caller,
   request: WatchRequest,
-  signal: AbortSignal,
+  context: HandlerContext,
 ): AsyncGenerator<WatchResponse> {
+  const { signal } = context;
   const { latch: news, leave } = app.hub.latch(runnerTopic(caller.id));
   const check = pacer(app.limits.credentialCheckMs);
   const bookmark = pacer(BOOKMARK_MS);
   const sentCalls = new Set<string>();
   try {
     let runner = await ownRunner(app, caller, request.linkId);
+    streamOpened(context);
     const resume = Math.min(Number(request.resumeRevision), Number.MAX_SAFE_INTEGER);
     let at = yield* changesSince(app, runner, resume || undefined);
     let isTold = false;
@@ -518,7 +521,7 @@ export function runnerControlService(app: App): ServiceImpl<typeof RunnerControl
   return {
     register: (request, context) => register(app, principal(context), request),
     heartbeat: (request, context) => heartbeat(app, principal(context), request),
-    watch: (request, context) => watch(app, principal(context), request, context.signal),
+    watch: (request, context) => watch(app, principal(context), request, context),
     async reportEnvironments(request, context) {
       return { results: await reportEnvironments(app, principal(context), request.linkId, request.items) };
     },

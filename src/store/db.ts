@@ -274,7 +274,12 @@ class Listener implements Listening {
         handlers.failed(error);
       },
     });
-    await first.promise;
+    try {
+      await first.promise;
+    } catch (error) {
+      await this.end();
+      throw error;
+    }
   }
 
   async #keep(open: (onnotify: (payload: string) => void, onclose: () => void) => Sql, handlers: ListenHandlers) {
@@ -298,7 +303,8 @@ class Listener implements Listening {
   }
 
   async notify(payload: string): Promise<void> {
-    await this.#sql?.`select pg_notify(${this.#channel}, ${payload})`;
+    const sql = this.#sql;
+    if (sql) await sql`select pg_notify(${this.#channel}, ${payload})`;
   }
 
   async end(): Promise<void> {
