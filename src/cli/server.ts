@@ -15,24 +15,27 @@ function sayFirstToken(config: ServerConfig, token: string): void {
     return;
   }
   say("-----BEGIN BERTH ADMIN TOKEN----- (shown once, valid for 90 days)");
-  say(token);
+  say(`export BERTH_TOKEN=${token}`);
   say("-----END BERTH ADMIN TOKEN-----");
 }
 
-function sayReady(url: string, token: string | undefined): void {
-  const bearer = token ?? "$BERTH_TOKEN";
+const EXAMPLE_REPOSITORY = "https://github.com/octocat/Hello-World";
+
+/** A call that can be pasted into a shell; in `body` a `$NAME` is filled in by the shell. */
+function curl(url: string, rpc: string, body: object): string {
+  const json = JSON.stringify(body).replace(/\$(\w+)/g, "'$$$1'");
+  const headers = `-H "Authorization: Bearer $BERTH_TOKEN" -H 'Content-Type: application/json'`;
+  return `curl -s ${url}/gitpod.v1.EnvironmentService/${rpc} ${headers} -d '${json}'`;
+}
+
+function sayReady(url: string): void {
+  const classes = curl(url, "ListEnvironmentClasses", { filter: { canCreateEnvironments: true } });
+  const initializer = { specs: [{ contextUrl: { url: EXAMPLE_REPOSITORY } }] };
   say(`berth is ready at ${url}`);
-  say("First environment (paste as it is; the next lines list it and its state):");
-  say(`  export BERTH_TOKEN=${token ? bearer : "<your token>"}`);
-  say(
-    `  CLASS=$(curl -s ${url}/gitpod.v1.EnvironmentService/ListEnvironmentClasses -H "Authorization: Bearer $BERTH_TOKEN" -H 'Content-Type: application/json' -d '{"filter":{"canCreateEnvironments":true}}' | sed 's/.*"environmentClasses":\\[{"id":"\\([^"]*\\).*/\\1/')`,
-  );
-  say(
-    `  curl -s ${url}/gitpod.v1.EnvironmentService/CreateEnvironment -H "Authorization: Bearer $BERTH_TOKEN" -H 'Content-Type: application/json' -d '{"spec":{"machine":{"class":"'$CLASS'"},"content":{"initializer":{"specs":[{"contextUrl":{"url":"https://github.com/octocat/Hello-World"}}]}}}}'`,
-  );
-  say(
-    `  curl -s ${url}/gitpod.v1.EnvironmentService/ListEnvironments -H "Authorization: Bearer $BERTH_TOKEN" -H 'Content-Type: application/json' -d '{}'`,
-  );
+  say("A first environment; paste the export line with the token, then these: which class, create, see how it is");
+  say(`CLASS=$(${classes} | sed 's/.*"environmentClasses":\\[{"id":"\\([^"]*\\).*/\\1/')`);
+  say(curl(url, "CreateEnvironment", { spec: { machine: { class: "$CLASS" }, content: { initializer } } }));
+  say(curl(url, "ListEnvironments", {}));
 }
 
 async function startEmbeddedRunner(config: ServerConfig, plane: ControlPlane): Promise<RunningRunner | undefined> {
@@ -58,7 +61,7 @@ export async function runServer(env: NodeJS.ProcessEnv): Promise<ExitCode> {
   try {
     if (config.embeddedRunner) runner = await startEmbeddedRunner(config, plane);
     if (plane.firstToken) sayFirstToken(config, plane.firstToken);
-    sayReady(config.publicUrl, config.bootstrap.tokenFile ? undefined : plane.firstToken);
+    sayReady(config.publicUrl);
     void runner?.finished.then((reason) => {
       if (reason !== "stopped") log.error(`the embedded runner has ended: ${reason}`);
     });

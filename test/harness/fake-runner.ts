@@ -15,9 +15,11 @@ import {
   EnvironmentStatus_Machine_Phase as MachinePhase,
 } from "../../gen/gitpod/v1/environment_pb.js";
 import { RunnerPhase, type RunnerStatusSchema } from "../../gen/gitpod/v1/runner_pb.js";
-import { linuxHostSchema } from "../../src/domain/environment-class.ts";
+import { type HostFacts, linuxHostSchema } from "../../src/domain/environment-class.ts";
 import { PROTOCOL_VERSION } from "../../src/domain/runner.ts";
 import { eventually } from "./wait.ts";
+
+const HOST: HostFacts = { cpuCores: 8, memoryMib: 16_384, diskGib: 100, hasContainerEngine: false };
 
 /** A runner that speaks the private protocol and reports whatever a test wants. */
 export class FakeRunner implements AsyncDisposable {
@@ -55,18 +57,15 @@ export class FakeRunner implements AsyncDisposable {
       maxEnvironments?: number;
       localEnvironmentIds?: string[];
       status?: MessageInitShape<typeof RunnerStatusSchema>;
+      /** The machine whose schema it publishes. */
+      host?: HostFacts;
     } = {},
   ): Promise<void> {
     const response = await this.control.register({
       instanceId: "test",
       protocolVersion: PROTOCOL_VERSION,
       status: { phase: RunnerPhase.ACTIVE, version: "test", publicKey: new Uint8Array(32), ...options.status },
-      configurationSchema: linuxHostSchema("", {
-        cpuCores: 8,
-        memoryMib: 16_384,
-        diskGib: 100,
-        hasContainerEngine: false,
-      }),
+      configurationSchema: linuxHostSchema("", options.host ?? HOST),
       maxEnvironments: options.maxEnvironments ?? 100,
       localEnvironmentIds: options.localEnvironmentIds ?? [],
     });

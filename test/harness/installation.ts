@@ -9,7 +9,7 @@ import { eventually } from "./wait.ts";
 
 const MAIN = fileURLToPath(new URL("../../src/main.ts", import.meta.url));
 const READY_MS = 60_000;
-const TOKEN = /^berth_pat_\w{49}$/m;
+const TOKEN = /^export BERTH_TOKEN=(berth_pat_\w{49})$/m;
 
 /** The product as an operator runs it: a process with an embedded database and, unless switched off, a runner. */
 export interface Installation extends AsyncDisposable {
@@ -79,7 +79,7 @@ export async function startInstallation(env: Record<string, string> = {}): Promi
     url: `http://127.0.0.1:${port}`,
     runnerUrl: `http://127.0.0.1:${runnerPort}`,
     dataDir,
-    adminToken: TOKEN.exec(output)?.[0] ?? env.BERTH_BOOTSTRAP_ADMIN_TOKEN ?? "",
+    adminToken: TOKEN.exec(output)?.[1] ?? env.BERTH_BOOTSTRAP_ADMIN_TOKEN ?? "",
     output: () => output,
     processesOf: async (environmentId) => (await environmentProcesses({ environmentId })).map((each) => each.pid),
     kill: async () => void (await ended("SIGKILL")),

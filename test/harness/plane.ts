@@ -10,6 +10,7 @@ import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { OrganizationRole } from "../../gen/gitpod/v1/organization_pb.js";
 import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
+import type { Limits } from "../../src/app.ts";
 import { type BerthClient, createBerthClient } from "../../src/client.ts";
 import { readServerConfig } from "../../src/config.ts";
 import { type ControlPlane, startControlPlane } from "../../src/control-plane.ts";
@@ -54,7 +55,10 @@ export interface TestUser {
 }
 
 /** Starts a control plane on a fresh database; `env` are BERTH_* variables on top of the defaults for tests. */
-export async function startTestPlane(env: Record<string, string> = {}): Promise<TestPlane> {
+export async function startTestPlane(
+  env: Record<string, string> = {},
+  limits: Partial<Limits> = {},
+): Promise<TestPlane> {
   const cluster = inject("postgresUrl");
   const name = `t_${randomBytes(8).toString("hex")}`;
   const maintenance = openDb(cluster);
@@ -77,7 +81,7 @@ export async function startTestPlane(env: Record<string, string> = {}): Promise<
   const now = () => new Date(Date.now() + offset);
   const planes: ControlPlane[] = [];
   const start = async () => {
-    const plane = await startControlPlane(readServerConfig(settings), log, { now });
+    const plane = await startControlPlane(readServerConfig(settings), log, { now, limits });
     planes.push(plane);
     return plane;
   };

@@ -1,5 +1,9 @@
 import { spawn } from "node:child_process";
+import { randomBytes } from "node:crypto";
 import { fileURLToPath } from "node:url";
+import { inject } from "vitest";
+import { type Db, openDb } from "../../src/store/db.ts";
+import { databaseUrl } from "./database.ts";
 import { eventually } from "./wait.ts";
 
 const MAIN = fileURLToPath(new URL("../../src/main.ts", import.meta.url));
@@ -7,7 +11,6 @@ const END_MS = 45_000;
 
 /** A `berth` process as an operator starts it. */
 export interface Program extends AsyncDisposable {
-  readonly pid: number;
   /** Everything it has printed so far, on both streams in the order in which it came. */
   output(): string;
   /** Resolves once it has printed a text; rejects if it ends before. */
@@ -29,28 +32,52 @@ export function startProgram(args: readonly string[], env: Record<string, string
       output += chunk;
     });
   }
-  const closed = new Promise<number | null>((resolve) => child.once("close", (code) => resolve(code)));
-  const ended = async () => {
-    const late = AbortSignal.timeout(END_MS);
-    const { promise, reject } = Promise.withResolvers<never>();
-    late.addEventListener("abort", () => reject(new Error(`berth did not end:\n${output}`)), { once: true });
-    return Promise.race([closed, promise]);
-  };
+  let hasEnded = false;
+  const closed = new Promise<number | null>((resolve) => {
+    child.once("close", (code) => {
+      hasEnded = true;
+      resolve(code);
+    });
+  });
   return {
-    pid: child.pid ?? 0,
     output: () => output,
-    says: async (text) => {
-      await eventually(() => {
-        if (output.includes(text)) return true;
-        return child.exitCode !== null || child.signalCode !== null ? "ended" : false;
-      }, `berth says "${text}"`);
+    async says(text) {
+      await eventually(() => output.includes(text) || hasEnded, `berth says "${text}"`);
       if (!output.includes(text)) throw new Error(`berth ended without saying "${text}":\n${output}`);
     },
     send: (signal) => void child.kill(signal),
-    ended,
+    async ended() {
+      await eventually(() => hasEnded, "berth ends", END_MS);
+      return closed;
+    },
     async [Symbol.asyncDispose]() {
       child.kill("SIGKILL");
       await closed;
+    },
+  };
+}
+
+/** A database of its own in the cluster of this run. */
+export interface TestDatabase extends AsyncDisposable {
+  url: string;
+  db: Db;
+}
+
+/** Makes a database, without a schema unless it is to be a clone of the migrated one. */
+export async function createDatabase({ migrated = true } = {}): Promise<TestDatabase> {
+  const cluster = inject("postgresUrl");
+  const name = `t_${randomBytes(8).toString("hex")}`;
+  const maintenance = openDb(cluster);
+  await maintenance.write.unsafe(`create database ${name}${migrated ? " template berth_template" : ""}`);
+  const url = databaseUrl(cluster, name);
+  const db = openDb(url);
+  return {
+    url,
+    db,
+    async [Symbol.asyncDispose]() {
+      await db.close();
+      await maintenance.write.unsafe(`drop database ${name} with (force)`);
+      await maintenance.close();
     },
   };
 }
