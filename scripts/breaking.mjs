@@ -16,8 +16,8 @@ try {
   const archive = execFileSync("git", ["archive", "--format=tar", revision, "--", "proto", "buf.yaml"], { cwd: root });
   run("tar", ["-x"], { cwd: folder, input: archive, stdio: ["pipe", "inherit", "inherit"] });
   cpSync(join(root, ".buf"), join(folder, ".buf"), { recursive: true });
-  run("buf", ["build", "-o", "image.binpb"], { cwd: folder });
-  run("buf", ["breaking", "--against", join(folder, "image.binpb")]);
+  run("buf", ["build", "proto", "-o", "image.binpb"], { cwd: folder });
+  run("buf", ["breaking", "proto", "--against", join(folder, "image.binpb")]);
 } catch (error) {
   process.exitCode = error.status ?? 1;
 } finally {
