@@ -19,6 +19,8 @@ function sayFirstToken(config: ServerConfig, token: string): void {
   say("-----END BERTH ADMIN TOKEN-----");
 }
 
+const HOW_TO_GO_ON =
+  "Serving without it; make a runner with RunnerService/CreateRunner and start `berth runner` with its exchange token";
 const EXAMPLE_REPOSITORY = "https://github.com/octocat/Hello-World";
 
 /** A call that can be pasted into a shell; in `body` a `$NAME` is filled in by the shell. */
@@ -63,7 +65,7 @@ export async function runServer(env: NodeJS.ProcessEnv): Promise<ExitCode> {
     if (plane.firstToken) sayFirstToken(config, plane.firstToken);
     sayReady(config.publicUrl);
     void runner?.finished.then((reason) => {
-      if (reason !== "stopped") log.error(`the embedded runner has ended: ${reason}`);
+      if (reason !== "stopped") log.error(`the embedded runner has ended: ${reason}. ${HOW_TO_GO_ON}`);
     });
     await stopAsked;
     log.info("draining");
