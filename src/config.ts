@@ -1,7 +1,7 @@
 import { readFileSync, statSync } from "node:fs";
 import { isIP } from "node:net";
 import { homedir, hostname } from "node:os";
-import { join } from "node:path";
+import { join, resolve } from "node:path";
 
 /** Wrong operator input: the program ends with exit code 2 and this text, which names the variable. */
 export class ConfigError extends Error {}
@@ -105,7 +105,6 @@ const VARIABLES = new Set([
 const OF_OTHERS = new Set(["BERTH_TOKEN", "BERTH_ENVIRONMENT_ID"]);
 
 const HOST = /^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$/;
-const ALLOWED_HOST = /^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(:\d{1,5})?$/;
 const KEY_BYTES = 32;
 const KEY = /^[A-Za-z0-9+/]{43}=$/;
 const MAX_SECRET_BYTES = 64 * 1024;
@@ -214,6 +213,11 @@ function masterKey(read: Reader): Uint8Array | undefined {
   return key;
 }
 
+function isHostAndPort(text: string): boolean {
+  const host = isIP(text) === 6 ? `[${text}]` : text;
+  return !/[\s/\\?#@]|:$/.test(host) && URL.canParse(`https://${host}`);
+}
+
 function isNetwork(text: string): boolean {
   const [address = "", prefix] = text.split("/");
   const family = isIP(address);
@@ -226,15 +230,15 @@ function dataDir(read: Reader): string {
   const own =
     process.getuid?.() === 0
       ? "/var/lib/berth"
-      : join(process.env.XDG_STATE_HOME || join(homedir(), ".local/state"), "berth");
-  return read.text("BERTH_DATA_DIR", own);
+      : join(read.env.XDG_STATE_HOME || join(homedir(), ".local/state"), "berth");
+  return resolve(read.text("BERTH_DATA_DIR", own));
 }
 
 function scmConfig(read: Reader): ScmConfig {
   const schemes = ["file", "http", "git"];
   return {
     fallback: read.flag("BERTH_SCM_FALLBACK", true),
-    allowHosts: read.list("BERTH_SCM_ALLOW_HOSTS", (item) => ALLOWED_HOST.test(item), "host[:port] entries"),
+    allowHosts: read.list("BERTH_SCM_ALLOW_HOSTS", isHostAndPort, "host[:port] entries"),
     schemes: read.list("BERTH_GIT_SCHEMES", (item) => schemes.includes(item), schemes.join(", ")),
   };
 }
@@ -249,7 +253,7 @@ function runnerHost(read: Reader, home: string): RunnerHostConfig {
     host,
     port,
     publicUrl: read.url("BERTH_RUNNER_PUBLIC_URL", `http://127.0.0.1:${port}`),
-    dataDir: read.text("BERTH_RUNNER_DATA_DIR", join(home, "runner")),
+    dataDir: resolve(read.text("BERTH_RUNNER_DATA_DIR", join(home, "runner"))),
     maxEnvironments: read.integer("BERTH_RUNNER_MAX_ENVIRONMENTS", 10, 1, 10_000),
     allowUnenforced: read.flag("BERTH_RUNNER_ALLOW_UNENFORCED", false),
     hostDevcontainer: read.oneOf("BERTH_RUNNER_HOST_DEVCONTAINER", ["run", "skip", "fail"], "run"),

@@ -1,10 +1,10 @@
 import { randomBytes } from "node:crypto";
-import { chmod, mkdir, open, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { chmod, link, mkdir, open, readFile, rename, rm, stat } from "node:fs/promises";
 import { join } from "node:path";
 import type { Logger } from "pino";
 import { v7 as uuidv7 } from "uuid";
 import { type App, LIMITS, type Limits } from "./app.ts";
-import { ConfigError, type ServerConfig } from "./config.ts";
+import { ConfigError, parseMasterKey, type ServerConfig } from "./config.ts";
 import { linuxHostSchema } from "./domain/environment-class.ts";
 import { TokenKind, tokenKind, tokenText } from "./domain/tokens.ts";
 import { routes, services } from "./routes.ts";
@@ -15,7 +15,7 @@ import { rateLimit } from "./rpc/rate-limit.ts";
 import { validation, warmValidation } from "./rpc/validate.ts";
 import { createGuard } from "./scm/guard.ts";
 import { type Server, startServer } from "./server.ts";
-import { bootstrap, claimInstallation } from "./store/bootstrap.ts";
+import { bootstrap, claimInstallation, hasOrganization } from "./store/bootstrap.ts";
 import { type Db, openDb } from "./store/db.ts";
 import { type EmbeddedPostgres, startEmbeddedPostgres } from "./store/embedded-postgres.ts";
 import { EventHub } from "./store/hub.ts";
@@ -50,36 +50,46 @@ export interface Overrides {
   limits?: Partial<Limits>;
 }
 
-async function writePrivate(path: string, content: string): Promise<void> {
-  const partial = `${path}.partial`;
-  await writeFile(partial, content, { mode: PRIVATE_FILE });
-  await rename(partial, path);
+/** Writes a file beside `path` that nobody else can read; the caller moves it there, or removes it. */
+async function stagePrivate(path: string, content: string): Promise<string> {
+  const staged = `${path}.${randomBytes(8).toString("hex")}`;
+  const file = await open(staged, "wx", PRIVATE_FILE);
+  try {
+    await file.writeFile(content);
+    await file.sync();
+  } finally {
+    await file.close();
+  }
+  return staged;
 }
+
+const reasonOf = (error: unknown) => (error instanceof Error ? error.message : String(error));
 
 /** The folder of everything local. As root it lets other users through, but shows them nothing. */
 async function prepareDataDir(path: string): Promise<void> {
-  await mkdir(path, { recursive: true, mode: PRIVATE_FOLDER });
-  await chmod(path, process.getuid?.() === 0 ? PASSABLE_FOLDER : PRIVATE_FOLDER);
+  try {
+    await mkdir(path, { recursive: true, mode: PRIVATE_FOLDER });
+    await chmod(path, process.getuid?.() === 0 ? PASSABLE_FOLDER : PRIVATE_FOLDER);
+  } catch (error) {
+    throw new ConfigError(`BERTH_DATA_DIR cannot be used: ${reasonOf(error)}`);
+  }
 }
 
 /** The configured key, or one that is made once and kept beside the data. */
 async function masterKeyOf(config: ServerConfig): Promise<Uint8Array> {
   if (config.masterKey) return config.masterKey;
   const path = join(config.dataDir, "master.key");
-  const made = randomBytes(MASTER_KEY_BYTES).toString("base64");
-  await open(path, "wx", PRIVATE_FILE).then(
-    async (file) => {
-      await file.writeFile(`${made}\n`);
-      await file.sync();
-      await file.close();
-    },
-    (error: NodeJS.ErrnoException) => {
+  const read = () => readFile(path, "utf8").catch(() => undefined);
+  if ((await read()) === undefined) {
+    const staged = await stagePrivate(path, `${randomBytes(MASTER_KEY_BYTES).toString("base64")}\n`);
+    // Appears as a whole or not at all, and never in place of another one.
+    await link(staged, path).catch((error: NodeJS.ErrnoException) => {
       if (error.code !== "EEXIST") throw error;
-    },
-  );
-  const key = Buffer.from((await readFile(path, "utf8")).trim(), "base64");
-  if (key.length !== MASTER_KEY_BYTES)
-    throw new ConfigError("master.key in BERTH_DATA_DIR is damaged: it must hold 32 bytes in base64");
+    });
+    await rm(staged);
+  }
+  const key = parseMasterKey((await read())?.trim() ?? "");
+  if (!key) throw new ConfigError("master.key in BERTH_DATA_DIR is damaged: it must hold 32 bytes in base64");
   return key;
 }
 
@@ -98,22 +108,38 @@ interface First {
 /** Where the embedded runner's first credential waits: a crash between the two must not leave it without one. */
 const exchangeTokenPath = (config: ServerConfig) => join(config.runner.dataDir, "exchange-token");
 
+function checkAdminToken({ bootstrap: { enabled, adminToken } }: ServerConfig): void {
+  if (!enabled || !adminToken || tokenKind(adminToken) === TokenKind.PERSONAL_ACCESS) return;
+  throw new ConfigError(
+    "BERTH_BOOTSTRAP_ADMIN_TOKEN must be a personal access token: berth_pat_ and 49 characters, the last 6 of them the checksum",
+  );
+}
+
+/** The file for the generated token, not yet in its place: a token that cannot be kept must not be made. */
+async function stageTokenFile(path: string, token: string): Promise<string> {
+  const present = await stat(path).catch(() => undefined);
+  if (present && !present.isFile()) throw new ConfigError("BERTH_BOOTSTRAP_TOKEN_FILE names something that is no file");
+  return stagePrivate(path, `${token}\n`).catch((error: unknown) => {
+    throw new ConfigError(`BERTH_BOOTSTRAP_TOKEN_FILE cannot be written: ${reasonOf(error)}`);
+  });
+}
+
 /** Makes the first organization if there is none, and finds what the embedded runner needs to sign up. */
 async function firstStart(config: ServerConfig, db: Db, log: Logger, at: Date): Promise<First> {
-  const path = exchangeTokenPath(config);
   if (!config.bootstrap.enabled) return {};
+  const path = exchangeTokenPath(config);
   const { adminToken, adminEmail, adminName, organizationName, tokenFile } = config.bootstrap;
-  if (adminToken && tokenKind(adminToken) !== TokenKind.PERSONAL_ACCESS) {
-    throw new ConfigError(
-      "BERTH_BOOTSTRAP_ADMIN_TOKEN must be a personal access token: berth_pat_ and 49 characters, the last 6 of them the checksum",
-    );
-  }
   const token = adminToken ?? tokenText(TokenKind.PERSONAL_ACCESS, randomBytes);
   const exchangeToken = tokenText(TokenKind.RUNNER_EXCHANGE, randomBytes);
   const waiting = await readFile(path, "utf8").catch(() => undefined);
+  if (await hasOrganization(db.point)) {
+    log.info("an organization exists, so the bootstrap settings are ignored");
+    return { runnerExchangeToken: waiting };
+  }
+  const staged = tokenFile && !adminToken ? await stageTokenFile(tokenFile, token) : undefined;
   if (config.embeddedRunner && !waiting) {
     await mkdir(config.runner.dataDir, { recursive: true, mode: PASSABLE_FOLDER });
-    await writePrivate(path, exchangeToken);
+    await rename(await stagePrivate(path, exchangeToken), path);
   }
   const made = await bootstrap(db, {
     ...{ organizationName, adminEmail, adminName, at },
@@ -128,11 +154,12 @@ async function firstStart(config: ServerConfig, db: Db, log: Logger, at: Date): 
       : undefined,
   });
   if (!made) {
+    if (staged) await rm(staged, { force: true });
     if (!waiting) await rm(path, { force: true });
-    log.info("an organization exists, so the bootstrap settings are ignored");
+    log.info("another process has made the organization meanwhile, so the bootstrap settings are ignored");
     return { runnerExchangeToken: waiting };
   }
-  if (tokenFile && !adminToken) await writePrivate(tokenFile, `${token}\n`);
+  if (tokenFile && staged) await rename(staged, tokenFile);
   return {
     token: adminToken ? undefined : token,
     runnerExchangeToken: config.embeddedRunner ? (waiting ?? exchangeToken) : undefined,
@@ -154,19 +181,21 @@ export async function startControlPlane(
   overrides: Overrides = {},
 ): Promise<ControlPlane> {
   const now = overrides.now ?? (() => new Date());
+  checkAdminToken(config);
   await prepareDataDir(config.dataDir);
   const masterKey = await masterKeyOf(config);
   const { db, embedded } = await openDatabase(config, log);
+  const hub = new EventHub(db, uuidv7(), (error) => log.error({ err: error }, "the event hub lost its database"));
   const closeDatabase = async () => {
+    await hub.close();
     await db.close();
     await embedded?.stop();
   };
+  let server: Server | undefined;
   try {
     await migrate(db);
     const controlPlaneId = await claimInstallation(db, masterKey, uuidv7, now());
-    const first = await firstStart(config, db, log, now());
     const draining = new AbortController();
-    const hub = new EventHub(db, uuidv7(), (error) => log.error({ err: error }, "the event hub lost its database"));
     await hub.start();
     const app: App = {
       ...{ config, db, hub, log, controlPlaneId, masterKey, now },
@@ -176,7 +205,8 @@ export async function startControlPlane(
       scmGuard: createGuard({ allowHosts: config.scm.allowHosts, schemes: config.scm.schemes }),
       draining: draining.signal,
     };
-    const server = await startServer({
+    let isStarted = false;
+    server = await startServer({
       host: config.host,
       port: config.port,
       routes: routes(app),
@@ -196,26 +226,32 @@ export async function startControlPlane(
       ],
       metricsToken: config.metricsToken,
       trustedProxies: config.trustedProxies,
-      ready: async () =>
-        (await isMigrated(db)) ? { ok: true } : { ok: false, reason: "the database is not migrated" },
+      ready: async () => {
+        if (!isStarted) return { ok: false, reason: "the server is starting" };
+        return (await isMigrated(db)) ? { ok: true } : { ok: false, reason: "the database is not migrated" };
+      },
       log,
     });
     warmValidation(services);
+    // Last, when nothing else can fail: the token that it makes is shown once, and never again.
+    const first = await firstStart(config, db, log, now());
+    isStarted = true;
     const sweeping = runSweeps(app, draining.signal);
+    const serving = server;
     return {
       app,
-      server,
+      server: serving,
       firstToken: first.token,
       runnerExchangeToken: first.runnerExchangeToken,
       async stop() {
-        const drained = server.drain(DRAIN_MS);
+        const drained = serving.drain(DRAIN_MS);
         draining.abort();
         await Promise.all([drained, sweeping]);
-        await hub.close();
         await closeDatabase();
       },
     };
   } catch (error) {
+    await server?.close();
     await closeDatabase();
     throw error;
   }

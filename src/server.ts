@@ -44,9 +44,11 @@ const DEFAULT_LIMITS: Limits = {
   calls: 5000,
   streams: 10_000,
 };
+const GRACE_MS = 30_000;
 const RPC_PATH = /^\/[A-Za-z_]\w*(\.[A-Za-z_]\w*)+\/[A-Za-z_]\w*$/;
-// How long calls that were told to end may take for it.
+// How long calls that were told to end may take for it, and connections after that.
 const LAST_CALLS_MS = 1000;
+const CLOSE_MS = 250;
 
 export interface ServerOptions {
   host: string;
@@ -80,9 +82,9 @@ export interface Server {
   readonly url: string;
   /**
    * Ends in peace: not ready from now on, streams end with UNAVAILABLE, new calls are refused so, and those in flight
-   * have `graceMs` to finish. Resolves when every connection is closed.
+   * have `graceMs`, by default 30 s, to finish. Resolves when every connection is closed.
    */
-  drain(graceMs: number): Promise<void>;
+  drain(graceMs?: number): Promise<void>;
   /** Ends at once. */
   close(): Promise<void>;
 }
@@ -157,7 +159,7 @@ export async function startServer(options: ServerOptions): Promise<Server> {
   const directOptions = { limits, log, gate, jsonTypes: rpcs.jsonTypes };
 
   const broken = (response: HttpResponse, path: string) => (error: unknown) => {
-    log.error({ err: describeError(error), path }, "a request was not served");
+    log.error({ error: describeError(error), path }, "a request was not served");
     if (response.headersSent) breakOff(response);
     else answerJson(response, 500, { code: "internal", message: "internal error" });
   };
@@ -169,12 +171,13 @@ export async function startServer(options: ServerOptions): Promise<Server> {
     return serveBridged(limits, rpc, exchange);
   }
 
-  function admit(rpc: Rpc, request: HttpRequest, response: HttpResponse) {
+  async function admit(rpc: Rpc, request: HttpRequest, response: HttpResponse) {
     const kind = rpc.method.methodKind === "unary" ? "unary" : "stream";
     const isFull = traffic.of(kind).size >= (kind === "unary" ? limits.calls : limits.streams);
     // Health is asked about most when it is bad.
     const isRefused = draining.signal.aborted && rpc.method.parent.typeName !== Health.typeName;
     if (isFull || isRefused) {
+      request.resume();
       if (!isHttp2(request)) response.setHeader("connection", "close");
       const reason = new ConnectError("too many calls are in flight", Code.Unavailable);
       return answerError(request, response, isRefused ? shuttingDown() : reason);
@@ -189,20 +192,17 @@ export async function startServer(options: ServerOptions): Promise<Server> {
       if (served) traffic.leave(kind, exchange);
       else exchange.abort?.(new ConnectError("the caller left", Code.Canceled));
     });
-    serveRpc(rpc, exchange)
-      .catch(broken(response, request.url ?? ""))
-      .finally(() => {
-        served = true;
-        if (exchange.closed) traffic.leave(kind, exchange);
-      });
+    try {
+      await serveRpc(rpc, exchange);
+    } finally {
+      served = true;
+      if (exchange.closed) traffic.leave(kind, exchange);
+    }
   }
 
-  function serve(request: HttpRequest, response: HttpResponse) {
-    // Connections break all the time; whoever serves the request learns it from the end of the response.
-    response.on("error", () => undefined);
-    const [path = ""] = (request.url ?? "").split("?", 1);
+  async function route(path: string, request: HttpRequest, response: HttpResponse) {
     const handler = find(path);
-    if (handler) return void (async () => handler(request, response))().catch(broken(response, path));
+    if (handler) return handler(request, response);
     if (answerCors(request, response, corsOrigins)) return;
     const rpcPath = path.startsWith("/api/") ? path.slice("/api".length) : path;
     const rpc = rpcs.byPath.get(rpcPath);
@@ -213,7 +213,12 @@ export async function startServer(options: ServerOptions): Promise<Server> {
     answerError(request, response, new ConnectError(message, Code.Unimplemented));
   }
 
-  const listener = await listen({ host: options.host, port: options.port, limits }, serve);
+  const listener = await listen({ host: options.host, port: options.port, limits }, (request, response) => {
+    // Connections break all the time; whoever serves the request learns it from the end of the response.
+    response.on("error", () => undefined);
+    const [path = ""] = (request.url ?? "").split("?", 1);
+    route(path, request, response).catch(broken(response, path));
+  });
 
   function end(kind: Kind): void {
     shutdown[kind].abort(shuttingDown());
@@ -230,14 +235,14 @@ export async function startServer(options: ServerOptions): Promise<Server> {
     await traffic.idle(graceMs);
     end("unary");
     await traffic.idle(LAST_CALLS_MS);
-    await listener.close(LAST_CALLS_MS);
+    await listener.close(CLOSE_MS);
   }
 
   let drained: Promise<void> | undefined;
   return {
     port: listener.port,
     url: urlOf(options.host, listener.port),
-    drain(graceMs) {
+    drain(graceMs = GRACE_MS) {
       drained ??= drain(graceMs);
       return drained;
     },

@@ -1,5 +1,5 @@
-import { randomBytes } from "node:crypto";
 import { spawn } from "node:child_process";
+import { randomBytes } from "node:crypto";
 import { chown, mkdtemp, readdir, readFile, rm } from "node:fs/promises";
 import { createServer, type Server } from "node:http";
 import type { AddressInfo } from "node:net";
@@ -18,8 +18,8 @@ import {
   Directive,
   IntrospectTokenResponse_Kind as Kind,
   ObjectKind,
-  type RegisterRequest,
   ReportResult_Outcome as Outcome,
+  type RegisterRequest,
   RunnerControlService,
   type WatchRequest,
   type WatchResponse,
@@ -35,7 +35,7 @@ import {
   EnvironmentSpecSchema,
   type EnvironmentStatus,
   EnvironmentStatusSchema,
-  GitInitializer_CloneTargetMode as Mode,
+  type GitInitializer_CloneTargetMode as Mode,
 } from "../gen/gitpod/v1/environment_pb.js";
 import { IdentityService } from "../gen/gitpod/v1/identity_pb.js";
 import { EnvironmentClassSchema } from "../gen/gitpod/v1/runner_configuration_pb.js";
@@ -49,8 +49,8 @@ import {
   requestDelete,
   requestStart,
   requestStop,
-  settle,
   type Settled,
+  settle,
   type Transition,
 } from "../src/domain/lifecycle.ts";
 import { TokenKind, tokenText } from "../src/domain/tokens.ts";
@@ -90,9 +90,12 @@ export class FakeControlPlane implements AsyncDisposable {
   readonly deregistered: number[] = [];
   /** Everything reported, in the order it came. */
   readonly reports: { environmentId: string; status: EnvironmentStatus; outcome: Outcome }[] = [];
-  /** Answers every call of a runner with this code while it is set. */
-  failWith: Code | undefined;
   directive = Directive.UNSPECIFIED;
+  heartbeats = 0;
+  /** Revisions that streams were asked to resume from. */
+  readonly resumed: bigint[] = [];
+  /** Reports of this environment are answered with INVALID_ARGUMENT. */
+  malformed = "";
   /** Values of the class of every environment. */
   classConfiguration: Record<string, string> = { cpu: "1", memory: "512" };
   url = "";
@@ -102,6 +105,7 @@ export class FakeControlPlane implements AsyncDisposable {
   readonly #grants = new Map<string, Grant>();
   readonly #changes: { revision: bigint; id: string }[] = [];
   readonly #calls: Event[] = [];
+  readonly #failures: Code[] = [];
   readonly #watchers = new Set<() => void>();
   readonly #streams = new Set<AbortController>();
   #accessTokens = new Set<string>();
@@ -124,11 +128,15 @@ export class FakeControlPlane implements AsyncDisposable {
           register: (request, context) => this.#register(request, context),
           heartbeat: (request, context) => {
             this.#check(context, request.linkId);
+            this.heartbeats++;
             return { directive: this.directive, headRevision: this.#revision };
           },
           watch: (request, context) => this.#watch(request, context),
           reportEnvironments: (request, context) => {
             this.#check(context, request.linkId);
+            if (request.items.some((item) => item.environmentId === this.malformed)) {
+              throw new ConnectError("cannot be read", Code.InvalidArgument);
+            }
             return { results: request.items.map((item) => this.#report(item.environmentId, item.status)) };
           },
           createEnvironmentToken: (request, context) => {
@@ -159,8 +167,9 @@ export class FakeControlPlane implements AsyncDisposable {
           },
         });
         router.rpc(IdentityService.method.exchangeToken, (request) => this.#exchange(request.exchangeToken));
-        router.rpc(RunnerService.method.createRunnerToken, (_request, context) => {
+        router.rpc(RunnerService.method.createRunnerToken, (request, context) => {
           this.#check(context);
+          if (request.runnerId !== this.runnerId) throw new ConnectError("not you", Code.PermissionDenied);
           this.#used = false;
           return { exchangeToken: this.exchangeToken };
         });
@@ -203,12 +212,25 @@ export class FakeControlPlane implements AsyncDisposable {
     await this.listen(this.#port);
   }
 
+  exchanges = 0;
+
   #exchange(token: string) {
     if (token !== this.exchangeToken || this.#used) throw new ConnectError("used", Code.Unauthenticated);
     this.#used = true;
+    this.exchanges++;
     const accessToken = newToken(TokenKind.RUNNER_ACCESS);
     this.#accessTokens.add(accessToken);
     return { accessToken };
+  }
+
+  /** The next call of the runner fails with this code. */
+  failOnce(code: Code): void {
+    this.#failures.push(code);
+  }
+
+  /** Another process registers for the same runner. */
+  replaceLink(): void {
+    this.#linkId = uuidv7();
   }
 
   /** No access token that was handed out is good any more. */
@@ -217,7 +239,8 @@ export class FakeControlPlane implements AsyncDisposable {
   }
 
   #check(context: HandlerContext, linkId = this.#linkId): void {
-    if (this.failWith !== undefined) throw new ConnectError("told to fail", this.failWith);
+    const failure = this.#failures.shift();
+    if (failure !== undefined) throw new ConnectError("told to fail", failure);
     if (!this.#accessTokens.has(bearer(context))) throw new ConnectError("who are you", Code.Unauthenticated);
     if (linkId !== this.#linkId) throw new ConnectError("another process has registered", Code.Aborted);
   }
@@ -240,6 +263,7 @@ export class FakeControlPlane implements AsyncDisposable {
   async *#watch(request: WatchRequest, context: HandlerContext): AsyncGenerator<WatchResponse> {
     this.#check(context, request.linkId);
     const linkId = request.linkId;
+    this.resumed.push(request.resumeRevision);
     const cut = new AbortController();
     this.#streams.add(cut);
     let sent = request.resumeRevision;
@@ -315,7 +339,10 @@ export class FakeControlPlane implements AsyncDisposable {
   }
 
   ask(callId: string, contextUrl: string): void {
-    const request = { case: "parseContext" as const, value: { $typeName: "berth.runner.v1.ParseContextCall" as const, contextUrl } };
+    const request = {
+      case: "parseContext" as const,
+      value: { $typeName: "berth.runner.v1.ParseContextCall" as const, contextUrl },
+    };
     const deadline = timestampFromDate(new Date(Date.now() + 20_000));
     this.#calls.push({ case: "call", value: { $typeName: "berth.runner.v1.Call", callId, deadline, request } });
     for (const wake of [...this.#watchers]) wake();
@@ -366,11 +393,13 @@ export class FakeControlPlane implements AsyncDisposable {
   exists = (id: string) => this.#states.has(id);
 
   /** An environment that is to run, with fresh sessions; `spec` comes on top. */
-  create(spec: SpecInit = {}): string {
-    const id = uuidv7();
+  create(spec: SpecInit = {}, id = uuidv7()): string {
     const session = () => ({ session: uuidv7() });
     const state: EnvironmentState = {
-      metadata: create(EnvironmentMetadataSchema, { runnerId: this.runnerId, lastStartedAt: timestampFromDate(new Date()) }),
+      metadata: create(EnvironmentMetadataSchema, {
+        runnerId: this.runnerId,
+        lastStartedAt: timestampFromDate(new Date()),
+      }),
       spec: create(EnvironmentSpecSchema, {
         specVersion: 1n,
         desiredPhase: EnvironmentPhase.RUNNING,
@@ -430,7 +459,9 @@ export class FakeControlPlane implements AsyncDisposable {
       if (!this.#states.has(id)) throw new Error("the environment is gone");
       const environment = this.environment(id);
       if (condition(environment)) return environment;
-      throw new Error(JSON.stringify(environment.status, (_key, value) => (typeof value === "bigint" ? String(value) : value)));
+      throw new Error(
+        JSON.stringify(environment.status, (_key, value) => (typeof value === "bigint" ? String(value) : value)),
+      );
     }, what);
   }
 
@@ -448,11 +479,16 @@ function bearer(context: HandlerContext): string {
 }
 
 /** Content from git, as in a specification. */
-export const fromGit = (remoteUri: string, more: { targetMode?: Mode; cloneTarget?: string; checkoutLocation?: string; upstreamRemoteUri?: string } = {}) => ({
+export const fromGit = (
+  remoteUri: string,
+  more: { targetMode?: Mode; cloneTarget?: string; checkoutLocation?: string; upstreamRemoteUri?: string } = {},
+) => ({
   spec: { case: "git" as const, value: { remoteUri, ...more } },
 });
 
-export const contentOf = (...specs: ReturnType<typeof fromGit>[]): SpecInit => ({ content: { initializer: { specs } } });
+export const contentOf = (...specs: ReturnType<typeof fromGit>[]): SpecInit => ({
+  content: { initializer: { specs } },
+});
 
 /** A runner that is a process of its own. */
 export interface RunnerProcess {
@@ -469,11 +505,13 @@ export class TestRunner implements AsyncDisposable {
   readonly gitHost: string;
   readonly lines: string[] = [];
   running: RunningRunner | undefined;
+  exchangeToken: string;
 
   private constructor(plane: FakeControlPlane, dataDir: string, gitHost: string) {
     this.plane = plane;
     this.dataDir = dataDir;
     this.gitHost = gitHost;
+    this.exchangeToken = plane.exchangeToken;
   }
 
   static async create(plane: FakeControlPlane, gitHost = ""): Promise<TestRunner> {
@@ -498,7 +536,8 @@ export class TestRunner implements AsyncDisposable {
 
   async start(more: Partial<RunnerHostConfig> = {}): Promise<RunningRunner> {
     const log = pino({ level: "debug" }, { write: (line: string) => void this.lines.push(line) });
-    const { url, exchangeToken } = this.plane;
+    const { url } = this.plane;
+    const { exchangeToken } = this;
     this.running = await startRunner({ config: this.config(more), apiUrl: url, publicApiUrl: url, exchangeToken, log });
     return this.running;
   }
@@ -541,7 +580,11 @@ export class TestRunner implements AsyncDisposable {
   }
 
   /** The operations of an environment, with a token. */
-  ops(id: string, token = this.plane.grant(id, Kind.ENVIRONMENT_ACCESS), baseUrl = this.baseUrl): Client<typeof EnvironmentOpsService> {
+  ops(
+    id: string,
+    token = this.plane.grant(id, Kind.ENVIRONMENT_ACCESS),
+    baseUrl = this.baseUrl,
+  ): Client<typeof EnvironmentOpsService> {
     return createClient(
       EnvironmentOpsService,
       createConnectTransport({
@@ -569,7 +612,9 @@ export class TestRunner implements AsyncDisposable {
     return fetch(`${this.baseUrl}/environments/${id}/logs${query}`, { ...init, headers });
   }
 
-  async record(id: string): Promise<{ user?: { name: string; uid: number; own: boolean }; supervisor?: { pid: number } }> {
+  async record(
+    id: string,
+  ): Promise<{ user?: { name: string; uid: number; own: boolean }; supervisor?: { pid: number } }> {
     return JSON.parse(await readFile(this.folder(id, "state.json"), "utf8"));
   }
 

@@ -19,7 +19,7 @@ import { SecretService } from "../gen/gitpod/v1/secret_pb.js";
 import type { BerthClient } from "../src/client.ts";
 import { FakeRunner } from "./harness/fake-runner.ts";
 import { startGitServer } from "./harness/git-server.ts";
-import { shareRunner, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
+import { liftQuotas, shareRunner, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
 import { codeOf, refusal, violatedFields } from "./harness/refusal.ts";
 
 let plane: TestPlane;
@@ -28,6 +28,7 @@ let member: TestUser;
 
 beforeAll(async () => {
   plane = await startTestPlane();
+  await liftQuotas(plane);
   admin = plane.admin;
   member = await plane.addUser();
 });
@@ -98,17 +99,15 @@ describe("CreateRunner", () => {
         provider,
         kind,
         creator: { principal: Principal.USER },
-        status: { phase: RunnerPhase.CREATED, updatedAt: undefined, version: "" },
+        status: { phase: RunnerPhase.CREATED, version: "" },
         spec: {
           desiredPhase: RunnerPhase.ACTIVE,
           variant: RunnerVariant.STANDARD,
-          configuration: {
-            releaseChannel: RunnerReleaseChannel.STABLE,
-            logLevel: LogLevel.INFO,
-            updateWindow: undefined,
-          },
+          configuration: { releaseChannel: RunnerReleaseChannel.STABLE, logLevel: LogLevel.INFO },
         },
       });
+      expect(response.runner?.status?.updatedAt).toBeUndefined();
+      expect(response.runner?.spec?.configuration?.updateWindow).toBeUndefined();
       expect(response.exchangeToken).toMatch(/^berth_rxt_\w{49}$/);
       expect(response.accessToken).toBe("");
     }
@@ -581,18 +580,18 @@ test("RUN-47: a runner's token reads what is its own, renews itself, and does no
   expect((await plane.client(accessToken).identity.getAuthenticatedIdentity({})).subject?.id).toBe(id);
   await process.heartbeat();
 
-  const refusals: [Promise<unknown>, string][] = [
-    [runner.runners.getRunner({ runnerId: other.id }), "NotFound"],
-    [runner.runners.createRunnerToken({ runnerId: other.id }), "NotFound"],
-    [runner.environments.getEnvironment({ environmentId: foreign.id }), "NotFound"],
-    [runner.runnerConfiguration.getEnvironmentClass({ environmentClassId: otherClassId }), "NotFound"],
-    [runner.environments.markEnvironmentActive({ environmentId: environment.id }), "PermissionDenied"],
-    [runner.environments.stopEnvironment({ environmentId: environment.id }), "PermissionDenied"],
-    [runner.runners.createRunner({ name: "own", provider: RunnerProvider.AWS_EC2 }), "PermissionDenied"],
-    [runner.runners.deleteRunner({ runnerId: id }), "PermissionDenied"],
-    [runner.runners.parseContextURL({ contextUrl: "https://github.com/a/b" }), "PermissionDenied"],
+  const refusals: [() => Promise<unknown>, string][] = [
+    [() => runner.runners.getRunner({ runnerId: other.id }), "NotFound"],
+    [() => runner.runners.createRunnerToken({ runnerId: other.id }), "NotFound"],
+    [() => runner.environments.getEnvironment({ environmentId: foreign.id }), "NotFound"],
+    [() => runner.runnerConfiguration.getEnvironmentClass({ environmentClassId: otherClassId }), "NotFound"],
+    [() => runner.environments.markEnvironmentActive({ environmentId: environment.id }), "PermissionDenied"],
+    [() => runner.environments.stopEnvironment({ environmentId: environment.id }), "PermissionDenied"],
+    [() => runner.runners.createRunner({ name: "own", provider: RunnerProvider.AWS_EC2 }), "PermissionDenied"],
+    [() => runner.runners.deleteRunner({ runnerId: id }), "PermissionDenied"],
+    [() => runner.runners.parseContextURL({ contextUrl: "https://github.com/a/b" }), "PermissionDenied"],
   ];
-  for (const [call, code] of refusals) expect(await codeOf(call)).toBe(code);
+  for (const [call, code] of refusals) expect(await codeOf(call())).toBe(code);
 });
 
 describe("source control", () => {

@@ -1,7 +1,9 @@
+import { execFileSync } from "node:child_process";
 import { existsSync, readFileSync } from "node:fs";
 import { readFile, stat, writeFile } from "node:fs/promises";
 import { createClient } from "@connectrpc/connect";
 import { createConnectTransport } from "@connectrpc/connect-node";
+import { v7 as uuidv7 } from "uuid";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { DeregisterRequest_Reason as Reason } from "../gen/berth/runner/v1/runner_control_pb.js";
 import {
@@ -65,10 +67,13 @@ describe("life of an environment", () => {
     expect(firstReady?.status.environmentUrls?.ops).toBe(status?.environmentUrls?.ops);
     const folder = runner.folder(id, "workspace", it.name);
     expect(status?.content?.contentLocationInMachine).toBe(folder);
-    expect(status?.content?.git).toMatchObject({ branch: "main", latestCommit: it.repository.head, totalChangedFiles: 0 });
+    expect(status?.content?.git).toMatchObject({
+      branch: "main",
+      latestCommit: it.repository.head,
+      totalChangedFiles: 0,
+    });
     expect(status?.machine?.versions?.supervisorVersion).toBe("0.1.0");
-    const file = await runner.ops(id).readFile({ path: "README.md" });
-    expect(Buffer.from(file.content.case === "file" ? file.content.value.content : []).toString()).toBe("hello\n");
+    expect(await runner.exec(id, "cat README.md")).toBe("hello");
   });
 
   test("ENV-10, ENV-11: a stop leaves no process and keeps the files; the next start clones nothing", async () => {
@@ -101,9 +106,9 @@ describe("life of an environment", () => {
     await eventually(() => plane.isGone(id), "the deletion");
     const phases = plane.reports.map(({ status }) => status.machine?.phase);
     const order = [MachinePhase.STOPPING, MachinePhase.STOPPED, MachinePhase.DELETING, MachinePhase.DELETED];
-    expect(phases.slice(phases.indexOf(MachinePhase.STOPPING)).filter((phase, at, all) => all.indexOf(phase) === at)).toEqual(
-      order.filter((phase) => phases.includes(phase)),
-    );
+    expect(
+      phases.slice(phases.indexOf(MachinePhase.STOPPING)).filter((phase, at, all) => all.indexOf(phase) === at),
+    ).toEqual(order.filter((phase) => phases.includes(phase)));
     expect(phases.at(-1)).toBe(MachinePhase.DELETED);
     expect(existsSync(runner.folder(id))).toBe(false);
     if (isRoot) expect(userExists(user?.name ?? "")).toBe(false);
@@ -223,12 +228,19 @@ describe("files of the repository", () => {
       automationsFilePath: ".ona/automations.yaml",
     });
     await it.runner.exec(it.id, "echo '{}' > .devcontainer/devcontainer.json");
-    const changed = await it.plane.until(it.id, (each) => each.status?.devcontainer?.devcontainerconfigInSync === false, "out of sync");
+    const changed = await it.plane.until(
+      it.id,
+      (each) => each.status?.devcontainer?.devcontainerconfigInSync === false,
+      "out of sync",
+    );
     expect(changed.status?.content?.git?.totalChangedFiles).toBe(1);
   });
 
   test("a named file that is missing fails its part and nothing else", async () => {
-    const spec = { devcontainer: { devcontainerFilePath: "no/such.json" }, automationsFile: { automationsFilePath: "none.yaml" } };
+    const spec = {
+      devcontainer: { devcontainerFilePath: "no/such.json" },
+      automationsFile: { automationsFilePath: "none.yaml" },
+    };
     await using it = await running(undefined, spec);
     const { status } = it.environment;
     expect(status?.devcontainer).toMatchObject({
@@ -236,14 +248,20 @@ describe("files of the repository", () => {
       devcontainerFilePresence: DevContainerPresence.SPECIFIED,
       failureMessage: "dev container file no/such.json not found",
     });
-    expect(status?.automationsFile).toMatchObject({ phase: ContentPhase.FAILED, failureMessage: "automations file none.yaml not found" });
+    expect(status?.automationsFile).toMatchObject({
+      phase: ContentPhase.FAILED,
+      failureMessage: "automations file none.yaml not found",
+    });
   });
 
   test("without files: a generated dev container, no automations; keys cannot be used", async () => {
     await using it = await running(undefined, { sshPublicKeys: [{ id: "k1", value: "ssh-ed25519 AAAA" }] });
     const { status } = it.environment;
     expect(status?.devcontainer?.devcontainerFilePresence).toBe(DevContainerPresence.GENERATED);
-    expect(status?.automationsFile).toMatchObject({ phase: ContentPhase.READY, automationsFilePresence: AutomationsPresence.ABSENT });
+    expect(status?.automationsFile).toMatchObject({
+      phase: ContentPhase.READY,
+      automationsFilePresence: AutomationsPresence.ABSENT,
+    });
     expect(status?.sshPublicKeys).toMatchObject([{ id: "k1", phase: ContentPhase.UNAVAILABLE }]);
     expect(status?.machine?.warningMessage).toContain("SSH");
   });
@@ -268,9 +286,14 @@ describe("crashes", () => {
     await runner.running?.stop();
     expect(plane.deregistered).toEqual([Reason.STOPPING]);
     await runner.start();
-    expect(await eventually(() => runner.exec(id, "kill -0 $(cat pid) && echo $ONA_API_KEY"), "operations")).toBe(token);
+    expect(await eventually(() => runner.exec(id, "kill -0 $(cat pid) && echo $ONA_API_KEY"), "operations")).toBe(
+      token,
+    );
     expect((await runner.record(id)).supervisor).toEqual(supervisor);
-    await eventually(() => plane.environment(id).status?.environmentUrls?.ops.startsWith(runner.baseUrl), "the new address");
+    await eventually(
+      () => plane.environment(id).status?.environmentUrls?.ops.startsWith(runner.baseUrl),
+      "the new address",
+    );
     expect(plane.environment(id).status?.phase).toBe(RUNNING);
     expect(plane.registrations.at(-1)?.localEnvironmentIds).toEqual([id]);
   });
@@ -305,7 +328,9 @@ describe("crashes", () => {
     expect(existsSync(runner.folder(id, "workspace", "killed"))).toBe(false);
     await runner.start();
     await plane.untilPhase(id, RUNNING);
-    expect(await runner.exec(id, "git status --porcelain; git rev-parse HEAD; ls -A ..")).toBe(`${repository.head}\nkilled`);
+    expect(await runner.exec(id, "git status --porcelain; git rev-parse HEAD; ls -A ..")).toBe(
+      `${repository.head}\nkilled`,
+    );
   });
 
   test("a runner killed at any moment of a life comes back to it", async () => {
@@ -348,6 +373,44 @@ describe("crashes", () => {
     expect(await runner.exec(id, `cat ../.berth-backup-unknown/${it.name}/work.txt`)).toBe("precious");
   });
 
+  test("after a restart of the host the machine starts anew", async () => {
+    await using it = await running();
+    const { plane, runner, id } = it;
+    await runner.running?.stop();
+    const record = JSON.parse(await readFile(runner.folder(id, "state.json"), "utf8"));
+    for (const { pid } of await processesOf(runner, id)) process.kill(pid, "SIGKILL");
+    record.supervisor.bootId = "another";
+    await writeFile(runner.folder(id, "state.json"), JSON.stringify(record));
+    const from = plane.reports.length;
+    await runner.start();
+    await eventually(() => plane.reports.length > from + 1, "reports");
+    await plane.untilPhase(id, RUNNING);
+    const phases = plane.reports.slice(from).map(({ status }) => status.machine?.phase);
+    expect(phases).toContain(MachinePhase.STARTING);
+    expect(phases.at(-1)).toBe(MachinePhase.RUNNING);
+    expect(plane.environment(id).status?.environmentUrls?.ops).not.toBe("");
+    expect(await runner.exec(id, "git status --porcelain")).toBe("");
+    expect(git.fetches(it.name)).toBe(1);
+  });
+
+  test("a start that the disk does not allow ends in a failure that people see", { timeout: 90_000 }, async () => {
+    await using plane = await FakeControlPlane.start();
+    await using runner = await TestRunner.create(plane);
+    await runner.start();
+    const id = uuidv7();
+    await writeFile(runner.folder(id), "not a folder");
+    plane.create({}, id);
+    const failed = await eventually(
+      () => {
+        const { status } = plane.environment(id);
+        return status?.failureMessage.length ? status : undefined;
+      },
+      "the failure",
+      80_000,
+    );
+    expect(failed.failureMessage.join()).toContain("is not a folder");
+  });
+
   test("only one runner uses a data folder", async () => {
     await using plane = await FakeControlPlane.start();
     await using runner = await TestRunner.create(plane);
@@ -356,19 +419,23 @@ describe("crashes", () => {
   });
 });
 
-test.runIf(isRoot)("the runner also works as an ordinary user, and says what is missing", { timeout: 30_000 }, async () => {
-  const repository = await git.createRepository("ordinary");
-  await using plane = await FakeControlPlane.start();
-  await using runner = await TestRunner.create(plane, git.host);
-  await runner.spawn({}, 65_534);
-  const id = plane.create(contentOf(fromGit(repository.url)));
-  const environment = await plane.untilPhase(id, RUNNING);
-  expect(environment.status?.machine?.warningMessage).toContain("no isolation between environments");
-  expect(await runner.exec(id, "id -u; (setsid sleep 600 >/dev/null 2>&1 &)")).toBe("65534");
-  plane.stopEnvironment(id);
-  await plane.untilPhase(id, STOPPED);
-  expect(await environmentProcesses({ environmentId: id })).toEqual([]);
-  plane.deleteEnvironment(id);
-  await eventually(() => plane.isGone(id), "the deletion");
-  expect(existsSync(runner.folder(id))).toBe(false);
-});
+test.runIf(isRoot)(
+  "the runner also works as an ordinary user, and says what is missing",
+  { timeout: 30_000 },
+  async () => {
+    const repository = await git.createRepository("ordinary");
+    await using plane = await FakeControlPlane.start();
+    await using runner = await TestRunner.create(plane, git.host);
+    await runner.spawn({}, 65_534);
+    const id = plane.create(contentOf(fromGit(repository.url)));
+    const environment = await plane.untilPhase(id, RUNNING);
+    expect(environment.status?.machine?.warningMessage).toContain("no isolation between environments");
+    expect(await runner.exec(id, "id -u; (setsid sleep 600 >/dev/null 2>&1 &)")).toBe("65534");
+    plane.stopEnvironment(id);
+    await plane.untilPhase(id, STOPPED);
+    expect(await environmentProcesses({ environmentId: id })).toEqual([]);
+    plane.deleteEnvironment(id);
+    await eventually(() => plane.isGone(id), "the deletion");
+    expect(existsSync(runner.folder(id))).toBe(false);
+  },
+);

@@ -82,13 +82,13 @@ export async function testEnvironment(change: Partial<SupervisorConfig> = {}): P
   };
 }
 
-/** Asks again until there is an answer; fails after 15 s. */
+/** Asks again until there is an answer; fails after 30 s. */
 export async function waitFor<T>(ask: () => Promise<T | undefined | false> | T | undefined | false): Promise<T> {
-  const deadline = Date.now() + 15_000;
+  const deadline = Date.now() + 30_000;
   for (;;) {
     const answer = await ask();
     if (answer !== undefined && answer !== false) return answer;
-    if (Date.now() > deadline) throw new Error("nothing happened within 15 s");
+    if (Date.now() > deadline) throw new Error("nothing happened within 30 s");
     await new Promise((resolve) => setTimeout(resolve, 20));
   }
 }

@@ -127,7 +127,7 @@ describe("processes of an environment", () => {
     const selector = { environmentId: randomUUID(), uid };
     const bystander = start("sleep 300", { uid: uid + 1 });
     // Up to 60 short-lived processes at a time, none of which carries the marker.
-    const storm = 'ulimit -p 60; while [ -d "$FOLDER" ]; do sleep 0.05 & (setsid -f sleep 0.1 &); done 2> /dev/null';
+    const storm = 'ulimit -p 60; while [ -d "$FOLDER" ]; do sleep 0.5 & (setsid -f sleep 1 &); done 2> /dev/null';
     start(storm, { uid, env: { FOLDER: folder } });
     await waitFor(async () => (await environmentProcesses(selector)).length > 10);
     expect(await killEnvironmentProcesses({ ...selector, deadlineMs: 15_000 })).toEqual([]);

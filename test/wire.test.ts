@@ -15,13 +15,13 @@ import { ViolationsSchema } from "../gen/buf/validate/validate_pb.js";
 import { EnvironmentService } from "../gen/gitpod/v1/environment_pb.js";
 import { EventService, WatchEventsRequestSchema } from "../gen/gitpod/v1/event_pb.js";
 import { Principal } from "../gen/gitpod/v1/identity_pb.js";
+import { RunnerKind } from "../gen/gitpod/v1/runner_configuration_pb.js";
 import {
   CreateRunnerRequestSchema,
   GetRunnerRequestSchema,
   ListRunnersRequestSchema,
   RunnerService,
 } from "../gen/gitpod/v1/runner_pb.js";
-import { RunnerKind } from "../gen/gitpod/v1/runner_configuration_pb.js";
 import { Health, HealthCheckResponse_ServingStatus as Serving } from "../gen/grpc/health/v1/health_pb.js";
 import { ServerReflection } from "../gen/grpc/reflection/v1/reflection_pb.js";
 import { ServerReflection as ServerReflectionAlpha } from "../gen/grpc/reflection/v1alpha/reflection_pb.js";
@@ -29,8 +29,8 @@ import { createBerthClient, createOpsClient } from "../src/client.ts";
 import { createBerthClient as createWebClient } from "../src/client-web.ts";
 import { observe } from "../src/rpc/observe.ts";
 import { validation } from "../src/rpc/validate.ts";
-import { type Server, type ServerOptions, startServer } from "../src/server.ts";
-import { EVENT_ID, type Echo, echo, SECRET } from "./harness/echo.ts";
+import { type HttpHandler, type Server, type ServerOptions, startServer } from "../src/server.ts";
+import { type Echo, EVENT_ID, echo, SECRET } from "./harness/echo.ts";
 
 const GET_RUNNER = "/gitpod.v1.RunnerService/GetRunner";
 const LIST_RUNNERS = "/gitpod.v1.RunnerService/ListRunners";
@@ -93,7 +93,11 @@ function unwrap(body: Buffer): { flags: number; data: Buffer }[] {
   return found;
 }
 
-const post = (url: string, type: string, body: BodyInit, headers: Record<string, string> = {}) =>
+/** The JSON of an answer, of whatever shape the test expects. */
+// biome-ignore lint/suspicious/noExplicitAny: tests name the parts that they look at
+const jsonOf = (answer: Response): Promise<any> => answer.json();
+
+const post = (url: string, type: string, body: string | Uint8Array, headers: Record<string, string> = {}) =>
   fetch(url, { method: "POST", headers: { "content-type": type, ...headers }, body });
 const postJson = (url: string, body: unknown, headers?: Record<string, string>) =>
   post(url, "application/json", typeof body === "string" ? body : JSON.stringify(body), headers);
@@ -106,7 +110,13 @@ async function http2(
   body: Uint8Array,
   headers: Record<string, string> = {},
 ) {
-  const stream = session.request({ ":method": "POST", ":path": path, "content-type": type, te: "trailers", ...headers });
+  const stream = session.request({
+    ":method": "POST",
+    ":path": path,
+    "content-type": type,
+    te: "trailers",
+    ...headers,
+  });
   const response = Promise.withResolvers<Record<string, unknown>>();
   let trailers: Record<string, unknown> = {};
   const chunks: Buffer[] = [];
@@ -195,9 +205,9 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
       const answer = await client.runners.getRunner(
         { runnerId: "a" },
         {
-          headers: { "x-name": "näme".normalize("NFD").replace(/\W/g, "") },
-          onHeader: (header) => void (seen.header = header),
-          onTrailer: (trailer) => void (seen.trailer = trailer),
+          headers: { "x-name": "name" },
+          onHeader: (header) => void Object.assign(seen, { header }),
+          onTrailer: (trailer) => void Object.assign(seen, { trailer }),
         },
       );
       expect(answer.runner).toMatchObject({ runnerId: "a", name: "name" });
@@ -278,7 +288,7 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
     test.each(["", "/api"])("serves RPCs without side effects under the prefix %j", async (prefix) => {
       const message = encodeURIComponent(JSON.stringify({ pagination: { pageSize: 2 } }));
       const answer = await fetch(`${server.url}${prefix}${LIST_RUNNERS}?connect=v1&encoding=json&message=${message}`);
-      expect(await answer.json()).toMatchObject({ runners: [{ runnerId: "0" }, { runnerId: "1" }] });
+      expect(await jsonOf(answer)).toMatchObject({ runners: [{ runnerId: "0" }, { runnerId: "1" }] });
       const bytes = Buffer.from(binary(GetRunnerRequestSchema, { runnerId: "b" })).toString("base64url");
       const query = `connect=v1&encoding=proto&base64=1&message=${bytes}`;
       expect((await fetch(`${server.url}${prefix}${GET_RUNNER}?${query}`)).status).toBe(200);
@@ -292,21 +302,23 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
 
     test("is refused for others with 405, other methods everywhere", async () => {
       const answer = await fetch(`${server.url}${CREATE_RUNNER}?connect=v1&encoding=json&message=%7B%7D`);
-      expect([answer.status, await answer.json()]).toEqual([405, { message: expect.stringContaining("POST") }]);
-      expect((await fetch(`${server.url}${GET_RUNNER}`, { method: "DELETE" })).status).toBe(405);
+      expect([answer.status, await jsonOf(answer)]).toEqual([405, { message: expect.stringContaining("POST") }]);
+      expect(answer.headers.get("allow")).toBe("POST");
+      const other = await fetch(`${server.url}${GET_RUNNER}`, { method: "DELETE" });
+      expect([other.status, other.headers.get("allow")]).toEqual([405, "POST, GET"]);
     });
 
     test("with a malformed message is INVALID_ARGUMENT", async () => {
       for (const query of ["encoding=json&message=%7B", "encoding=proto&base64=1&message=CgX_"]) {
         const answer = await fetch(`${server.url}${GET_RUNNER}?connect=v1&${query}`);
-        expect([answer.status, (await answer.json()).code]).toEqual([400, "invalid_argument"]);
+        expect([answer.status, (await jsonOf(answer)).code]).toEqual([400, "invalid_argument"]);
       }
     });
   });
 
   describe("paging by the URL of a POST", () => {
     const list = async (query: string, body: object = {}) =>
-      (await postJson(`${server.url}/api${LIST_RUNNERS}${query}`, body)).json();
+      jsonOf(await postJson(`${server.url}/api${LIST_RUNNERS}${query}`, body));
     const page = (ids: string[]) => ids.map((runnerId) => expect.objectContaining({ runnerId }));
 
     test("replaces what the message says", async () => {
@@ -331,12 +343,12 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
 
     test("means nothing to messages without pages", async () => {
       const answer = await postJson(`${server.url}${GET_RUNNER}?token=x&pageSize=x`, { runnerId: "c" });
-      expect(await answer.json()).toEqual({ runner: { runnerId: "c" } });
+      expect(await jsonOf(answer)).toEqual({ runner: { runnerId: "c" } });
     });
 
     test.each(["abc", "1.5", "99999999999", "1e2", "0x10"])("pageSize %s is INVALID_ARGUMENT", async (size) => {
       const answer = await postJson(`${server.url}${LIST_RUNNERS}?pageSize=${size}`, {});
-      const error = await answer.json();
+      const error = await jsonOf(answer);
       expect([answer.status, error.code]).toEqual([400, "invalid_argument"]);
       expect(error.message).toContain("pagination.page_size");
       const violations = fromBinary(ViolationsSchema, Buffer.from(error.details[0].value, "base64"));
@@ -399,7 +411,7 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
 
     test("names the field of an unknown enum value", async () => {
       const answer = await postJson(`${server.url}${LIST_RUNNERS}`, { filter: { kinds: ["RUNNER_KIND_LOCAL", "x"] } });
-      expect((await answer.json()).message).toBe('filter.kinds[1]: "x" is no value of gitpod.v1.RunnerKind');
+      expect((await jsonOf(answer)).message).toBe('filter.kinds[1]: "x" is no value of gitpod.v1.RunnerKind');
     });
 
     test("envelopes that are cut off, or too many", async () => {
@@ -430,7 +442,7 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
 
     test("while unknown fields are ignored, and no body is an empty message", async () => {
       const newer = { runnerId: "d", newField: { kind: "x" }, "": [1] };
-      expect(await (await postJson(`${server.url}${GET_RUNNER}`, newer)).json()).toEqual({ runner: { runnerId: "d" } });
+      expect(await jsonOf(await postJson(`${server.url}${GET_RUNNER}`, newer))).toEqual({ runner: { runnerId: "d" } });
       const filter = { filter: { kinds: ["RUNNER_KIND_LOCAL", 2], newer: true } };
       expect((await postJson(`${server.url}${LIST_RUNNERS}`, filter)).status).toBe(200);
       expect(await codeOf(server, "json", LIST_RUNNERS, new Uint8Array())).toBe("ok");
@@ -443,11 +455,14 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
   describe("bounds", () => {
     const big = (size: number) => binary(GetRunnerRequestSchema, { runnerId: "x".repeat(size) });
 
-    test.each(["proto", "grpc", "grpc-web"])("a message that is too large is RESOURCE_EXHAUSTED in %s", async (protocol) => {
-      expect(snake(await codeOf(server, protocol, GET_RUNNER, big(LIMIT)))).toBe("resource_exhausted");
-      expect(snake(await codeOf(server, protocol, GET_RUNNER, big(3_000_000)))).toBe("resource_exhausted");
-      expect(snake(await codeOf(server, protocol, GET_RUNNER, big(LIMIT - 10)))).toBe("ok");
-    });
+    test.each(["proto", "grpc", "grpc-web"])(
+      "a message that is too large is RESOURCE_EXHAUSTED in %s",
+      async (protocol) => {
+        expect(snake(await codeOf(server, protocol, GET_RUNNER, big(LIMIT)))).toBe("resource_exhausted");
+        expect(snake(await codeOf(server, protocol, GET_RUNNER, big(3_000_000)))).toBe("resource_exhausted");
+        expect(snake(await codeOf(server, protocol, GET_RUNNER, big(LIMIT - 10)))).toBe("ok");
+      },
+    );
 
     test("as well if its size is not told before, in JSON, in streams, and if it is compressed", async () => {
       const chunks = new ReadableStream({
@@ -459,7 +474,7 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
       const init = { method: "POST", body: chunks, duplex: "half" } as RequestInit;
       const json = { headers: { "content-type": "application/json" } };
       const answer = await fetch(`${server.url}${GET_RUNNER}`, { ...init, ...json });
-      expect([answer.status, (await answer.json()).code]).toEqual([429, "resource_exhausted"]);
+      expect([answer.status, (await jsonOf(answer)).code]).toEqual([429, "resource_exhausted"]);
       expect(answer.headers.get("x-should-retry")).toBe("false");
       const bomb = gzipSync(Buffer.alloc(20_000_000));
       expect(await codeOf(server, "json", GET_RUNNER, bomb, { "content-encoding": "gzip" })).toBe("resource_exhausted");
@@ -476,8 +491,10 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
       ] as const) {
         const id = `answer-${runnerId}-${direct}`;
         const answer = await postJson(`${server.url}${GET_RUNNER}`, { runnerId }, { "x-request-id": id });
-        expect((await answer.json()).code).toBe(code);
-        expect(wire.lines.filter(({ requestId }) => requestId === id)).toContainEqual(expect.objectContaining({ code }));
+        expect((await jsonOf(answer)).code).toBe(code);
+        expect(wire.lines.filter(({ requestId }) => requestId === id)).toContainEqual(
+          expect.objectContaining({ code }),
+        );
       }
     });
 
@@ -503,18 +520,23 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
     test("a caller that does not read holds the handler back", async () => {
       const session = http2Session(server.url);
       const body = binary(WatchEventsRequestSchema, { scope: { case: "environmentId", value: "many" } });
-      const stream = session.request({ ":method": "POST", ":path": WATCH, "content-type": "application/connect+proto" });
+      const stream = session.request({
+        ":method": "POST",
+        ":path": WATCH,
+        "content-type": "application/connect+proto",
+      });
+      stream.on("error", () => undefined);
       stream.end(envelope(body));
       stream.pause();
       // Each message has 100 kB; what is not held back fills memory.
       await wire.echo.waiting(1);
-      await expect(Promise.race([wire.echo.waiting(200), settled(stream)])).resolves.toBe("settled");
+      await expect(Promise.race([wire.echo.waiting(200), settled(session)])).resolves.toBe("settled");
       stream.close(constants.NGHTTP2_CANCEL);
     });
 
     /** Resolves once the other side has had a few turns to do more. */
-    async function settled(stream: { session?: ClientHttp2Session | undefined }): Promise<string> {
-      for (let turn = 0; turn < 20; turn += 1) await new Promise<void>((resolve) => stream.session?.ping(() => resolve()));
+    async function settled(session: ClientHttp2Session): Promise<string> {
+      for (let turn = 0; turn < 20; turn += 1) await new Promise((resolve) => void session.ping(resolve));
       return "settled";
     }
   });
@@ -528,25 +550,28 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
         { accept: "application/jsonl", ...headers },
       );
 
-    test.each(["application/jsonl", "application/json"])("answer a request in %s with a line per message", async (type) => {
-      for (const prefix of ["", "/api"]) {
-        const answer = await watch("two", { "content-type": type }, prefix);
-        expect(answer.status).toBe(200);
-        expect(answer.headers.get("content-type")).toBe("application/jsonl");
-        const event = JSON.stringify({
-          operation: "RESOURCE_OPERATION_UPDATE",
-          resourceType: "RESOURCE_TYPE_RUNNER",
-          resourceId: EVENT_ID,
-        });
-        expect(await answer.text()).toBe(`${event}\n{}\n`);
-      }
-    });
+    test.each(["application/jsonl", "application/json"])(
+      "answer a request in %s with a line per message",
+      async (type) => {
+        for (const prefix of ["", "/api"]) {
+          const answer = await watch("two", { "content-type": type }, prefix);
+          expect(answer.status).toBe(200);
+          expect(answer.headers.get("content-type")).toBe("application/jsonl");
+          const event = JSON.stringify({
+            operation: "RESOURCE_OPERATION_UPDATE",
+            resourceType: "RESOURCE_TYPE_RUNNER",
+            resourceId: EVENT_ID,
+          });
+          expect(await answer.text()).toBe(`${event}\n{}\n`);
+        }
+      },
+    );
 
     test("an error before the first line is that of a unary call", async () => {
       const answer = await watch("refusal");
       expect(answer.status).toBe(403);
       expect(answer.headers.get("content-type")).toBe("application/json");
-      expect(await answer.json()).toEqual({ code: "permission_denied", message: "not you" });
+      expect(await jsonOf(answer)).toEqual({ code: "permission_denied", message: "not you" });
     });
 
     test("a later one breaks the connection, in both versions of HTTP", async () => {
@@ -554,7 +579,9 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
       expect(answer.status).toBe(200);
       await expect(answer.text()).rejects.toThrow();
       const body = Buffer.from(JSON.stringify({ environmentId: "break" }));
-      await expect(http2(http2Session(server.url), WATCH, "application/jsonl", body)).rejects.toThrow("reset with 2");
+      await expect(http2(http2Session(server.url), WATCH, "application/jsonl", body)).rejects.toThrow(
+        "NGHTTP2_INTERNAL_ERROR",
+      );
     });
   });
 
@@ -579,6 +606,7 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
     ])("from a handler that is %s, in %s", async (what, type) => {
       const session = http2Session(server.url);
       const stream = session.request({ ":method": "POST", ":path": WATCH, "content-type": type, te: "trailers" });
+      stream.on("error", () => undefined);
       const response = new Promise<Record<string, unknown>>((resolve) => void stream.on("response", resolve));
       const body = binary(WatchEventsRequestSchema, { scope: { case: "environmentId", value: what } });
       stream.end(envelope(body));
@@ -617,7 +645,7 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
         expect(line).toMatchObject({ principal: "USER", principalId: "somebody", durationMs: expect.any(Number) });
       }
       const [, , crash] = lines;
-      expect(crash).toMatchObject({ err: { type: "TypeError", stack: expect.stringContaining("echo.ts") } });
+      expect(crash).toMatchObject({ error: { type: "TypeError", stack: expect.stringContaining("echo.ts") } });
       expect(JSON.stringify(lines.filter((line) => line !== crash))).not.toContain("hunter2");
       expect(wire.log()).not.toContain(TOKEN);
     });
@@ -649,7 +677,9 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
     test("and the metrics", async () => {
       await postJson(`${server.url}${GET_RUNNER}`, { runnerId: "exists" });
       const text = await register.metrics();
-      expect(text).toMatch(/berth_rpc_seconds_count\{rpc="gitpod.v1.RunnerService\/GetRunner",code="already_exists"\} \d/);
+      expect(text).toMatch(
+        /berth_rpc_seconds_count\{rpc="gitpod.v1.RunnerService\/GetRunner",code="already_exists"\} \d/,
+      );
     });
   });
 
@@ -690,16 +720,17 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
       return next(request);
     };
     const guarded = await serveHere({ interceptors: [spy], direct });
-    let count = 0;
-    const token = async () => `t${(count += 1)}`;
+    const tokens = ["t1", "t2", "t3", "t4"];
+    const token = async () => tokens.shift() ?? "";
     for (const create of [createBerthClient, createWebClient]) {
       const client = create({ baseUrl: `${guarded.server.url}/`, token });
       await client.runners.listRunners({});
       expect(await collect(client.events.watchEvents({}))).toHaveLength(2);
     }
     expect(seen).toEqual(["Bearer t1", "Bearer t2", "Bearer t3", "Bearer t4"]);
+
     expect(Object.keys(createBerthClient({ baseUrl: "http://localhost" }))).toHaveLength(16);
-    const ops = createOpsClient({ opsUrl: `${guarded.server.url}/environments/1/ops`, token: "t" });
+    const ops = createOpsClient({ opsUrl: guarded.server.url, token: "t" });
     expect((await rejection(ops.exec({}))).code).toBe(Code.Unimplemented);
   });
 
@@ -730,7 +761,9 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
       const draining = await serveHere({ direct });
       const { url } = draining.server;
       const streams = clients(url).flatMap((client) =>
-        ["silent", "deaf"].map((value) => rejection(collect(client.events.watchEvents({ scope: { case: "environmentId", value } })))),
+        ["silent", "deaf"].map((value) =>
+          rejection(collect(client.events.watchEvents({ scope: { case: "environmentId", value } }))),
+        ),
       );
       const lines = fetch(`${url}${WATCH}`, {
         method: "POST",
@@ -742,17 +775,17 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
       await draining.echo.waiting(10);
       const session = http2Session(url);
       const goneAway = new Promise((resolve) => void session.on("goaway", resolve));
-      await new Promise((resolve) => void session.ping(resolve));
+      await http2(session, GET_RUNNER, "application/json", Buffer.from("{}"));
 
       const drained = draining.server.drain(20_000);
       for (const error of await Promise.all(streams)) expect(error.code).toBe(Code.Unavailable);
       await broken;
       await goneAway;
       const readiness = await fetch(`${url}/readyz`);
-      expect([readiness.status, await readiness.json()]).toEqual([503, { status: "not ready", reason: "draining" }]);
+      expect([readiness.status, await jsonOf(readiness)]).toEqual([503, { status: "not ready", reason: "draining" }]);
       expect((await fetch(`${url}/healthz`)).status).toBe(200);
       const refused = await postJson(`${url}${GET_RUNNER}`, {});
-      expect([refused.status, (await refused.json()).code]).toEqual([503, "unavailable"]);
+      expect([refused.status, (await jsonOf(refused)).code]).toEqual([503, "unavailable"]);
       expect(await codeOf(draining.server, "grpc", GET_RUNNER, new Uint8Array())).toBe("Unavailable");
 
       draining.echo.release();
@@ -802,7 +835,7 @@ describe("paths that nobody registered", () => {
     const answer = await postJson(`${server.url}${path}`, "{");
     expect(answer.status).toBe(501);
     const name = path.replace(/^(\/api)?\//, "");
-    expect(await answer.json()).toEqual({ code: "unimplemented", message: `${name} is not implemented` });
+    expect(await jsonOf(answer)).toEqual({ code: "unimplemented", message: `${name} is not implemented` });
     expect((await fetch(`${server.url}${path}`)).status).toBe(501);
     for (const protocol of ["proto", "connect+json", "connect+proto", "grpc", "grpc-web", "jsonl"]) {
       expect(snake(await codeOf(server, protocol, path, new Uint8Array())), protocol).toBe("unimplemented");
@@ -822,7 +855,7 @@ describe("paths that nobody registered", () => {
     "%s is not found",
     async (path) => {
       const answer = await postJson(`${server.url}${path}`, {});
-      expect([answer.status, (await answer.json()).code]).toEqual([404, "not_found"]);
+      expect([answer.status, (await jsonOf(answer)).code]).toEqual([404, "not_found"]);
     },
   );
 });
@@ -833,7 +866,7 @@ describe("what operators ask", () => {
     const { server } = await serveHere({ ready: async () => ({ ok: reason === undefined, reason }) });
     expect((await fetch(`${server.url}/healthz`)).status).toBe(200);
     const unready = await fetch(`${server.url}/readyz`);
-    expect([unready.status, await unready.json()]).toEqual([503, { status: "not ready", reason }]);
+    expect([unready.status, await jsonOf(unready)]).toEqual([503, { status: "not ready", reason }]);
     reason = undefined;
     await expect.poll(async () => (await fetch(`${server.url}/readyz`)).status, { timeout: 5000 }).toBe(200);
     const metrics = await fetch(`${server.url}/metrics`);
@@ -846,7 +879,7 @@ describe("what operators ask", () => {
   test("a check that fails is no readiness", async () => {
     const { server } = await serveHere({ ready: () => Promise.reject(new Error(SECRET)) });
     const answer = await fetch(`${server.url}/readyz`);
-    expect([answer.status, await answer.json()]).toEqual([503, { status: "not ready", reason: "the check failed" }]);
+    expect([answer.status, await jsonOf(answer)]).toEqual([503, { status: "not ready", reason: "the check failed" }]);
   });
 
   test("metrics may want a token", async () => {
@@ -860,18 +893,19 @@ describe("what operators ask", () => {
   });
 
   test("other paths go to their handlers, whose errors are none of the caller's business", async () => {
-    const { server, lines } = await serveHere({
-      http: new Map([
+    const wire = await serveHere({
+      http: new Map<string, HttpHandler>([
         ["/auth/cli", (_request, response) => void response.end("login")],
         ["/scim/v2/", (request, response) => void response.end(request.url)],
         ["/crash", () => Promise.reject(new Error(SECRET))],
       ]),
     });
+    const { server } = wire;
     expect(await (await fetch(`${server.url}/auth/cli?x=1`)).text()).toBe("login");
     expect(await (await fetch(`${server.url}/scim/v2/Users/1`)).text()).toBe("/scim/v2/Users/1");
     const crash = await fetch(`${server.url}/crash`);
-    expect([crash.status, await crash.json()]).toEqual([500, { code: "internal", message: "internal error" }]);
-    expect(lines.at(-1)).toBeUndefined();
+    expect([crash.status, await jsonOf(crash)]).toEqual([500, { code: "internal", message: "internal error" }]);
+    expect(wire.lines.at(-1)).toMatchObject({ level: 50, path: "/crash", error: { message: SECRET } });
   });
 });
 
@@ -947,7 +981,8 @@ describe.each([
       { messageRequest: { case: "fileContainingSymbol", value: "gitpod.v1.EventService" } },
     );
     expect(files(answers[1])).toEqual([value]);
-    expect(files(answers[2])).toEqual(["gitpod/v1/event.proto"]);
+    expect(files(answers[2])).toContain("gitpod/v1/event.proto");
+    expect(files(answers[2])).not.toContain("buf/validate/validate.proto");
   });
 
   test("knows extensions, and says what it does not know", async () => {
@@ -1045,17 +1080,24 @@ describe("connections", () => {
       raw(server.port, `${head}content-type: application/json\r\ncontent-length: 50\r\n\r\n{`),
       raw(server.port, "", (socket) => socket.end()),
       raw(server.port, "GE", (socket) => socket.resetAndDestroy()),
-      raw(server.port, `${preface}`, (socket) => socket.end()),
+      raw(server.port, preface, (socket) => socket.end()),
+      raw(
+        server.port,
+        `${head.replace("host: x", "host: %%")}content-type: text/plain\r\ncontent-length: 0\r\nconnection: close\r\n\r\n`,
+      ),
     ]);
     const session = http2Session(server.url);
     const slow = session.request({ ":method": "POST", ":path": GET_RUNNER, "content-type": "application/json" });
     const slowStatus = new Promise((resolve) => void slow.on("response", (found) => resolve(found[":status"])));
+    slow.on("error", () => undefined);
     slow.write("{");
-    for (const protocol of ["json", "grpc"]) expect(await codeOf(server, protocol, GET_RUNNER, new Uint8Array())).toBe("ok");
+    for (const protocol of ["json", "grpc"])
+      expect(await codeOf(server, protocol, GET_RUNNER, new Uint8Array())).toBe("ok");
     const answers = await closed;
     expect(answers[2]).toContain("400 Bad Request");
     expect(answers[4]).toContain("408 Request Timeout");
     expect(answers[5]).toContain("408 Request Timeout");
+    expect(answers[9]).toContain("400 Bad Request");
     expect(await slowStatus).toBe(504);
     expect(await codeOf(server, "grpc", GET_RUNNER, new Uint8Array())).toBe("ok");
   });
@@ -1096,7 +1138,14 @@ describe("connections", () => {
     expect((await rejection(collect(client.events.watchEvents({})))).code).toBe(Code.Unavailable);
     services.release();
     await Promise.all(calls);
-    await expect.poll(() => client.runners.listRunners({}).then(() => true, () => false)).toBe(true);
+    await expect
+      .poll(() =>
+        client.runners.listRunners({}).then(
+          () => true,
+          () => false,
+        ),
+      )
+      .toBe(true);
     abort.abort();
     await stream;
 
@@ -1111,13 +1160,16 @@ describe("connections", () => {
   test("tell the address of the caller, behind trusted proxies only", async () => {
     const peer = async (server: Server, forwarded: string) => {
       const headers = { "x-forwarded-for": forwarded };
-      return (await (await postJson(`${server.url}${GET_RUNNER}`, { runnerId: "peer" }, headers)).json()).runner.name;
+      return (await jsonOf(await postJson(`${server.url}${GET_RUNNER}`, { runnerId: "peer" }, headers))).runner.name;
     };
     const { server } = await serveHere();
     expect(await peer(server, "203.0.113.9")).toBe("127.0.0.1");
+    const grpc = createBerthClient({ baseUrl: server.url, transport: "grpc" });
+    expect((await grpc.runners.getRunner({ runnerId: "peer" })).runner?.name).toBe("127.0.0.1");
     const proxied = await serveHere({ trustedProxies: ["127.0.0.0/8", "10.0.0.7", "2001:db8::/32"] });
     expect(await peer(proxied.server, "198.51.100.1, 203.0.113.9, 10.0.0.7")).toBe("203.0.113.9");
     expect(await peer(proxied.server, "spoofed, 2001:db8::1")).toBe("2001:db8::1");
+    expect(await peer(proxied.server, "fe80::1%eth0, ::ffff:10.0.0.7")).toBe("fe80::1");
     expect(await peer(proxied.server, "")).toBe("127.0.0.1");
     await expect(serve({ trustedProxies: ["proxy.local"] })).rejects.toThrow("proxy.local");
   });
@@ -1140,10 +1192,12 @@ describe("connections", () => {
       }
       return times.sort((a, b) => a - b)[30]!;
     };
-    const http1 = await median(async () => (await post(`${server.url}${GET_RUNNER}`, "application/proto", body)).text());
+    const http1 = await median(async () =>
+      (await post(`${server.url}${GET_RUNNER}`, "application/proto", body)).text(),
+    );
     const grpc = await median(() => http2(session, GET_RUNNER, "application/grpc", envelope(body)));
     // With the delay it is 40 ms against less than one.
-    expect(grpc).toBeLessThan(10 * http1);
+    expect(grpc).toBeLessThan(5 * http1);
   });
 });
 
@@ -1152,8 +1206,13 @@ test("request messages are checked after the URL was read", async () => {
   const interceptors = [observe({ log, callerOf: () => undefined }), validation()];
   const { server } = await serveHere({ interceptors });
   const answer = await postJson(`${server.url}${LIST_RUNNERS}?pageSize=101`, { pagination: { pageSize: 1 } });
-  expect([answer.status, (await answer.json()).message]).toEqual([400, expect.stringContaining("pagination.page_size")]);
-  expect((await postJson(`${server.url}${LIST_RUNNERS}?pageSize=100`, { pagination: { pageSize: 500 } })).status).toBe(200);
+  expect([answer.status, (await jsonOf(answer)).message]).toEqual([
+    400,
+    expect.stringContaining("pagination.page_size"),
+  ]);
+  expect((await postJson(`${server.url}${LIST_RUNNERS}?pageSize=100`, { pagination: { pageSize: 500 } })).status).toBe(
+    200,
+  );
   const created = fromJson(CreateRunnerRequestSchema, { name: "x" });
   expect((await rejection(createBerthClient({ baseUrl: server.url }).runners.createRunner(created))).code).toBe(
     Code.InvalidArgument,

@@ -1,6 +1,7 @@
 import {
   Code,
   ConnectError,
+  type ContextValues,
   createContextKey,
   createContextValues,
   type HandlerContext,
@@ -13,11 +14,17 @@ import { callKey, callOf } from "../rpc/call.ts";
 import { recordFailure, statusOf } from "../rpc/observe.ts";
 import { applyPagingQuery } from "../rpc/paging.ts";
 import type { Gate } from "./direct.ts";
-import { answerJson, bodyChunks, breakOff, drained, type Exchange, type Limits, toNodeHeaders } from "./exchange.ts";
+import {
+  answerJson,
+  bodyChunks,
+  breakOff,
+  drained,
+  type Exchange,
+  type Limits,
+  OPEN_AFTER_MS,
+  toNodeHeaders,
+} from "./exchange.ts";
 import type { Rpc } from "./rpcs.ts";
-
-// Streams that do not say themselves when they are open are taken to be after this time.
-const OPEN_AFTER_MS = 200;
 
 /** A call that connect reads and writes. */
 interface Bridged {
@@ -71,7 +78,8 @@ export function requestGate(log: Logger, gate: Gate | undefined) {
     const onAbort = () => {
       const { reason } = signal;
       if (!(reason instanceof ConnectError)) return;
-      if (bridged?.entered && !call.recorded) return;
+      // What interceptors end with an error is told by them; what they ended well may fail when it is written.
+      if (call.outcome === "error" || (bridged?.entered && !call.outcome)) return;
       if (!bridged?.entered) asInputFault(reason);
       recordFailure(log, context, call, reason);
     };
@@ -84,17 +92,25 @@ export function requestGate(log: Logger, gate: Gate | undefined) {
   };
 }
 
+/** The request as connect takes it; undefined if it has no usable URL. */
+function universalRequest({ request, response }: Exchange, values: ContextValues) {
+  try {
+    return universalRequestFromNodeRequest(request, response, undefined, values);
+  } catch {
+    return undefined;
+  }
+}
+
+/** What connect refuses without a word. */
+function refuse(rpc: Rpc, { request, response }: Exchange, status: number): void {
+  request.resume();
+  if (status === 405) response.setHeader("allow", rpc.handler.allowedMethods.join(", "));
+  if (status === 505) response.setHeader("connection", "close");
+  answerJson(response, status, { message: REFUSALS[status] ?? "the request is not understood" });
+}
+
 async function write(answer: UniversalServerResponse, exchange: Exchange, limits: Limits): Promise<void> {
   const { response } = exchange;
-  if (!answer.body && answer.status >= 400) {
-    const header = toNodeHeaders(answer.header ?? new Headers()) as Record<string, string>;
-    return answerJson(
-      response,
-      answer.status,
-      { message: REFUSALS[answer.status] ?? "the request is not understood" },
-      header,
-    );
-  }
   const chunks = answer.body?.[Symbol.asyncIterator]();
   try {
     if (!response.headersSent) response.writeHead(answer.status, toNodeHeaders(answer.header ?? new Headers()));
@@ -120,7 +136,8 @@ export async function serveBridged(limits: Limits, rpc: Rpc, exchange: Exchange)
   const { request, response, call } = exchange;
   const bridged: Bridged = { entered: false };
   const values = createContextValues().set(callKey, call).set(bridgedKey, bridged);
-  const universal = universalRequestFromNodeRequest(request, response, undefined, values);
+  const universal = universalRequest(exchange, values);
+  if (!universal) return answerJson(response, 400, { code: "invalid_argument", message: "the host is no host" });
   const isUnary = rpc.method.methodKind === "unary";
   const manyRequests = rpc.method.methodKind === "bidi_streaming" || rpc.method.methodKind === "client_streaming";
   const open = () => {
@@ -133,7 +150,8 @@ export async function serveBridged(limits: Limits, rpc: Rpc, exchange: Exchange)
   try {
     const answer = await rpc.handler({ ...universal, body: bodyChunks(request, limits, manyRequests) });
     clearTimeout(opening);
-    await write(answer, exchange, limits);
+    if (!answer.body && answer.status >= 400) refuse(rpc, exchange, answer.status);
+    else await write(answer, exchange, limits);
   } catch (error) {
     if (!exchange.closed) throw error;
   } finally {

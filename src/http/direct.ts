@@ -21,6 +21,7 @@ import {
   type HttpRequest,
   isHttp2,
   type Limits,
+  OPEN_AFTER_MS,
   readBody,
   toNodeHeaders,
   tooLarge,
@@ -34,8 +35,6 @@ const ENVELOPE_BYTES = 5;
 const ENVELOPES_BYTES = 1024;
 const COMPRESSED_FLAG = 1;
 const NEWLINE = Buffer.from("\n");
-// Streams that do not say themselves when they are open are taken to be after this time.
-const OPEN_AFTER_MS = 200;
 
 /** How a call is written down. */
 export interface Format {
@@ -290,9 +289,11 @@ class DirectCall {
   }
 
   #fail(cause: unknown) {
-    const { call } = this.#exchange;
+    const { call, request } = this.#exchange;
+    // Whatever was not read is dropped; the answer could not arrive otherwise.
+    request.resume();
     const invocation = this.#invocation;
-    const isKnown = call.recorded && cause instanceof ConnectError;
+    const isKnown = call.outcome === "error" && cause instanceof ConnectError;
     const error = isKnown ? cause : recordFailure(this.#options.log, invocation, call, cause, invocation.signal);
     if (this.#format.enveloped || this.#opened) return this.#end(error);
     invocation.responseHeader.set("content-type", "application/json");

@@ -3,6 +3,11 @@ import { constants, type Http2ServerRequest, type Http2ServerResponse } from "no
 import { Code, ConnectError } from "@connectrpc/connect";
 import type { Call } from "../rpc/call.ts";
 
+/** Streams that do not say themselves when they are open are taken to be after this time. */
+export const OPEN_AFTER_MS = 200;
+// How long what a broken answer says may take to be sent.
+const BREAK_OFF_MS = 1000;
+
 export type HttpRequest = IncomingMessage | Http2ServerRequest;
 /** Of either version: what HTTP/2 has answers the same calls. */
 export type HttpResponse = ServerResponse;
@@ -128,6 +133,7 @@ export async function* bodyChunks(request: HttpRequest, limits: Limits, unlimite
     }
   } finally {
     endWatch();
+    await chunks.return?.();
     request.resume();
   }
 }
@@ -170,11 +176,17 @@ export function toWebHeaders(headers: HttpRequest["headers"]): Headers {
   return found;
 }
 
-/** Ends a response that has begun and cannot be finished, so that the caller notices. */
+/** Ends a response that has begun and cannot be finished, so that the caller notices, after what it has been sent. */
 export function breakOff(response: HttpResponse): void {
   const { stream } = response as unknown as Partial<Http2ServerResponse>;
-  if (stream) stream.close(constants.NGHTTP2_INTERNAL_ERROR);
-  else response.destroy();
+  if (!stream) {
+    response.socket?.destroySoon();
+    return;
+  }
+  const close = () => stream.close(constants.NGHTTP2_INTERNAL_ERROR);
+  const timer = setTimeout(close, BREAK_OFF_MS);
+  stream.once("close", () => clearTimeout(timer));
+  stream.write("", close);
 }
 
 /** A complete JSON response. */

@@ -72,6 +72,8 @@ export async function listen(
 ): Promise<Listener> {
   const { host, port, limits } = options;
   const http1: Http1Server = createServer({
+    // Without it every small HTTP/2 answer waits some 40 ms for an acknowledgement.
+    noDelay: true,
     keepAlive: true,
     keepAliveInitialDelay: KEEP_ALIVE_PROBE_MS,
     maxHeaderSize: limits.headerBytes,
@@ -100,8 +102,6 @@ export async function listen(
   http1.on("connection", (socket: Socket) => {
     sockets.add(socket);
     socket.once("close", () => sockets.delete(socket));
-    // Without it every small HTTP/2 answer waits some 40 ms for an acknowledgement.
-    socket.setNoDelay(true);
     sniff(socket, limits.headersMs, (isHttp2) => {
       if (!isHttp2) return serveHttp1?.call(http1, socket);
       socket.allowHalfOpen = false;
@@ -113,6 +113,8 @@ export async function listen(
     http1.once("error", reject);
     http1.listen({ host, port }, () => {
       http1.off("error", reject);
+      // Accepting fails when file descriptors run out; the next connections are taken when there are some again.
+      http1.on("error", () => undefined);
       resolve();
     });
   });

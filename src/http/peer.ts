@@ -4,8 +4,8 @@ import type { HttpRequest } from "./exchange.ts";
 const MAX_HOPS = 32;
 
 const family = (address: string) => (isIP(address) === 6 ? "ipv6" : "ipv4");
-/** An IPv4 address that arrives on an IPv6 socket, as IPv4. */
-const plain = (address: string) => address.replace(/^::ffff:(?=\d+\.)/i, "");
+/** An address without its zone; IPv4 that arrives on an IPv6 socket, as IPv4. */
+const plain = (address: string) => address.replace(/^::ffff:(?=\d+\.)/i, "").replace(/%.*/s, "");
 
 /**
  * Tells the address of callers. `trusted` are addresses or networks (`10.0.0.0/8`) of proxies whose `X-Forwarded-For` is

@@ -1,4 +1,5 @@
 import { Code, ConnectError, type ContextValues, createContextKey, type Interceptor } from "@connectrpc/connect";
+import { ActionableErrorDetailsSchema } from "../../gen/gitpod/v1/actionable_error_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import type { Caller } from "../domain/principal.ts";
 import type { Credential } from "../store/tokens.ts";
@@ -23,12 +24,20 @@ function bearer(header: string | null): string {
 
 const unauthenticated = (message: string) => new ConnectError(message, Code.Unauthenticated);
 
+/** A refusal that a person can do something about. */
+function actionable(code: Code, errorCode: string, message: string): ConnectError {
+  const detail = { desc: ActionableErrorDetailsSchema, value: { errorCode, userMessage: message } };
+  return new ConnectError(message, code, undefined, [detail]);
+}
+
 function refuseKind(rule: Rule, caller: Caller): void {
   if (!rule.principals.includes(caller.principal)) {
     const kind = Principal[caller.principal].toLowerCase().replaceAll("_", " ");
     throw new ConnectError(`a ${kind} may not call this`, Code.PermissionDenied);
   }
-  if (caller.readOnly && !rule.read) throw new ConnectError("this token may only read", Code.PermissionDenied);
+  if (caller.readOnly && !rule.read) {
+    throw actionable(Code.PermissionDenied, "AUTH_TOKEN_READ_ONLY", "this token may only read");
+  }
 }
 
 /**
@@ -45,7 +54,9 @@ export function authentication(deps: {
     const text = bearer(request.header.get("authorization"));
     if (!text) throw unauthenticated("a bearer token is missing");
     const credential = await deps.find(text);
-    if (credential.state === "expired") throw unauthenticated("the token has expired");
+    if (credential.state === "expired") {
+      throw actionable(Code.Unauthenticated, "AUTH_TOKEN_EXPIRED", "the token has expired");
+    }
     if (credential.state !== "ok") throw unauthenticated("the token is not valid");
     if (credential.stale) deps.touch(credential.caller.tokenId);
     refuseKind(rule, credential.caller);

@@ -9,8 +9,8 @@ export interface Call {
   readonly peer: string;
   /** `performance.now()` at its start. */
   readonly startedAt: number;
-  /** Its outcome is in log and metrics. */
-  recorded: boolean;
+  /** How it went, once that is in log and metrics. */
+  outcome?: "ok" | "error";
   /** Sends the response headers of a stream, once; absent where nothing can be sent early. */
   open?: () => void;
 }
@@ -23,7 +23,7 @@ export const callKey = createContextKey<Call | undefined>(undefined, { descripti
 /** A call with the id that its caller chose, if that is fit for logs and headers, else with a new one. */
 export function newCall(requestId: string | null | undefined, peer = ""): Call {
   const id = requestId && REQUEST_ID.test(requestId) ? requestId : randomUUID();
-  return { id, peer, startedAt: performance.now(), recorded: false };
+  return { id, peer, startedAt: performance.now() };
 }
 
 /** The call being served; makes one for a router that has no server around it. */

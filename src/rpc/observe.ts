@@ -57,9 +57,9 @@ export function statusOf(error: unknown, signal?: AbortSignal): ConnectError {
 }
 
 /** Says in headers what HTTP clients do not read from the body: how to authenticate, and whether to try again. */
-function advise(error: ConnectError, call: Call): void {
+function advise(error: ConnectError, requestId?: string): void {
   const { metadata } = error;
-  metadata.set("x-request-id", call.id);
+  if (requestId) metadata.set("x-request-id", requestId);
   if (error.code === Code.Unauthenticated) metadata.set("www-authenticate", "Bearer");
   if (error.code === Code.AlreadyExists) metadata.set("x-should-retry", "false");
   if (error.code !== Code.ResourceExhausted) return;
@@ -75,8 +75,8 @@ function advise(error: ConnectError, call: Call): void {
 
 /** Writes a finished call to log and metrics, once; `error` is absent if it went well. */
 function record(log: Logger, rpc: Rpc, call: Call, caller: Named | undefined, error?: ConnectError): void {
-  if (call.recorded) return;
-  call.recorded = true;
+  if (call.outcome) return;
+  call.outcome = error ? "error" : "ok";
   const duration = performance.now() - call.startedAt;
   const name = `${rpc.service.typeName}/${rpc.method.name}`;
   const code = error ? codeToString(error.code) : "ok";
@@ -91,7 +91,7 @@ function record(log: Logger, rpc: Rpc, call: Call, caller: Named | undefined, er
       durationMs: Math.round(duration * 1000) / 1000,
       requestId: call.id,
       ...(caller && { principal: Principal[caller.principal], principalId: caller.id }),
-      ...(isFault && { err: describeError(error.cause ?? error) }),
+      ...(isFault && { error: describeError(error.cause ?? error) }),
     },
     "call",
   );
@@ -103,8 +103,8 @@ function record(log: Logger, rpc: Rpc, call: Call, caller: Named | undefined, er
  */
 export function recordFailure(log: Logger, rpc: Rpc, call: Call, error: unknown, signal?: AbortSignal): ConnectError {
   const status = statusOf(error, signal);
-  call.recorded = false;
-  advise(status, call);
+  call.outcome = undefined;
+  advise(status, call.id);
   record(log, rpc, call, undefined, status);
   return status;
 }
@@ -161,15 +161,17 @@ export function observe(options: { log: Logger; callerOf: (values: ContextValues
   const { log, callerOf } = options;
   return (next) => async (request) => {
     const call = callOf(request.contextValues, request.header);
+    let isNamed = false;
     const end = (error: unknown) => {
       const status = error === undefined ? undefined : statusOf(error, request.signal);
-      if (status) advise(status, call);
+      if (status) advise(status, isNamed ? undefined : call.id);
       record(log, request, call, callerOf(request.contextValues), status);
       return status;
     };
     try {
       const response = await next(request);
       response.header.set("x-request-id", call.id);
+      isNamed = true;
       if (response.stream) {
         return { ...response, message: watched(response.message, request.signal, end) } satisfies StreamResponse;
       }

@@ -44,7 +44,7 @@ const environments: Lines<typeof EnvironmentService> = {
   updateEnvironment: peopleAndEnvironments,
   markEnvironmentActive: peopleAndEnvironments,
   createEnvironmentLogsToken: peopleAndEnvironments,
-  createEnvironmentAccessToken: peopleAndEnvironments,
+  createEnvironmentAccessToken: people,
   createPortAccessToken: people,
   allowPortAccess: people,
 };

@@ -1,6 +1,6 @@
 import { createHash } from "node:crypto";
 import { timestampMs } from "@bufbuild/protobuf/wkt";
-import { IntrospectTokenResponse_Kind as Kind } from "../../gen/berth/runner/v1/runner_control_pb.js";
+import type { IntrospectTokenResponse_Kind as Kind } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { TokenKind, tokenKind } from "../domain/tokens.ts";
 import type { ControlPlane } from "./control-plane.ts";
 import { gate } from "./supervisor/gate.ts";

@@ -62,7 +62,10 @@ export class Calls {
     const left = call.deadline ? timestampMs(call.deadline) - Date.now() : BUDGET_MS;
     if (left <= 0) return;
     const ends = AbortSignal.any([signal, AbortSignal.timeout(Math.min(left, BUDGET_MS))]);
-    const request = create(CompleteCallRequestSchema, { callId: call.callId, outcome: await this.#outcome(call, ends) });
+    const request = create(CompleteCallRequestSchema, {
+      callId: call.callId,
+      outcome: await this.#outcome(call, ends),
+    });
     this.#answers.set(call.callId, { request, at: Date.now() });
     await this.#send(request, signal);
   }

@@ -15,7 +15,10 @@ export interface ClassSettings {
 
 const positive = (text: string | undefined) => (Number(text) > 0 ? Number(text) : undefined);
 
-export function classSettings(schema: RunnerConfigurationSchema, environmentClass: EnvironmentClass | undefined): ClassSettings {
+export function classSettings(
+  schema: RunnerConfigurationSchema,
+  environmentClass: EnvironmentClass | undefined,
+): ClassSettings {
   const values = effectiveConfiguration(schema, environmentClass?.configuration ?? []);
   const isolation = values.get("isolation") ?? "process";
   return {

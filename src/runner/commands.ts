@@ -46,7 +46,11 @@ export function commandPath(): string {
   return [...new Set([...SYSTEM_PATH.split(":"), ...usable])].join(":");
 }
 
-function collect(stream: NodeJS.ReadableStream | null, limit: number, onOutput?: (chunk: Buffer) => void): () => string {
+function collect(
+  stream: NodeJS.ReadableStream | null,
+  limit: number,
+  onOutput?: (chunk: Buffer) => void,
+): () => string {
   const chunks: Buffer[] = [];
   let size = 0;
   stream?.on("data", (chunk: Buffer) => {
@@ -78,7 +82,11 @@ function ending(child: ChildProcess): Promise<number> {
  * Runs a program to its end, in a session of its own, with empty input. Throws CommandTimeout, the signal's reason, or
  * the system error if it could not be started; a failure exit is a result.
  */
-export async function runCommand(file: string, args: readonly string[], options: CommandOptions): Promise<CommandResult> {
+export async function runCommand(
+  file: string,
+  args: readonly string[],
+  options: CommandOptions,
+): Promise<CommandResult> {
   const { cwd, env, user, timeoutMs, signal, maxOutput = DEFAULT_MAX_OUTPUT, onOutput, onStart } = options;
   signal?.throwIfAborted();
   const child = spawn(file, args, {
@@ -97,7 +105,10 @@ export async function runCommand(file: string, args: readonly string[], options:
     cut ??= reason;
     if (leader) void terminateSession(leader, GRACE_MS);
   };
-  const timer = setTimeout(() => terminate(new CommandTimeout(`${file} took longer than ${timeoutMs / 1000} s`)), timeoutMs);
+  const timer = setTimeout(
+    () => terminate(new CommandTimeout(`${file} took longer than ${timeoutMs / 1000} s`)),
+    timeoutMs,
+  );
   const aborted = () => terminate(signal?.reason instanceof Error ? signal.reason : new Error("aborted"));
   signal?.addEventListener("abort", aborted, { once: true });
   try {

@@ -123,7 +123,8 @@ async function fetchRepository(
     const { code, stderr } = await git({ ...context, onOutput: lines.push, onStart }, args);
     lines.end();
     if (code === 0) return present;
-    const moved = isRedirect(stderr) && redirects < MAX_REDIRECTS && (await movedTo(present.admitted, workspace.signal));
+    const moved =
+      isRedirect(stderr) && redirects < MAX_REDIRECTS && (await movedTo(present.admitted, workspace.signal));
     if (!moved) throw new ContentError(failureText(stderr, present.admitted));
     workspace.write(`The repository lies at ${moved.href}`);
     present = { ...present, url: moved.href, admitted: { ...present.admitted, url: moved } };
@@ -203,7 +204,10 @@ async function isExpendable(workspace: Workspace, folder: string): Promise<boole
 }
 
 /** The old tree: its checkouts, or everything if it was no git content. */
-async function oldFolders(workspace: Workspace, facts: ContentFacts): Promise<{ names: string[]; expendable: boolean }> {
+async function oldFolders(
+  workspace: Workspace,
+  facts: ContentFacts,
+): Promise<{ names: string[]; expendable: boolean }> {
   const found = facts.checkouts.length > 0 ? facts.checkouts.map(({ location }) => location) : await entries(workspace);
   const names: string[] = [];
   let expendable = true;
@@ -222,7 +226,13 @@ async function removeMatching(workspace: Workspace, pattern: string): Promise<vo
 }
 
 /** Moves what was made ready to its place, what is in the way to the backup; can be repeated after a crash. */
-async function place(workspace: Workspace, ready: string, backup: string, old: readonly string[], fresh: readonly string[]): Promise<void> {
+async function place(
+  workspace: Workspace,
+  ready: string,
+  backup: string,
+  old: readonly string[],
+  fresh: readonly string[],
+): Promise<void> {
   const root = workspace.paths.workspace;
   const setAside = async (name: string) => {
     if (!(await isThere(workspace, join(root, name))) || (await isThere(workspace, join(backup, name)))) return;
@@ -233,7 +243,8 @@ async function place(workspace: Workspace, ready: string, backup: string, old: r
   for (const name of [...fresh].sort()) {
     if (!(await isThere(workspace, join(ready, name)))) continue;
     await setAside(name);
-    if (await isThere(workspace, join(root, name))) throw new ContentError(`${name} is in the way and could not be set aside`);
+    if (await isThere(workspace, join(root, name)))
+      throw new ContentError(`${name} is in the way and could not be set aside`);
     await move(workspace, join(ready, name), join(root, name));
   }
 }
@@ -276,6 +287,7 @@ export async function initializeContent(
     await place(workspace, ready, backup, replacing.old, locations);
     await change(workspace, "rm", "-rf", "--", ready);
   } catch (error) {
+    if (!signal.aborted) await removeMatching(workspace, ".partial-*").catch(() => undefined);
     throw error instanceof CommandTimeout ? new ContentError("content was not ready within 30 minutes") : error;
   }
   if (!isFirst && replacing.keepBackup) warnings.push(`the content before was moved to ${backup}`);
@@ -310,7 +322,10 @@ export async function configureGit(
   };
   await set("user.name", [gitUsername]);
   await set("user.email", [gitEmail]);
-  await set("safe.directory", checkouts.map(({ location }) => join(paths.workspace, location)));
+  await set(
+    "safe.directory",
+    checkouts.map(({ location }) => join(paths.workspace, location)),
+  );
 }
 
 /** Git status of the primary checkout; undefined without one. */

@@ -1,4 +1,11 @@
-import { type Client, Code, ConnectError, createClient, type Interceptor, type Transport } from "@connectrpc/connect";
+import {
+  type Client,
+  type Code,
+  ConnectError,
+  createClient,
+  type Interceptor,
+  type Transport,
+} from "@connectrpc/connect";
 import { createConnectTransport } from "@connectrpc/connect-node";
 import { RunnerControlService } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { EnvironmentService } from "../../gen/gitpod/v1/environment_pb.js";
@@ -40,8 +47,15 @@ export function connectControlPlane(apiUrl: string, accessToken: () => string): 
   return {
     control: createClient(RunnerControlService, own),
     runners: createClient(RunnerService, own),
-    identity: createClient(IdentityService, transport(apiUrl, () => "")),
-    environments: (token) => createClient(EnvironmentService, transport(apiUrl, () => token)),
+    identity: createClient(
+      IdentityService,
+      transport(apiUrl, () => ""),
+    ),
+    environments: (token) =>
+      createClient(
+        EnvironmentService,
+        transport(apiUrl, () => token),
+      ),
   };
 }
 

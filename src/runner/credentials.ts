@@ -4,7 +4,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import { Code } from "@connectrpc/connect";
 import type { Logger } from "pino";
 import { ACCESS_TOKEN_MS } from "../domain/runner.ts";
-import { codeOf, type ControlPlane, describe } from "./control-plane.ts";
+import { type ControlPlane, codeOf, describe } from "./control-plane.ts";
 import { readSmall, writeAtomically } from "./files.ts";
 
 const MAX_FILE_BYTES = 16 * 1024;
@@ -35,6 +35,14 @@ export class RefusedError extends Error {
   }
 }
 
+function parse(text: string, path: string): StoredCredentials {
+  try {
+    return JSON.parse(text) as StoredCredentials;
+  } catch {
+    throw new Error(`${path} is damaged: restore it, or remove it and give the runner a new exchange token`);
+  }
+}
+
 /** What the runner is known by, kept in `credentials.json` (0600) of its data folder. */
 export class Credentials {
   readonly #path: string;
@@ -50,7 +58,7 @@ export class Credentials {
   static async open(dataDir: string, exchangeToken: string | undefined, log: Logger): Promise<Credentials> {
     const path = join(dataDir, "credentials.json");
     const text = await readSmall(path, MAX_FILE_BYTES);
-    const credentials = new Credentials(path, log, text ? (JSON.parse(text) as StoredCredentials) : {});
+    const credentials = new Credentials(path, log, text ? parse(text, path) : {});
     await credentials.#update({
       privateKey: credentials.#stored.privateKey ?? generateKeyPairSync("x25519").privateKey.export({ format: "jwk" }),
       ...(exchangeToken && { exchangeToken }),
@@ -70,11 +78,6 @@ export class Credentials {
   /** 32 bytes. */
   get publicKey(): Uint8Array<ArrayBuffer> {
     return new Uint8Array(Buffer.from(this.#stored.privateKey?.x ?? "", "base64url"));
-  }
-
-  /** There is something to sign in with. */
-  get usable(): boolean {
-    return Boolean(this.#stored.accessToken || this.#stored.exchangeToken);
   }
 
   /**

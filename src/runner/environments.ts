@@ -3,7 +3,10 @@ import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type { DesiredEnvironment } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { ReportResult_Outcome as Outcome } from "../../gen/berth/runner/v1/runner_control_pb.js";
-import { type EnvironmentStatus, EnvironmentStatus_Machine_Phase as MachinePhase } from "../../gen/gitpod/v1/environment_pb.js";
+import {
+  type EnvironmentStatus,
+  EnvironmentStatus_Machine_Phase as MachinePhase,
+} from "../../gen/gitpod/v1/environment_pb.js";
 import { type EnvironmentEvents, ManagedEnvironment } from "./environment.ts";
 import { removeTree } from "./files.ts";
 import type { Host } from "./host.ts";
@@ -59,6 +62,12 @@ export class Environments {
     return this.#managed.get(environmentId);
   }
 
+  /** User ids that files of other environments belong to. */
+  reservedUids(environmentId: string): Set<number> {
+    const others = [...this.#managed.values()].filter(({ id }) => id !== environmentId);
+    return new Set(others.flatMap(({ ownUid }) => (ownUid === undefined ? [] : [ownUid])));
+  }
+
   /** How many there are by state of their machine. */
   counts(): { known: number; running: number } {
     const all = [...this.#managed.values()];
@@ -109,8 +118,10 @@ export class Environments {
   judged(environmentId: string, outcome: Outcome, status: EnvironmentStatus): void {
     const environment = this.#managed.get(environmentId);
     if (!environment) return;
+    environment.reported(status, outcome === Outcome.OK || outcome === Outcome.NOT_ASSIGNED);
     const isDeleted = status.machine?.phase === MachinePhase.DELETED;
-    if (isDeleted && (outcome === Outcome.OK || outcome === Outcome.NOT_ASSIGNED)) environment.setGoal({ kind: "erase" });
+    if (isDeleted && (outcome === Outcome.OK || outcome === Outcome.NOT_ASSIGNED))
+      environment.setGoal({ kind: "erase" });
     else if (outcome === Outcome.NOT_ASSIGNED) environment.setGoal({ kind: "quarantine" });
   }
 

@@ -79,10 +79,7 @@ const FAILURES: readonly (readonly [RegExp, (target: AdmittedUrl) => string])[] 
     ({ url }) => `repository not found: ${url.href}`,
   ],
   [/Could not resolve host/i, ({ host }) => `host ${host} does not exist`],
-  [
-    /returned error: 30\d/i,
-    ({ host }) => `host ${host} redirects elsewhere`,
-  ],
+  [/returned error: 30\d/i, ({ host }) => `host ${host} redirects elsewhere`],
   [
     /Failed to connect|Connection (refused|timed out|reset)|Could not connect|unable to access|early EOF|hung up unexpectedly/i,
     ({ host }) => `host ${host} cannot be reached`,

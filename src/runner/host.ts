@@ -1,5 +1,5 @@
 import { readFile, statfs } from "node:fs/promises";
-import { availableParallelism, release, totalmem, type as systemType } from "node:os";
+import { availableParallelism, release, type as systemType, totalmem } from "node:os";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import type { Logger } from "pino";
@@ -30,6 +30,8 @@ export interface Host {
   guard: Guard;
   resolveContext: ResolveContext;
   controlPlane: ControlPlane;
+  /** User ids that files of other environments on this host belong to. */
+  reservedUids(environmentId: string): ReadonlySet<number>;
   /** Nothing new may be started. */
   isDraining(): boolean;
   /** Lets only some machines come up at the same time. */

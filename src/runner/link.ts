@@ -1,12 +1,12 @@
+import { randomUUID } from "node:crypto";
+import { setTimeout as delay } from "node:timers/promises";
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
 import { durationMs } from "@bufbuild/protobuf/wkt";
 import { Code, ConnectError } from "@connectrpc/connect";
-import { randomUUID } from "node:crypto";
-import { setTimeout as delay } from "node:timers/promises";
 import {
   Directive,
-  DeregisterRequest_Reason as Reason,
   ObjectKind,
+  DeregisterRequest_Reason as Reason,
   RegisterRequestSchema,
   type RegisterResponse,
   type WatchResponse,
@@ -107,13 +107,15 @@ export class Link {
   }
 
   #broken(error: unknown): void {
-    if (this.#stopping.signal.aborted) return this.#end.resolve("stopped");
-    if (error instanceof RefusedError) {
-      this.#deps.host.log.error(error.message);
-      return this.#end.resolve(error.foreign ? "foreign" : "refused");
+    const { log } = this.#deps.host;
+    if (this.#stopping.signal.aborted) this.#end.resolve("stopped");
+    else if (error instanceof RefusedError) {
+      log.error(error.message);
+      this.#end.resolve(error.foreign ? "foreign" : "refused");
+    } else {
+      log.fatal({ err: error }, "the link has failed");
+      this.#end.resolve("stopped");
     }
-    this.#deps.host.log.fatal({ err: error }, "the link has failed");
-    this.#end.resolve("stopped");
   }
 
   /** Ends the link and tells the control plane, if it listens. */
@@ -133,7 +135,10 @@ export class Link {
     for (;;) {
       await credentials.signIn(host.controlPlane, signal);
       try {
-        return await this.#accept(await host.controlPlane.control.register(this.#introduction(environments), { signal }), registered);
+        return await this.#accept(
+          await host.controlPlane.control.register(this.#introduction(environments), { signal }),
+          registered,
+        );
       } catch (error) {
         signal.throwIfAborted();
         if (error instanceof RefusedError) throw error;
@@ -206,11 +211,13 @@ export class Link {
   async #pause(ms: number, signal: AbortSignal): Promise<void> {
     const early = new AbortController();
     this.#hurry = () => early.abort();
-    await delay(ms, undefined, { signal: AbortSignal.any([signal, early.signal]) }).catch(() => signal.throwIfAborted());
+    await delay(ms, undefined, { signal: AbortSignal.any([signal, early.signal]) }).catch(() =>
+      signal.throwIfAborted(),
+    );
   }
 
   #direct(directive: Directive): void {
-    if (directive === Directive.SHUTDOWN) return this.#end.resolve("deleted");
+    if (directive === Directive.SHUTDOWN) this.#end.resolve("deleted");
     const wasDraining = this.#draining;
     this.#draining = directive === Directive.DRAIN;
     if (wasDraining && !this.#draining) this.#deps.environments.wakeAll();

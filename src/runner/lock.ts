@@ -1,8 +1,8 @@
-import { join } from "node:path";
 import { rm } from "node:fs/promises";
+import { join } from "node:path";
 import { readSmall, writeAtomically } from "./files.ts";
-import { bootId, isAlive, readProcess } from "./supervisor/processes.ts";
 import type { RecordedProcess } from "./record.ts";
+import { bootId, isAlive, readProcess } from "./supervisor/processes.ts";
 
 const MAX_LOCK_BYTES = 1024;
 

@@ -1,8 +1,8 @@
 import { chmod, mkdir, realpath, rename, stat } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { commandPath } from "./commands.ts";
 import type { Limits } from "./classes.ts";
+import { commandPath, runCommand } from "./commands.ts";
 import { exists, makeFolder, removeTree, writeAtomically } from "./files.ts";
 import type { Host } from "./host.ts";
 import {
@@ -18,13 +18,14 @@ import { connectSupervisor, type SupervisorClient } from "./supervisor/client.ts
 import { launchSupervisor } from "./supervisor/launch.ts";
 import { bootId, isAlive, killEnvironmentProcesses, type ProcessEntry } from "./supervisor/processes.ts";
 import { liveSupervisor } from "./supervisor/record.ts";
-import { loginShell, removeUser, type UnixUser } from "./users.ts";
+import { distinctUid, loginShell, removeUser, type UnixUser } from "./users.ts";
 
 // The machine of an environment on a plain Linux host: a user, folders, and a supervisor process with all it starts.
 
 /** How long a supervisor may take to end what it runs; beyond that everything is killed. */
 const SUPERVISOR_GRACE_MS = 30_000;
 const KILL_DEADLINE_MS = 60_000;
+const OWNER_DEADLINE_MS = 5 * 60_000;
 const POLL_MS = 50;
 
 /** A supervisor that answers. */
@@ -39,15 +40,20 @@ const ownerOf = (user: UnixUser) => (user.own ? { uid: user.uid, gid: user.gid }
 /** The user to run commands of an environment as; undefined if that is the runner's own. */
 export const commandUser = (user: UnixUser): { uid: number; gid: number } | undefined => ownerOf(user);
 
-/** Folders of the runner. As root, users of environments pass through them and see nothing. */
-export async function prepareDataDir(dataDir: string): Promise<void> {
+/**
+ * Makes the folders of the runner and returns the real path of the data folder. As root, users of environments pass
+ * through them and see nothing.
+ */
+export async function prepareDataDir(path: string): Promise<string> {
   const passable = isRoot() ? 0o711 : 0o700;
-  await mkdir(dataDir, { recursive: true, mode: passable });
+  await mkdir(path, { recursive: true, mode: passable });
+  const dataDir = await realpath(path);
   await makeFolder(dataDir, passable);
   if (isRoot()) await makePassable(dataDir);
   await makeFolder(environmentsFolder(dataDir), passable);
   await makeFolder(quarantineFolder(dataDir), 0o700);
   await makeFolder(trashFolder(dataDir), 0o700);
+  return dataDir;
 }
 
 /**
@@ -55,7 +61,7 @@ export async function prepareDataDir(dataDir: string): Promise<void> {
  * nothing of what is in it; any other one further up is not the runner's to change.
  */
 async function makePassable(dataDir: string): Promise<void> {
-  const around = dirname(await realpath(dataDir));
+  const around = dirname(dataDir);
   for (let folder = around; ; folder = dirname(folder)) {
     const { mode, uid } = await stat(folder);
     if ((mode & 0o001) === 0) {
@@ -78,6 +84,14 @@ export async function makeFolders(paths: EnvironmentPaths, user: UnixUser): Prom
   for (const folder of [paths.workspace, paths.home, paths.secrets, paths.logs, paths.run, paths.ssh]) {
     await makeFolder(folder, 0o700, ownerOf(user));
   }
+}
+
+/** Gives everything that belongs to the environment's user to another user, links themselves instead of their targets. */
+export async function changeOwner(paths: EnvironmentPaths, { uid, gid }: UnixUser): Promise<void> {
+  const folders = [paths.workspace, paths.home, paths.secrets, paths.logs, paths.run, paths.ssh];
+  const args = ["-R", "-P", "-h", "--", `${uid}:${gid}`, ...folders];
+  const { code, stderr } = await runCommand("chown", args, { timeoutMs: OWNER_DEADLINE_MS });
+  if (code !== 0) throw new Error(`files could not be given to their user: ${stderr.slice(0, 300)}`);
 }
 
 /** Variables that every process of an environment starts with. */
@@ -184,7 +198,7 @@ export async function stopProcesses(
   signal: AbortSignal,
 ): Promise<ProcessEntry[]> {
   if (supervisor) await endGracefully(supervisor, signal);
-  const uid = user?.own ? user.uid : undefined;
+  const uid = await distinctUid(environmentId, user);
   const left = await killEnvironmentProcesses({ environmentId, uid, deadlineMs: KILL_DEADLINE_MS });
   if (left.length === 0) await host.controlGroups?.remove(environmentId);
   return left;
@@ -211,5 +225,8 @@ export async function quarantine(host: Host, environmentId: string, paths: Envir
   if (!(await exists(paths.root))) return;
   const aside = join(quarantineFolder(host.config.dataDir), `${environmentId}.${Date.now()}`);
   await rename(paths.root, aside);
-  host.log.warn({ environmentId, folder: basename(aside) }, "files of an unknown environment were set aside for 24 hours");
+  host.log.warn(
+    { environmentId, folder: basename(aside) },
+    "files of an unknown environment were set aside for 24 hours",
+  );
 }

@@ -57,11 +57,10 @@ const FIRST_SIGN_IN_MS = 20_000;
  * for 20 s; signing up goes on in the background. Throws if the data folder or the port cannot be used.
  */
 export async function startRunner(options: RunnerOptions): Promise<RunningRunner> {
-  const { dataDir } = options.config;
-  await prepareDataDir(dataDir);
+  const dataDir = await prepareDataDir(options.config.dataDir);
   const unlock = await lockDataDir(dataDir);
   try {
-    return await start(options, unlock);
+    return await start({ ...options, config: { ...options.config, dataDir } }, unlock);
   } catch (error) {
     await unlock();
     throw error;
@@ -83,6 +82,7 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
     resolveContext: (url, signal) => parseContextUrl(url, { guard, publicUrl: publicApiUrl, signal }),
     controlPlane: connectControlPlane(apiUrl, () => credentials.accessToken),
     isDraining: () => link?.draining ?? false,
+    reservedUids: (id) => environments.reservedUids(id),
     startGate: gate(MACHINES_AT_ONCE, MACHINES_WAITING),
   };
   const reports: Reports = new Reports(log, (id, outcome, status) => environments.judged(id, outcome, status));

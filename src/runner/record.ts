@@ -77,14 +77,20 @@ export function newRecord(): EnvironmentRecord {
  * The record of an environment. One that is damaged is replaced by a new one that claims unknown content, so that
  * files are set aside rather than taken for leftovers. Undefined if nothing of the environment is on disk.
  */
-export async function readRecord(paths: Pick<EnvironmentPaths, "root" | "record">): Promise<EnvironmentRecord | undefined> {
+export async function readRecord(
+  paths: Pick<EnvironmentPaths, "root" | "record">,
+): Promise<EnvironmentRecord | undefined> {
   if (!(await exists(paths.root))) return undefined;
   const text = await readSmall(paths.record, MAX_RECORD_BYTES).catch(() => "damaged");
   if (text === undefined) return newRecord();
   try {
     const { format, status, ...rest } = JSON.parse(text) as { format: number; status: JsonValue } & EnvironmentRecord;
     if (format !== FORMAT) throw new Error("unknown format");
-    return { ...newRecord(), ...rest, status: fromJson(EnvironmentStatusSchema, status, { ignoreUnknownFields: true }) };
+    return {
+      ...newRecord(),
+      ...rest,
+      status: fromJson(EnvironmentStatusSchema, status, { ignoreUnknownFields: true }),
+    };
   } catch {
     const record = newRecord();
     return { ...record, content: { ...record.content, session: "unknown" } };

@@ -1,7 +1,7 @@
 import { clone, equals } from "@bufbuild/protobuf";
 import { Code, ConnectError } from "@connectrpc/connect";
 import type { Logger } from "pino";
-import { type ReportResult, ReportResult_Outcome as Outcome } from "../../gen/berth/runner/v1/runner_control_pb.js";
+import { ReportResult_Outcome as Outcome, type ReportResult } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { type EnvironmentStatus, EnvironmentStatusSchema } from "../../gen/gitpod/v1/environment_pb.js";
 import type { ControlPlane } from "./control-plane.ts";
 

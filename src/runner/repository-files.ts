@@ -15,8 +15,8 @@ import {
 } from "../../gen/gitpod/v1/environment_pb.js";
 import { runCommand } from "./commands.ts";
 import { parseJsonc } from "./jsonc.ts";
-import type { UnixUser } from "./users.ts";
 import { commandUser } from "./machine.ts";
+import type { UnixUser } from "./users.ts";
 
 // Files of the checkout are read by a command that runs as the environment's user: a link there may point anywhere.
 
@@ -31,13 +31,13 @@ const AUTOMATIONS_FILES = [
   ".gitpod/automations.yaml",
   ".gitpod/automations.yml",
 ];
-// First argument: most bytes to show; then candidates in order. Prints the name of the first file, and its content.
-const FIND_FILE = `limit=$1; shift
+// Arguments: folder, most bytes to show, candidates in order. Prints the name of the first file, and its content.
+const FIND_FILE = `cd -- "$1" 2>/dev/null || exit ${NONE}; limit=$2; shift 2
 for each in "$@"; do
   if [ -f "$each" ]; then printf '%s\\n' "$each"; exec head -c "$limit" -- "$each"; fi
 done
 exit ${NONE}`;
-const FIND_NESTED = `limit=$1
+const FIND_NESTED = `cd -- "$1" 2>/dev/null || exit ${NONE}; limit=$2
 for each in .devcontainer/*/devcontainer.json; do
   if [ -f "$each" ]; then printf '%s\\n' "$each"; exec head -c "$limit" -- "$each"; fi
 done
@@ -63,9 +63,8 @@ export interface Checkout {
 }
 
 async function find(checkout: Checkout, script: string, candidates: readonly string[]): Promise<FoundFile | undefined> {
-  const args = ["-c", script, "sh", String(MAX_FILE_BYTES + 1), ...candidates];
+  const args = ["-c", script, "sh", checkout.folder, String(MAX_FILE_BYTES + 1), ...candidates];
   const { code, stdout } = await runCommand("sh", args, {
-    cwd: checkout.folder,
     user: commandUser(checkout.user),
     timeoutMs: READ_DEADLINE_MS,
     maxOutput: MAX_FILE_BYTES + 4096,
@@ -84,7 +83,8 @@ function inside(path: string): string | undefined {
 const isRecord = (value: unknown): value is Record<string, unknown> => typeof value === "object" && value !== null;
 const isVariable = (entry: [string, unknown]): entry is [string, string] =>
   /^[A-Za-z_][A-Za-z0-9_]*$/.test(entry[0]) && typeof entry[1] === "string" && !/\$\{|\0/.test(entry[1]);
-const literals = (value: unknown) => (isRecord(value) ? Object.fromEntries(Object.entries(value).filter(isVariable)) : {});
+const literals = (value: unknown) =>
+  isRecord(value) ? Object.fromEntries(Object.entries(value).filter(isVariable)) : {};
 
 /** What a dev container means on a host without a container engine. */
 export interface HostDevContainer {
@@ -122,7 +122,11 @@ function parse(file: FoundFile | undefined): Record<string, unknown> {
   throw new Error(`${file.path} is not a JSON object`);
 }
 
-function hostWarnings(content: Record<string, unknown>, spec: EnvironmentSpec_DevContainer, skipsCommands: boolean): string {
+function hostWarnings(
+  content: Record<string, unknown>,
+  spec: EnvironmentSpec_DevContainer,
+  skipsCommands: boolean,
+): string {
   const declared = LIFECYCLE.filter((name) => content[name] !== undefined);
   const lifecycle = skipsCommands ? "are skipped by configuration" : "are not run by this runner version";
   const warnings = [

@@ -2,8 +2,8 @@ import { Code, ConnectError, createContextKey, createContextValues, type Interce
 import { connectNodeAdapter } from "@connectrpc/connect-node";
 import type { Logger } from "pino";
 import { Gauge, Registry } from "prom-client";
-import { EnvironmentOpsService } from "../../gen/supervisor/v1/environmentopts_pb.js";
 import { IntrospectTokenResponse_Kind as Kind } from "../../gen/berth/runner/v1/runner_control_pb.js";
+import { EnvironmentOpsService } from "../../gen/supervisor/v1/environmentopts_pb.js";
 import { drained, type HttpRequest, type HttpResponse, type Limits } from "../http/exchange.ts";
 import { type Listener, listen } from "../http/listener.ts";
 import { type Access, bearerToken, type Grant } from "./access.ts";
@@ -167,7 +167,8 @@ async function serveLog(
   request: HttpRequest,
   response: HttpResponse,
 ): Promise<void> {
-  if (request.method !== "GET") return answerText(response, 405, "method not allowed\n", { ...CORS, allow: "GET, OPTIONS" });
+  if (request.method !== "GET")
+    return answerText(response, 405, "method not allowed\n", { ...CORS, allow: "GET, OPTIONS" });
   const token = bearerToken(request.headers.authorization);
   const verdict = await access.judge(token, environmentId, LOGS_KINDS);
   if (verdict === "none") {

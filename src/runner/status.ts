@@ -119,7 +119,8 @@ export function isReady({ machine, content, devcontainer }: EnvironmentStatus, s
 }
 
 /** Where an environment is reached below the runner's public URL. */
-export const environmentUrl = (publicUrl: string, environmentId: string) => `${publicUrl}/environments/${environmentId}`;
+export const environmentUrl = (publicUrl: string, environmentId: string) =>
+  `${publicUrl}/environments/${environmentId}`;
 
 /** A report: a copy of the status with the URLs that go with it. The log is served from the first machine report on. */
 export function reportOf(status: EnvironmentStatus, base: string, serving: boolean): EnvironmentStatus {

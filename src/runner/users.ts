@@ -9,15 +9,25 @@ export interface UnixUser {
   name: string;
   uid: number;
   gid: number;
-  /** Made for this environment; otherwise it is the runner's own. */
+  /** Only this environment's; otherwise it is the runner's own. */
   own: boolean;
+  /** The system knows it by number only. */
+  unlisted?: boolean;
 }
 
+// High enough to keep out of people's way, low enough for user namespaces.
+const FIRST_UID = 50_000;
+const LAST_UID = 59_999;
 const DEADLINE_MS = 20_000;
-const ATTEMPTS = 5;
+const ATTEMPTS = 4;
+const RETRY_MS = 200;
+const UID_TAKEN = 4;
 const NAME_TAKEN = 9;
 const NO_SUCH_USER = 6;
 const SHELLS = ["/bin/bash", "/bin/sh"];
+
+// Ids that were given out without an account, by environment: nothing else shows that they are taken.
+const unlisted = new Map<string, number>();
 
 // One at a time: the tools lock the user database and give up when they have to wait for each other.
 let queue: Promise<unknown> = Promise.resolve();
@@ -27,83 +37,130 @@ function inTurn<T>(work: () => Promise<T>): Promise<T> {
   return turn;
 }
 
-/** `berth-` and 8 hex digits from the random end of the id; a later attempt takes digits further left. */
+/** `berth-` and 8 hex digits from the random end of the id; where that is taken, more of it and a number. */
 export function userName(environmentId: string, attempt = 0): string {
   const random = environmentId.replaceAll("-", "").slice(20);
   return `berth-${random.slice(0, 8)}${attempt === 0 ? "" : `-${random.slice(8)}${attempt}`}`;
 }
 
-interface Account extends UnixUser {
-  comment: string;
-}
-
-/** Reads the local user database; accounts of other sources are never the runner's. */
-async function findAccount(name: string): Promise<Account | undefined> {
-  const line = (await readFile("/etc/passwd", "utf8")).split("\n").find((each) => each.startsWith(`${name}:`));
-  const [, , uid, gid, comment = ""] = line?.split(":") ?? [];
-  return line ? { name, uid: Number(uid), gid: Number(gid), comment, own: true } : undefined;
-}
-
-const comment = (environmentId: string) => `berth environment ${environmentId}`;
-
-async function addUser(name: string, environmentId: string, home: string): Promise<number> {
-  const shell = await loginShell();
-  const identity = ["--home-dir", home, "--shell", shell, "--comment", comment(environmentId)];
-  const bare = ["--no-create-home", "--no-log-init", "--user-group", "-K", "SUB_UID_COUNT=0", "-K", "SUB_GID_COUNT=0"];
-  const { code } = await runCommand("useradd", [...bare, ...identity, name], { timeoutMs: DEADLINE_MS });
-  return code;
-}
-
 /** Shell of the environments' users: bash where there is one. */
 export async function loginShell(): Promise<string> {
   for (const shell of SHELLS) {
-    if (await access(shell, constants.X_OK).then(() => true, () => false)) return shell;
+    const isUsable = await access(shell, constants.X_OK).then(
+      () => true,
+      () => false,
+    );
+    if (isUsable) return shell;
   }
   return "/bin/sh";
 }
 
+interface Account {
+  name: string;
+  uid: number;
+  gid: number;
+  comment: string;
+}
+
+/** The local user database; accounts of other sources are never the runner's. */
+async function accounts(): Promise<Account[]> {
+  const lines = (await readFile("/etc/passwd", "utf8").catch(() => "")).split("\n");
+  return lines
+    .map((line) => line.split(":"))
+    .filter((fields) => fields.length >= 7)
+    .map(([name = "", , uid, gid, comment = ""]) => ({ name, uid: Number(uid), gid: Number(gid), comment }));
+}
+
+const commentOf = (environmentId: string) => `berth environment ${environmentId}`;
+
+const isOurs = (environmentId: string) => (account: Account) =>
+  account.comment === commentOf(environmentId) && account.uid !== 0;
+
+/** Exit code of useradd; undefined if it cannot be started. */
+async function addUser(name: string, uid: number, environmentId: string, home: string): Promise<number | undefined> {
+  const identity = ["--home-dir", home, "--shell", await loginShell(), "--comment", commentOf(environmentId)];
+  const bare = ["--no-create-home", "--no-log-init", "--user-group", "-K", "SUB_UID_COUNT=0", "-K", "SUB_GID_COUNT=0"];
+  const args = [...bare, ...identity, "--uid", String(uid), name];
+  return await runCommand("useradd", args, { timeoutMs: DEADLINE_MS }).then(
+    ({ code }) => code,
+    () => undefined,
+  );
+}
+
+/** A user of another source than the local database has the id, such as one of a directory service. */
+async function isKnownElsewhere(uid: number): Promise<boolean> {
+  const { code } = await runCommand("getent", ["passwd", String(uid)], { timeoutMs: DEADLINE_MS }).catch(() => ({
+    code: 2,
+  }));
+  return code === 0;
+}
+
+async function freeUid(present: readonly Account[], reserved: ReadonlySet<number>): Promise<number> {
+  const listed = present.flatMap(({ uid, gid }) => [uid, gid]);
+  const taken = new Set([...listed, ...reserved, ...unlisted.values()]);
+  for (let uid = FIRST_UID; uid <= LAST_UID; uid++) {
+    if (!taken.has(uid) && !(await isKnownElsewhere(uid))) return uid;
+  }
+  throw new Error(`no user id from ${FIRST_UID} to ${LAST_UID} is free`);
+}
+
 /**
  * The user of an environment: one of its own if the runner is root, made on demand and found again after a crash; else
- * the runner's. A name that belongs to somebody else is avoided. Throws if none can be made.
+ * the runner's. `before` is the user its files belong to, whose id is kept if nobody has it by now; `reserved` are ids
+ * of other environments, whose accounts may be missing. Where no account can be made, the id alone has to do.
  */
-export async function ensureUser(environmentId: string, home: string): Promise<UnixUser> {
+export async function ensureUser(
+  environmentId: string,
+  home: string,
+  reserved: ReadonlySet<number>,
+  before?: UnixUser,
+): Promise<UnixUser> {
   if (process.getuid?.() !== 0) {
     const { username, uid, gid } = userInfo();
     return { name: username, uid, gid, own: false };
   }
   return await inTurn(async () => {
-    let taken = 0;
-    for (let attempt = 0; attempt < ATTEMPTS; attempt++) {
-      const name = userName(environmentId, taken);
-      const found = await findAccount(name);
-      if (found?.comment === comment(environmentId) && found.uid !== 0) {
-        return { name, uid: found.uid, gid: found.gid, own: true };
+    let nameAttempt = 0;
+    for (let attempt = 0; ; attempt++) {
+      const present = await accounts();
+      const found = present.find(isOurs(environmentId));
+      if (found) return { name: found.name, uid: found.uid, gid: found.gid, own: true };
+      const isFree = before?.own && !reserved.has(before.uid) && !present.some(({ uid }) => uid === before.uid);
+      const uid = isFree ? before.uid : await freeUid(present, reserved);
+      while (present.some(({ name }) => name === userName(environmentId, nameAttempt))) nameAttempt++;
+      const name = userName(environmentId, nameAttempt);
+      const code = attempt < ATTEMPTS ? await addUser(name, uid, environmentId, home) : undefined;
+      if (code === undefined) {
+        unlisted.set(environmentId, uid);
+        return { name, uid, gid: uid, own: true, unlisted: true };
       }
-      if (found) {
-        taken++;
-        continue;
-      }
-      const code = await addUser(name, environmentId, home);
-      const made = code === 0 ? await findAccount(name) : undefined;
-      if (made) return { name, uid: made.uid, gid: made.gid, own: true };
-      if (code === NAME_TAKEN) taken++;
-      else await delay(200 * 2 ** attempt);
+      if (code !== 0 && code !== NAME_TAKEN && code !== UID_TAKEN) await delay(RETRY_MS * 2 ** attempt);
     }
-    throw new Error("no Unix user could be made for the environment");
   });
 }
 
-/** Removes the user that was made for an environment; one that is gone, or belongs to somebody else, is left alone. */
+/**
+ * The id by which processes of an environment can be told from all others: undefined if it runs as the runner's user,
+ * or if somebody else has got the id since.
+ */
+export async function distinctUid(environmentId: string, user: UnixUser | undefined): Promise<number | undefined> {
+  if (!user?.own || process.getuid?.() !== 0) return undefined;
+  const holder = (await accounts()).find(({ uid }) => uid === user.uid);
+  return holder && !isOurs(environmentId)(holder) ? undefined : user.uid;
+}
+
+/** Removes the account that was made for an environment; one that belongs to somebody else is left alone. */
 export async function removeUser(environmentId: string, user: UnixUser | undefined): Promise<void> {
-  if (!user?.own || process.getuid?.() !== 0) return;
+  unlisted.delete(environmentId);
+  if (user?.own === false || process.getuid?.() !== 0) return;
   await inTurn(async () => {
-    const found = await findAccount(user.name);
-    if (found?.comment !== comment(environmentId)) return;
     for (let attempt = 0; attempt < ATTEMPTS; attempt++) {
-      const { code } = await runCommand("userdel", [user.name], { timeoutMs: DEADLINE_MS });
+      const found = (await accounts()).find(isOurs(environmentId));
+      if (!found) return;
+      const { code } = await runCommand("userdel", [found.name], { timeoutMs: DEADLINE_MS });
       if (code === 0 || code === NO_SUCH_USER) return;
-      await delay(200 * 2 ** attempt);
+      await delay(RETRY_MS * 2 ** attempt);
     }
-    throw new Error(`user ${user.name} could not be removed`);
+    throw new Error(`the user of environment ${environmentId} could not be removed`);
   });
 }

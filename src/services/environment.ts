@@ -1,6 +1,7 @@
 import { create } from "@bufbuild/protobuf";
 import { durationMs } from "@bufbuild/protobuf/wkt";
 import type { ServiceImpl } from "@connectrpc/connect";
+import { ActionableErrorDetailsSchema } from "../../gen/gitpod/v1/actionable_error_pb.js";
 import { CountResponseRelation, CountResponseSchema } from "../../gen/gitpod/v1/count_pb.js";
 import {
   AdmissionLevel,
@@ -13,8 +14,13 @@ import {
 } from "../../gen/gitpod/v1/environment_pb.js";
 import { ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
-import type { OrganizationPolicies } from "../../gen/gitpod/v1/organization_pb.js";
+import {
+  EnvironmentMaxLifetimeExceededDetailsSchema,
+  type OrganizationPolicies,
+  PolicyEnforcedFailedPreconditionDetailsSchema,
+} from "../../gen/gitpod/v1/organization_pb.js";
 import { RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
+import { RunnerPhase } from "../../gen/gitpod/v1/runner_pb.js";
 import { type App, actorOf, newTokenText, transact } from "../app.ts";
 import {
   environmentMessage,
@@ -47,7 +53,7 @@ import { withPending } from "../pending.ts";
 import { principal } from "../rpc/authenticate.ts";
 import { initializerProblems, repositoryName } from "../scm/initializer.ts";
 import type { Tx } from "../store/db.ts";
-import { getClass, type StoredClass } from "../store/environment-classes.ts";
+import { getClass, getClassHoldingRunner, type StoredClass } from "../store/environment-classes.ts";
 import {
   advanceEnvironment,
   countEnvironments,
@@ -101,6 +107,12 @@ function checkSource(caller: Caller, policies: OrganizationPolicies, spec: Envir
 function checkClass(stored: StoredClass): void {
   if (!stored.message.enabled) throw precondition("the environment class is disabled");
   if (!stored.uses) throw denied("creating environments on this runner needs the role user on it");
+}
+
+/** Whether the runner of a class can take a new environment of it now. */
+function checkUsable(stored: StoredClass, localRunners: boolean): void {
+  checkRunner({ kind: stored.runnerKind, phase: stored.runnerPhase }, localRunners);
+  if (!stored.fits) throw precondition("the environment class no longer fits the configuration of its runner");
 }
 
 function checkRunner(runner: { kind: RunnerKind; phase: StoredRunner["phase"] }, localRunners: boolean): void {
@@ -205,8 +217,7 @@ async function createEnvironment(app: App, caller: Caller, request: CreateEnviro
   if (request.sessionId && !(await ownsSession(app.db.point, caller, request.sessionId))) {
     throw notFound("session", request.sessionId);
   }
-  checkRunner({ kind: stored.runnerKind, phase: stored.runnerPhase }, localRunners);
-  if (!stored.fits) throw precondition("the environment class no longer fits the configuration of its runner");
+  checkUsable(stored, localRunners);
   checkPolicies(policies, spec);
 
   const now = app.now();
@@ -219,7 +230,7 @@ async function createEnvironment(app: App, caller: Caller, request: CreateEnviro
     annotations: request.annotations,
     nameSuffix: Buffer.from(app.random(NAME_SUFFIX_BYTES)).toString("hex"),
     repositoryName: repositoryName(primary),
-    sessionId: request.sessionId || app.newId(),
+    sessionId: request.sessionId.toLowerCase() || app.newId(),
     sessions: { machine: app.newId(), content: app.newId(), devcontainer: app.newId(), automationsFile: app.newId() },
     creator: caller,
     environmentClass: stored.message,
@@ -247,14 +258,20 @@ async function createEnvironment(app: App, caller: Caller, request: CreateEnviro
       policies,
       true,
     );
-    await checkCapacity(tx, stored.message.runnerId, stored.maxEnvironments);
+    const current = await getClassHoldingRunner(tx, caller, stored.message.id);
+    checkClass(current);
+    checkUsable(current, localRunners);
+    await checkCapacity(tx, stored.message.runnerId, current.maxEnvironments);
     await insertEnvironment(tx, environment, actorOf(caller), app.newId(), now);
     touched(stored.message.runnerId);
   });
   return shown(caller, environment);
 }
 
-/** Applies a transition that a caller asked for to an environment that the transaction holds locked. */
+/**
+ * Applies a transition that a caller asked for to an environment that the transaction holds locked. True if its runner
+ * has to look at it.
+ */
 async function apply(
   app: App,
   tx: Tx,
@@ -262,15 +279,13 @@ async function apply(
   stored: StoredEnvironment,
   transition: Transition,
   action?: string,
-): Promise<void> {
+): Promise<boolean> {
   if (transition.kind === "refused") throw precondition(transition.reason);
-  if (transition.kind === "noop") return;
-  await advanceEnvironment(tx, stored, transition.next, {
-    actor: actorOf(caller),
-    auditId: app.newId(),
-    action,
-    at: app.now(),
-  });
+  if (transition.kind === "noop") return false;
+  const { next } = transition;
+  const by = { actor: actorOf(caller), auditId: app.newId(), action, at: app.now() };
+  await advanceEnvironment(tx, stored, next, by);
+  return next.changed.spec || next.status.phase === EnvironmentPhase.DELETED;
 }
 
 async function startEnvironment(app: App, caller: Caller, id: string): Promise<void> {
@@ -280,19 +295,21 @@ async function startEnvironment(app: App, caller: Caller, id: string): Promise<v
     allow(stored.relation.owner, "start");
     const { runnerId } = stored.metadata;
     const runner = await findRunner(tx, caller, runnerId);
-    if (!runner.uses) throw denied("starting this environment needs the role user on its runner");
+    // Whoever may use a runner, nobody may any more when it is gone: then the state of the environment is the answer.
+    if (!runner.uses && runner.phase !== RunnerPhase.DELETED) {
+      throw denied("starting this environment needs the role user on its runner");
+    }
     const kernelControls = strengthened(stored.spec.kernelControlsConfig, requiredKernelControls(policies));
     const start = requestStart(stored, { machineSession: app.newId(), secrets: [], kernelControls }, app.now());
     if (start.kind === "changed") {
-      refuseLockedDown(stored, policies.maximumEnvironmentLifetimeStrict, app.now());
+      refuseLockedDown(stored, policies, app.now());
       checkRunner(runner, localRunners);
       const creator = stored.metadata.creator;
       const limited = creator?.principal === Principal.USER;
       await checkQuotas(tx, { id: creator?.id ?? "", organizationId: stored.organizationId, limited }, policies, false);
       await checkCapacity(tx, runnerId, runner.maxEnvironments);
     }
-    touched(runnerId);
-    await apply(app, tx, caller, stored, start, "Environment started");
+    if (await apply(app, tx, caller, stored, start, "Environment started")) touched(runnerId);
   });
 }
 
@@ -304,13 +321,21 @@ async function findRunner(tx: Tx, caller: Caller, runnerId: string): Promise<Sto
   });
 }
 
-function refuseLockedDown(stored: StoredEnvironment, strict: boolean, now: Date): void {
-  if (!isLockedDown(stored, strict, now)) return;
-  throw policyRefusal(
-    "failed_precondition",
-    "maximum_environment_lifetime_strict",
-    "the lifetime of this environment is over",
-  );
+function refuseLockedDown(stored: StoredEnvironment, policies: OrganizationPolicies, now: Date): void {
+  if (!isLockedDown(stored, policies.maximumEnvironmentLifetimeStrict, now)) return;
+  const message = "the lifetime of this environment is over";
+  const policyName = "maximum_environment_lifetime_strict";
+  const value = create(EnvironmentMaxLifetimeExceededDetailsSchema, {
+    expiredAt: stored.metadata.lockdownAt,
+    policyValue: policies.maximumEnvironmentLifetime,
+  });
+  throw precondition(message, [
+    { desc: ActionableErrorDetailsSchema, value: { errorCode: policyName, userMessage: message } },
+    {
+      desc: PolicyEnforcedFailedPreconditionDetailsSchema,
+      value: { message, policyName, details: { case: "maxLifetimeExceeded", value } },
+    },
+  ]);
 }
 
 /** A request that needs a right, a rule of the state machine, and nothing else. */
@@ -326,8 +351,7 @@ async function request(
   await transact(app, async (tx, touched) => {
     const stored = await getEnvironment(tx, caller, id, true);
     allow(allowed(stored), verb);
-    await apply(app, tx, caller, stored, move(stored), action);
-    touched(stored.metadata.runnerId);
+    if (await apply(app, tx, caller, stored, move(stored), action)) touched(stored.metadata.runnerId);
   });
   return {};
 }
@@ -359,7 +383,8 @@ async function issueToken(app: App, caller: Caller, id: string, kind: TokenKind,
   const at = app.now();
   await transact(app, async (tx) => {
     const stored = await getEnvironment(tx, caller, id, true);
-    allow(stored.relation.owner || stored.relation.user || stored.relation.self, "enter");
+    const self = stored.relation.self && kind === TokenKind.LOGS;
+    allow(stored.relation.owner || stored.relation.user || self, "enter");
     const closed = [
       EnvironmentPhase.DELETED,
       ...(kind === TokenKind.ENVIRONMENT_ACCESS ? [EnvironmentPhase.DELETING] : []),

@@ -142,7 +142,7 @@ function named(request: WatchEventsRequest, environmentId: string | undefined): 
 
 async function scopeOf(app: App, caller: Caller, request: WatchEventsRequest): Promise<string | undefined> {
   const environmentId = request.scope.case === "environmentId" ? request.scope.value : undefined;
-  if (!environmentId) {
+  if (environmentId === undefined) {
     if (caller.principal === Principal.ENVIRONMENT) throw denied("an environment may only watch itself");
     return undefined;
   }

@@ -13,7 +13,7 @@ import { RefusedStart } from "../domain/errors.ts";
 import { SYSTEM } from "../domain/principal.ts";
 import { EXCHANGE_TOKEN_MS, newRunnerSpec } from "../domain/runner.ts";
 import { TokenKind } from "../domain/tokens.ts";
-import type { Db, Tx } from "./db.ts";
+import type { Db, Sql, Tx } from "./db.ts";
 import { masterKeyCheck } from "./envelope.ts";
 import { insertClass } from "./environment-classes.ts";
 import { insertFirstUser, insertOrganization, shareRunnerWithMembers } from "./organizations.ts";
@@ -113,6 +113,11 @@ async function insertFirstRunner(
   });
 }
 
+/** Whether the first start is over. */
+export async function hasOrganization(sql: Sql | Tx): Promise<boolean> {
+  return (await sql`select from organizations limit 1`).length > 0;
+}
+
 /**
  * Makes the first organization, its admin and, if asked for, its runner, in one transaction. Of several replicas that
  * start together one does it; the others, and every later start, get false and have changed nothing.
@@ -121,7 +126,7 @@ export async function bootstrap(db: Db, first: FirstStart): Promise<boolean> {
   const { newId, at } = first;
   return db.begin(async (tx) => {
     await tx`select pg_advisory_xact_lock(${BOOTSTRAP_LOCK})`;
-    if ((await tx`select from organizations limit 1`).length > 0) return false;
+    if (await hasOrganization(tx)) return false;
     const organizationId = newId();
     const [userId, accountId] = [newId(), newId()];
     await insertOrganization(tx, {

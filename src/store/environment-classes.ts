@@ -74,13 +74,25 @@ export async function updateClass(tx: Tx, message: EnvironmentClass): Promise<vo
     where id = ${message.id}`;
 }
 
-/** A class on a runner that the caller may read; NOT_FOUND otherwise. */
-export async function getClass(sql: Sql | Tx, caller: Caller, id: string, lock = false): Promise<StoredClass> {
+async function readClass(sql: Sql | Tx, caller: Caller, id: string, locking: Fragment): Promise<StoredClass> {
   const [row] = await sql<ClassRow[]>`
     select ${columns(sql, caller)} from environment_classes c join runners r on r.id = c.runner_id
-    where c.id = ${id} and ${readsRunner(sql, caller)} ${lock ? sql`for update of c` : sql``}`;
+    where c.id = ${id} and ${readsRunner(sql, caller)} ${locking}`;
   if (!row) throw notFound("environment class", id);
   return toClass(row);
+}
+
+/** A class on a runner that the caller may read; NOT_FOUND otherwise. */
+export async function getClass(sql: Sql | Tx, caller: Caller, id: string, lock = false): Promise<StoredClass> {
+  return readClass(sql, caller, id, lock ? sql`for update of c` : sql``);
+}
+
+/**
+ * As `getClass`, and its runner stays as it is until the transaction ends: it cannot go, and nobody else can add an
+ * environment to it.
+ */
+export async function getClassHoldingRunner(tx: Tx, caller: Caller, id: string): Promise<StoredClass> {
+  return readClass(tx, caller, id, tx`for no key update of r`);
 }
 
 /** Condition: a new environment of class `c` could be created on runner `r` by the caller right now. */
@@ -101,8 +113,10 @@ export async function listClasses(
   const conditions: Fragment[] = [sql`c.organization_id = ${caller.organizationId}`, readsRunner(sql, caller)];
   if (filter?.enabled !== undefined) conditions.push(sql`c.enabled = ${filter.enabled}`);
   if (filter?.runnerIds.length) conditions.push(sql`c.runner_id = any(${filter.runnerIds})`);
-  if (filter?.runnerKinds.length) conditions.push(sql`r.kind = any(${filter.runnerKinds as number[]})`);
-  if (filter?.runnerProviders.length) conditions.push(sql`r.provider = any(${filter.runnerProviders as number[]})`);
+  // The contract lets any number through, the columns are small.
+  if (filter?.runnerKinds.length) conditions.push(sql`r.kind = any(${filter.runnerKinds as number[]}::int[])`);
+  if (filter?.runnerProviders.length)
+    conditions.push(sql`r.provider = any(${filter.runnerProviders as number[]}::int[])`);
   if (filter?.canCreateEnvironments !== undefined) {
     conditions.push(sql`${canCreate(sql, caller, localRunners)} = ${filter.canCreateEnvironments}`);
   }

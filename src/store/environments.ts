@@ -17,10 +17,11 @@ import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js
 import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { SortOrder } from "../../gen/gitpod/v1/pagination_pb.js";
-import { notFound } from "../domain/errors.ts";
+import { invalid, notFound } from "../domain/errors.ts";
 import { type EnvironmentFacts, type EnvironmentState, nextDeadline, tombstoneEnd } from "../domain/lifecycle.ts";
 import type { Page } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
+import { TokenKind } from "../domain/tokens.ts";
 import { readsEnvironment, sharedWith } from "./access.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
 import { type Actor, recorded } from "./record.ts";
@@ -90,6 +91,9 @@ const nextDueAt = (state: EnvironmentState) => nextDeadline(state) ?? tombstoneE
 
 const columns = (sql: Sql | Tx) =>
   sql`e.id, e.organization_id, e.metadata, e.spec, e.status, e.facts, e.report_epoch, e.report_seq`;
+
+/** Phases in which no process of an environment is left, and its own token opens nothing any more. */
+const HALTED: ReadonlySet<EnvironmentPhase> = new Set([EnvironmentPhase.STOPPED, EnvironmentPhase.DELETING]);
 
 const NOBODY: Relation = { owner: false, user: false, self: false, runner: false };
 const OPEN_TO_MEMBERS = [AdmissionLevel.ORGANIZATION, AdmissionLevel.EVERYONE] as number[];
@@ -248,7 +252,9 @@ export async function advanceEnvironment(
   const tokens = deleted
     ? tx`, tokens_gone as (delete from tokens where environment_id = ${id} or subject_id = ${id}),
       shares_gone as (delete from role_assignments where resource_id = ${id})`
-    : tx``;
+    : phaseChanged && HALTED.has(status.phase)
+      ? tx`, tokens_gone as (delete from tokens where environment_id = ${id} and kind = ${TokenKind.ENVIRONMENT})`
+      : tx``;
   await tx`
     with ${told} ${revision} ${tokens}
     update environments set phase = ${status.phase}, desired_phase = ${spec.desiredPhase}, admission = ${spec.admission},
@@ -366,9 +372,9 @@ export async function countForQuota(
   return row ?? { total: 0, running: 0 };
 }
 
-/** As `countForQuota`, for a runner: environments that want to run on it. */
+/** Environments that want to run on a runner, which holds back every other creation and start on it in the same way. */
 export async function countRunningOnRunner(tx: Tx, runnerId: string): Promise<number> {
-  await tx`select pg_advisory_xact_lock(hashtextextended(${`runner ${runnerId}`}, 0))`;
+  await tx`select from runners where id = ${runnerId} for no key update`;
   const [row] = await tx<{ count: number }[]>`
     select count(*)::int as count from environments
     where runner_id = ${runnerId} and desired_phase = ${EnvironmentPhase.RUNNING} and deleted_at is null`;
@@ -387,13 +393,13 @@ type ListFilter = ListEnvironmentsRequest["filter"];
 const DEFAULT_ROLES = [EnvironmentRole.DEFAULT, EnvironmentRole.WORKFLOW];
 const escapeLike = (text: string) => text.toLowerCase().replace(/[\\%_]/g, "\\$&");
 
-/** `=` for one value: `= any` with a rare value in a large organization reads the whole index. */
+/** `=` for one id: `= any` with a rare one in a large organization reads the whole index. */
 function oneOf(sql: Sql, column: Fragment, values: readonly (string | number)[]): Fragment {
   const [first] = values;
+  // The contract lets any number through, the columns are small.
+  if (typeof first === "number") return sql`${column} = any(${values as number[]}::int[])`;
   if (values.length === 1 && first !== undefined) return sql`${column} = ${first}`;
-  return typeof first === "number"
-    ? sql`${column} = any(${values as number[]})`
-    : sql`${column} = any(${values as string[]})`;
+  return sql`${column} = any(${values as string[]})`;
 }
 
 function filterConditions(sql: Sql, caller: Caller, filter: ListFilter): Fragment[] {
@@ -427,7 +433,9 @@ function filterConditions(sql: Sql, caller: Caller, filter: ListFilter): Fragmen
 /** Where a page by archival time goes on: time in ms (empty for never archived) and id. */
 function archivedPosition(after: string): { at: Date | null; id: string } {
   const [time = "", id = ""] = after.split("/");
-  return { at: time ? new Date(Number(time)) : null, id };
+  const at = time ? new Date(Number(time)) : null;
+  if (at && Number.isNaN(at.getTime())) throw invalid({ field: "pagination.token", message: "is malformed" });
+  return { at, id };
 }
 
 function ordering(

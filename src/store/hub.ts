@@ -65,6 +65,7 @@ export class Latch {
 interface EventRow {
   horizon: string;
   behind: boolean;
+  xid: string | null;
   seq: number | null;
   organization_id: string;
   environment_id: string | null;
@@ -73,6 +74,36 @@ interface EventRow {
   operation: ResourceOperation;
   creator_id: string | null;
   readers: string[] | null;
+}
+
+/** What had committed at a moment, as Postgres writes it: `xmin:xmax:xid,xid,...`, the last ones still running. */
+class Snapshot {
+  readonly xmin: string;
+  readonly #xmax: bigint;
+  readonly #running: ReadonlySet<string>;
+
+  constructor(text: string) {
+    const [xmin = "", xmax = "", running = ""] = text.split(":");
+    this.xmin = xmin;
+    this.#xmax = BigInt(xmax);
+    this.#running = new Set(running.split(","));
+  }
+
+  /** Whether a transaction that has an end now had it then. */
+  covers(xid: string): boolean {
+    return BigInt(xid) < this.#xmax && !this.#running.has(xid);
+  }
+
+  /** Whether nothing from `horizon` on is covered. */
+  isOver(horizon: string): boolean {
+    return BigInt(horizon) >= this.#xmax;
+  }
+}
+
+interface Subscriber {
+  listener: EventListener;
+  /** What had committed when it came; absent once all that is behind. */
+  since?: Snapshot | undefined;
 }
 
 /**
@@ -91,7 +122,7 @@ export class EventHub {
   readonly #origin: string;
   readonly #onError: (error: unknown) => void;
   readonly #listeners = new Map<string, Set<Listener>>();
-  readonly #subscribers = new Set<EventListener>();
+  readonly #subscribers = new Set<Subscriber>();
   readonly #pending = new Set<string>();
   readonly #stop = new AbortController();
   #listening?: Listening;
@@ -149,19 +180,17 @@ export class EventHub {
   }
 
   /**
-   * Hands every event that commits from now on to `listener`, in batches and in order. Resolves once nothing can be
-   * missed any more.
+   * Hands every event that commits from now on to `listener`, and none from before, in batches and in order. Resolves
+   * once nothing can be missed any more.
    */
   async subscribe(listener: EventListener): Promise<() => void> {
-    if (!this.#horizon) {
-      const [row] = await this.#db.point<
-        { horizon: string }[]
-      >`select pg_snapshot_xmin(pg_current_snapshot())::text as horizon`;
-      this.#horizon ??= row?.horizon;
-    }
-    this.#subscribers.add(listener);
+    const [row] = await this.#db.point<{ snapshot: string }[]>`select pg_current_snapshot()::text as snapshot`;
+    const since = new Snapshot(row?.snapshot ?? "");
+    this.#horizon ??= since.xmin;
+    const subscriber: Subscriber = { listener, since };
+    this.#subscribers.add(subscriber);
     return () => {
-      this.#subscribers.delete(listener);
+      this.#subscribers.delete(subscriber);
       if (!this.#subscribers.size) this.#horizon = undefined;
     };
   }
@@ -243,7 +272,7 @@ export class EventHub {
         with edge as (select ${until ? this.#db.point`${until}::xid8` : this.#db.point`pg_snapshot_xmin(pg_current_snapshot())`} as horizon)
         select edge.horizon::text as horizon, exists (select from events where xid >= edge.horizon) as behind, e.*
         from edge left join lateral (
-          select seq, organization_id, environment_id, resource_type, resource_id, operation, creator_id, readers from events
+          select xid::text as xid, seq, organization_id, environment_id, resource_type, resource_id, operation, creator_id, readers from events
           where xid >= ${from}::xid8 and xid < edge.horizon and seq > ${after} order by seq limit ${BATCH}
         ) e on true order by e.seq`;
       until = rows[0]?.horizon;
@@ -255,12 +284,14 @@ export class EventHub {
     if (until !== from) this.#behindMs = BEHIND_MS;
     // A subscriber that joined meanwhile set no horizon of its own, and one that left may have cleared it.
     if (this.#horizon === from) this.#horizon = until;
+    for (const each of this.#subscribers) if (until && each.since?.isOver(until)) each.since = undefined;
     if (behind) this.#lookAgain();
   }
 
   #deliver(rows: readonly EventRow[]): void {
     if (!rows.length) return;
     const events = rows.map((row) => ({
+      xid: row.xid ?? "",
       organizationId: row.organization_id,
       environmentId: row.environment_id,
       resourceType: row.resource_type,
@@ -269,6 +300,9 @@ export class EventHub {
       creatorId: row.creator_id,
       readers: row.readers,
     }));
-    for (const subscriber of [...this.#subscribers]) subscriber(events);
+    for (const { listener, since } of [...this.#subscribers]) {
+      const news = since ? events.filter((event) => !since.covers(event.xid)) : events;
+      if (news.length) listener(news);
+    }
   }
 }

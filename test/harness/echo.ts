@@ -65,7 +65,7 @@ export function echo(): Echo {
     if (what === "two") return;
     if (what === "many") {
       // More than any buffer on the way holds.
-      for (let sent = 0; ; sent += 1) {
+      for (;;) {
         hold();
         yield { ...event, resourceId: "x".repeat(100_000) };
       }
@@ -93,7 +93,7 @@ export function echo(): Echo {
           if (failures[runnerId]) throw failures[runnerId]();
           if (runnerId === "large") return { runner: { runnerId, name: "large ".repeat(50_000) } };
           if (runnerId === "too-large") return { runner: { runnerId, name: "x".repeat(9_000_000) } };
-          if (runnerId === "invalid") return { runner: { runnerId, kind: 2 ** 40 } };
+          if (runnerId === "invalid") return { runner: { runnerId, name: 5 as never } };
           if (runnerId === "peer") return { runner: { name: callOf(context.values, context.requestHeader).peer } };
           if (runnerId === "wait") {
             hold();

@@ -81,8 +81,17 @@ export class FakeRunner implements AsyncDisposable {
     });
   }
 
-  /** Collects what the watch stream delivers until the runner is disposed of. */
-  watch(resumeRevision = 0n): void {
+  /** Another process of the same link, for example one that calls another replica. */
+  twin(url: string): FakeRunner {
+    const { id, linkId, epoch } = this;
+    return Object.assign(new FakeRunner(url, this.token), { id, linkId, epoch });
+  }
+
+  /**
+   * Collects what the watch stream delivers until the runner is disposed of. The promise is how the stream ends; nobody
+   * needs to wait for it.
+   */
+  watch(resumeRevision = 0n): Promise<void> {
     this.#watching = (async () => {
       try {
         const stream = this.control.watch({ linkId: this.linkId, resumeRevision }, { signal: this.#stop.signal });
@@ -92,6 +101,7 @@ export class FakeRunner implements AsyncDisposable {
       }
     })();
     this.#watching.catch(() => undefined);
+    return this.#watching;
   }
 
   async report(

@@ -2,13 +2,14 @@ import { randomBytes } from "node:crypto";
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { toBinary } from "@bufbuild/protobuf";
 import { pino } from "pino";
 import { v7 as uuidv7 } from "uuid";
 import { inject } from "vitest";
 import { ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
-import { OrganizationRole } from "../../gen/gitpod/v1/organization_pb.js";
+import { OrganizationPoliciesSchema, OrganizationRole } from "../../gen/gitpod/v1/organization_pb.js";
 import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
 import type { Limits } from "../../src/app.ts";
 import { type BerthClient, createBerthClient } from "../../src/client.ts";
@@ -16,7 +17,7 @@ import { readServerConfig } from "../../src/config.ts";
 import { type ControlPlane, startControlPlane } from "../../src/control-plane.ts";
 import { TokenKind, tokenText } from "../../src/domain/tokens.ts";
 import { openDb } from "../../src/store/db.ts";
-import { ADMINS_GROUP, MEMBERS_GROUP } from "../../src/store/organizations.ts";
+import { ADMINS_GROUP, MEMBERS_GROUP, readPolicies } from "../../src/store/organizations.ts";
 import { insertToken } from "../../src/store/tokens.ts";
 import { databaseUrl } from "./database.ts";
 
@@ -149,4 +150,12 @@ export async function shareRunner(test: TestPlane, runnerId: string, role = Reso
     insert into role_assignments (id, organization_id, group_id, resource_type, resource_id, resource_role, created_at)
     select gen_random_uuid(), organization_id, id, ${ResourceType.RUNNER}, ${runnerId}, ${role}, now() from groups
     where organization_id = ${test.organizationId} and name = ${MEMBERS_GROUP}`;
+}
+
+/** Lifts the limits on how many environments a user may have and run. */
+export async function liftQuotas({ plane: { app }, organizationId }: TestPlane): Promise<void> {
+  const { policies } = await readPolicies(app.db.point, organizationId);
+  const lifted = { ...policies, maximumEnvironmentsPerUser: 0n, maximumRunningEnvironmentsPerUser: 0n };
+  await app.db.write`
+    update organizations set policies = ${toBinary(OrganizationPoliciesSchema, lifted)} where id = ${organizationId}`;
 }

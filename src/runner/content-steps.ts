@@ -1,0 +1,214 @@
+import { clone, create, equals } from "@bufbuild/protobuf";
+import { LogSectionOutcome } from "../../gen/gitpod/v1/environment_logs_pb.js";
+import {
+  EnvironmentStatus_ContentPhase as ContentPhase,
+  EnvironmentStatus_DevContainer_Phase as DevContainerPhase,
+  type EnvironmentSpec,
+  EnvironmentSpec_AutomationsFileSchema,
+  EnvironmentSpec_ContentSchema,
+  EnvironmentSpec_DevContainerSchema,
+  EnvironmentStatus_ContentSchema,
+  EnvironmentStatusSchema,
+} from "../../gen/gitpod/v1/environment_pb.js";
+import { configureGit, contentGitStatus, gitIdentity, initializeContent, type Workspace } from "./content.ts";
+import { ContentError } from "./git.ts";
+import { writeEnvironmentVariables } from "./machine-steps.ts";
+import type { ContentFacts } from "./record.ts";
+import { automationsFile, devContainerHash, hostDevContainer } from "./repository-files.ts";
+import { type EnvironmentSite, textOf } from "./site.ts";
+import { isReady, setUnserved } from "./status.ts";
+import type { UnixUser } from "./users.ts";
+
+// Steps that put the content of an environment in place and apply what its files ask for.
+
+const MAX_VARIABLES_CHARACTERS = 64 * 1024;
+
+const contentOf = (spec: EnvironmentSpec) => spec.content ?? create(EnvironmentSpec_ContentSchema);
+const devContainerOf = (spec: EnvironmentSpec) => spec.devcontainer ?? create(EnvironmentSpec_DevContainerSchema);
+const automationsOf = (spec: EnvironmentSpec) => spec.automationsFile ?? create(EnvironmentSpec_AutomationsFileSchema);
+
+function userOf({ record }: EnvironmentSite): UnixUser {
+  if (!record.user) throw new Error("the machine has no user");
+  return record.user;
+}
+
+function workspaceOf(site: EnvironmentSite, signal: AbortSignal): Workspace {
+  return {
+    ...{ host: site.host, environmentId: site.id, paths: site.paths, user: userOf(site), signal },
+    write: (line) => site.log.write(line),
+    save: (facts: ContentFacts) =>
+      site.edit((record) => {
+        record.content = facts;
+      }),
+  };
+}
+
+/** Puts the content of the specification in place; false if the first attempt has failed. */
+export async function keepContent(site: EnvironmentSite, spec: EnvironmentSpec, signal: AbortSignal): Promise<boolean> {
+  const { session } = contentOf(spec);
+  const reported = site.status.content;
+  const isSettled = reported?.session === session && site.record.content.session === session;
+  if (isSettled && reported.phase === ContentPhase.READY) {
+    await keepIdentity(site, spec, signal);
+    return true;
+  }
+  if (reported?.session === session && reported.phase === ContentPhase.FAILED) return false;
+  const isFirst = site.record.content.session === "";
+  site.sections.open("content");
+  await site.edit(({ status }) => {
+    const { git, contentLocationInMachine = "" } = status.content ?? {};
+    const phase = isFirst ? ContentPhase.INITIALIZING : ContentPhase.UPDATING;
+    status.content = create(EnvironmentStatus_ContentSchema, { session, phase, git, contentLocationInMachine });
+  });
+  try {
+    await placeContent(site, spec, signal);
+    site.sections.end("content", LogSectionOutcome.SUCCESS);
+    return true;
+  } catch (error) {
+    site.sections.end("content", signal.aborted ? LogSectionOutcome.CANCELLED : LogSectionOutcome.FAILURE);
+    if (signal.aborted) throw error;
+    return await contentFailed(site, spec, isFirst, error);
+  }
+}
+
+async function placeContent(site: EnvironmentSite, spec: EnvironmentSpec, signal: AbortSignal): Promise<void> {
+  const content = contentOf(spec);
+  const workspace = workspaceOf(site, signal);
+  const placed = await initializeContent(workspace, content.session, content.initializer, site.record.content);
+  await configureGit(workspace, content, placed.facts);
+  await contentReady(site, spec, placed.facts, placed.warnings.join("; "));
+}
+
+/** The first content that cannot be had is fatal; later the old one stays, with a warning. */
+async function contentFailed(
+  site: EnvironmentSite,
+  spec: EnvironmentSpec,
+  isFirst: boolean,
+  error: unknown,
+): Promise<boolean> {
+  const failureMessage = textOf(error);
+  if (!(error instanceof ContentError)) {
+    site.host.log.error({ environmentId: site.id, error: failureMessage }, "content could not be initialized");
+  }
+  site.log.write(failureMessage);
+  if (!isFirst) {
+    const facts = { ...site.record.content, session: contentOf(spec).session };
+    await contentReady(site, spec, facts, `the content was not replaced: ${failureMessage}`);
+    return true;
+  }
+  await site.edit(({ status }) => {
+    if (status.content) Object.assign(status.content, { phase: ContentPhase.FAILED, failureMessage });
+  });
+  return false;
+}
+
+async function contentReady(
+  site: EnvironmentSite,
+  spec: EnvironmentSpec,
+  facts: ContentFacts,
+  warningMessage: string,
+): Promise<void> {
+  const content = contentOf(spec);
+  const git = await contentGitStatus(site.id, site.paths, userOf(site), facts);
+  const folder = facts.folder || site.paths.workspace;
+  await site.supervision.client?.setWorkspaceFolder(folder);
+  if (warningMessage) site.log.write(`Warning: ${warningMessage}`);
+  await site.edit((record) => {
+    record.content = facts;
+    record.gitIdentity = gitIdentity(content, facts);
+    record.status.content = create(EnvironmentStatus_ContentSchema, {
+      ...{ session: content.session, phase: ContentPhase.READY, git, warningMessage },
+      contentLocationInMachine: folder,
+    });
+    // Its files may have changed with the checkout.
+    const { devcontainer, automationsFile: automations } = record.status;
+    if (devcontainer) devcontainer.phase = DevContainerPhase.CREATING;
+    if (automations) automations.phase = ContentPhase.CREATING;
+  });
+}
+
+/** Name and address for commits can change at any time. */
+async function keepIdentity(site: EnvironmentSite, spec: EnvironmentSpec, signal: AbortSignal): Promise<void> {
+  const identity = gitIdentity(contentOf(spec), site.record.content);
+  if (identity === site.record.gitIdentity) return;
+  await configureGit(workspaceOf(site, signal), contentOf(spec), site.record.content);
+  await site.edit((record) => {
+    record.gitIdentity = identity;
+  });
+}
+
+/**
+ * Dev container, automations file, secrets and keys. When they are the last that was missing, the same change marks
+ * the start as done: whoever reads that the environment runs must find its operations too.
+ */
+export async function keepRepositoryFiles(
+  site: EnvironmentSite,
+  spec: EnvironmentSpec,
+  signal: AbortSignal,
+): Promise<void> {
+  const container = needsDevContainer(site, spec) ? await devContainer(site, spec) : undefined;
+  const file = needsAutomationsFile(site, spec)
+    ? await automationsFile({ folder: site.folder, user: userOf(site) }, automationsOf(spec))
+    : undefined;
+  signal.throwIfAborted();
+  if (file?.failureMessage) site.log.write(`Automations: ${file.failureMessage}`);
+  const next = clone(EnvironmentStatusSchema, site.status);
+  if (container) next.devcontainer = container.status;
+  if (file) next.automationsFile = file;
+  setUnserved(next, spec);
+  const passes = !site.passed && isReady(next, spec);
+  if (!passes && equals(EnvironmentStatusSchema, next, site.status)) return;
+  if (passes) {
+    site.sections.endAll(LogSectionOutcome.SUCCESS);
+    site.sections.open("system");
+    site.log.write("The environment is running");
+  }
+  await site.edit((record) => {
+    record.status = next;
+    if (container) record.devcontainerHash = container.hash;
+    if (passes) record.gatesPassedSession = spec.machine?.session ?? "";
+  });
+}
+
+function needsDevContainer({ status: { devcontainer } }: EnvironmentSite, spec: EnvironmentSpec): boolean {
+  if (devcontainer?.session !== devContainerOf(spec).session) return true;
+  return devcontainer.phase !== DevContainerPhase.RUNNING && devcontainer.phase !== DevContainerPhase.FAILED;
+}
+
+function needsAutomationsFile({ status: { automationsFile: file } }: EnvironmentSite, spec: EnvironmentSpec): boolean {
+  if (file?.session !== automationsOf(spec).session) return true;
+  return file.phase !== ContentPhase.READY && file.phase !== ContentPhase.FAILED;
+}
+
+/** Applies the dev container: its variables go to every process that starts from now on. */
+async function devContainer(site: EnvironmentSite, spec: EnvironmentSpec) {
+  const user = userOf(site);
+  site.sections.open("devcontainer");
+  const mode = site.host.config.hostDevcontainer;
+  const container = await hostDevContainer({ folder: site.folder, user }, devContainerOf(spec), mode);
+  const text = JSON.stringify(container.variables);
+  const variables = text.length <= MAX_VARIABLES_CHARACTERS ? container.variables : {};
+  if (JSON.stringify(variables) !== JSON.stringify(site.record.variables)) {
+    site.record.variables = variables;
+    await writeEnvironmentVariables(site, user, site.record.token?.text ?? "");
+  }
+  const { failureMessage, warningMessage } = container.status;
+  if (failureMessage || warningMessage) site.log.write(failureMessage || `Warning: ${warningMessage}`);
+  site.sections.end("devcontainer", failureMessage ? LogSectionOutcome.FAILURE : LogSectionOutcome.SUCCESS);
+  return container;
+}
+
+/** Looks at what people change: the git status, and whether the dev container file is the one in use; true if news. */
+export async function observeFiles(site: EnvironmentSite, spec: EnvironmentSpec): Promise<boolean> {
+  const user = userOf(site);
+  const git = await contentGitStatus(site.id, site.paths, user, site.record.content);
+  const hash = await devContainerHash({ folder: site.folder, user }, devContainerOf(spec));
+  const next = clone(EnvironmentStatusSchema, site.status);
+  if (next.content) next.content.git = git;
+  if (next.devcontainer) next.devcontainer.devcontainerconfigInSync = hash === site.record.devcontainerHash;
+  if (equals(EnvironmentStatusSchema, next, site.status)) return false;
+  await site.edit((record) => {
+    record.status = next;
+  });
+  return true;
+}

@@ -1,0 +1,108 @@
+import {
+  type EnvironmentSpec,
+  type EnvironmentStatus,
+  EnvironmentStatus_Machine_Phase as MachinePhase,
+} from "../../gen/gitpod/v1/environment_pb.js";
+import type { Host } from "./host.ts";
+import { EnvironmentLog, LogSections } from "./logs.ts";
+import { stopProcesses } from "./machine.ts";
+import { type EnvironmentPaths, environmentPaths } from "./paths.ts";
+import { type EnvironmentRecord, newRecord, writeRecord } from "./record.ts";
+import { redact } from "./redact.ts";
+import { acknowledgement, type Refusal } from "./status.ts";
+import { Supervision } from "./supervision.ts";
+import { bootId, terminateSession } from "./supervisor/processes.ts";
+
+const MESSAGE_CHARACTERS = 500;
+
+/** Short text of an error for people, without credentials. */
+export const textOf = (error: unknown): string =>
+  redact(error instanceof Error ? error.message : String(error)).slice(0, MESSAGE_CHARACTERS);
+
+/** What the steps for one environment work on. Only the pass that is under way changes it. */
+export class EnvironmentSite {
+  readonly host: Host;
+  readonly id: string;
+  readonly paths: EnvironmentPaths;
+  readonly record: EnvironmentRecord;
+  readonly log: EnvironmentLog;
+  readonly sections: LogSections;
+  readonly supervision = new Supervision();
+  /** Its folder exists, so that changes are written down. */
+  onDisk: boolean;
+  readonly #changed: () => void;
+
+  constructor(host: Host, id: string, record: EnvironmentRecord | undefined, changed: () => void) {
+    this.host = host;
+    this.id = id;
+    this.paths = environmentPaths(host.config.dataDir, id);
+    this.record = record ?? newRecord();
+    this.onDisk = record !== undefined;
+    this.log = new EnvironmentLog(this.paths.log);
+    this.sections = new LogSections(this.log, this.record.sections);
+    this.#changed = changed;
+  }
+
+  get status(): EnvironmentStatus {
+    return this.record.status;
+  }
+
+  get machinePhase(): MachinePhase {
+    return this.status.machine?.phase ?? MachinePhase.UNSPECIFIED;
+  }
+
+  /** Everything needed was ready once since this start began. */
+  get passed(): boolean {
+    const session = this.status.machine?.session;
+    return Boolean(session) && this.record.gatesPassedSession === session;
+  }
+
+  /** Primary checkout; the workspace itself without one. */
+  get folder(): string {
+    return this.record.content.folder || this.paths.workspace;
+  }
+
+  /** Applies a change, writes it to disk, then reports it. */
+  async edit(change: (record: EnvironmentRecord) => void): Promise<void> {
+    change(this.record);
+    if (this.onDisk) await writeRecord(this.paths, this.record);
+    this.#changed();
+  }
+
+  /** Tells which specification was accepted, or why not; says nothing twice. */
+  async acknowledge(spec: EnvironmentSpec, refusal?: Refusal): Promise<void> {
+    const ack = acknowledgement(spec, refusal);
+    const { runnerAck } = this.status;
+    const isKnown = runnerAck?.specVersion === ack.specVersion && runnerAck.statusCode === ack.statusCode;
+    if (isKnown && runnerAck.message === ack.message) return;
+    await this.edit(({ status }) => {
+      status.runnerAck = ack;
+    });
+  }
+
+  async failMachine(failureMessage: string): Promise<void> {
+    this.log.write(failureMessage);
+    await this.edit(({ status }) => {
+      if (status.machine) status.machine.failureMessage = failureMessage;
+    });
+  }
+
+  /** Ends every process; throws while one is left, so that it is tried again. */
+  async endProcesses(gracefully: boolean, signal: AbortSignal): Promise<void> {
+    const { user, supervisor } = this.record;
+    this.supervision.drop();
+    const left = await stopProcesses(this.host, this.id, user, gracefully ? supervisor : undefined, signal);
+    if (left.length > 0) throw new Error(`${left.length} processes cannot be ended`);
+    await this.endStrayGit();
+  }
+
+  /** Git that a runner before this one started goes on writing into a folder that nobody wants any more. */
+  async endStrayGit(): Promise<void> {
+    const { process: stray, ...content } = this.record.content;
+    if (!stray) return;
+    if (stray.bootId === bootId()) await terminateSession(stray, 0);
+    await this.edit((record) => {
+      record.content = content;
+    });
+  }
+}

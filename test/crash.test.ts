@@ -1,0 +1,342 @@
+import { access, chmod, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { Code } from "@connectrpc/connect";
+import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { EnvironmentPhase, EnvironmentStatus_Machine_Phase as MachinePhase } from "../gen/gitpod/v1/environment_pb.js";
+import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
+import { RunnerPhase } from "../gen/gitpod/v1/runner_pb.js";
+import { type BerthClient, createBerthClient } from "../src/client.ts";
+import { environmentPaths } from "../src/runner/paths.ts";
+import { isAlive, type ProcessRef } from "../src/runner/supervisor/processes.ts";
+import { liveSupervisor } from "../src/runner/supervisor/record.ts";
+import {
+  createEnvironment,
+  getEnvironment,
+  isGone,
+  type Operations,
+  operations,
+  processesOf,
+  reaches,
+  sweepUp,
+  usableClass,
+} from "./harness/environments.ts";
+import { freePort } from "./harness/free-port.ts";
+import { type GitServer, startGitServer } from "./harness/git-server.ts";
+import { type Installation, startInstallation } from "./harness/installation.ts";
+import { type Program, startProgram } from "./harness/program.ts";
+import { eventually } from "./harness/wait.ts";
+
+// Everything that may die is killed without warning, each time with environments at every point of their life.
+
+const LONG_COMMAND = { command: "exec sleep 1000", operationId: "long" };
+// Outlives SIGTERM, so that a stop is still going on when something else is killed.
+const STUBBORN = {
+  command: "trap '' TERM; touch armed; while [ ! -e let-go ]; do sleep 0.1; done",
+  operationId: "stubborn",
+};
+// Takes long enough to erase that the erasing can be seen.
+const MANY_FILES = { command: "mkdir many && cd many && seq 20000 | xargs touch" };
+
+let git: GitServer;
+let berth: Installation;
+let client: BerthClient;
+let folder: string;
+let runnerEnv: Record<string, string>;
+let runner: Program;
+let runnerId: string;
+let classes: { embedded: string; alone: string };
+
+const dataDirOf = (victim: Victim) =>
+  victim.runner === "alone" ? join(folder, "runner") : join(berth.dataDir, "runner");
+
+async function startRunner(): Promise<void> {
+  runner = startProgram(["runner"], runnerEnv);
+  await runner.says("registered with the control plane");
+}
+
+/** A second runner, which is a process of its own, beside the embedded one. */
+async function addRunner(): Promise<void> {
+  const made = await client.runners.createRunner({ name: "Alone", provider: RunnerProvider.LINUX_HOST });
+  runnerId = made.runner?.runnerId ?? "";
+  await client.runnerConfiguration.createEnvironmentClass({
+    runnerId,
+    displayName: "Small",
+    description: "Of this test",
+    configuration: [
+      { key: "cpu", value: "1" },
+      { key: "memory", value: "1024" },
+    ],
+  });
+  runnerEnv = {
+    BERTH_RUNNER_API_URL: berth.url,
+    BERTH_RUNNER_EXCHANGE_TOKEN: made.exchangeToken,
+    BERTH_RUNNER_DATA_DIR: join(folder, "runner"),
+    BERTH_RUNNER_PORT: String(await freePort()),
+    BERTH_SCM_ALLOW_HOSTS: git.host,
+    BERTH_GIT_SCHEMES: "http",
+  };
+  await startRunner();
+}
+
+beforeAll(async () => {
+  folder = await mkdtemp(join(tmpdir(), "berth-crash-"));
+  // Users of environments must be able to pass.
+  await chmod(folder, 0o711);
+  git = await startGitServer();
+  await git.createRepository("project", { files: { "README.md": "hello\n", "src/main.txt": "one\n" } });
+  berth = await startInstallation({
+    BERTH_SCM_ALLOW_HOSTS: git.host,
+    BERTH_GIT_SCHEMES: "http",
+    BERTH_RUNNER_MAX_ENVIRONMENTS: "20",
+  });
+  client = createBerthClient({ baseUrl: berth.url, token: berth.adminToken });
+  const embedded = await usableClass(client);
+  await addRunner();
+  classes = { embedded, alone: await usableClass(client, runnerId) };
+});
+
+afterAll(async () => {
+  await runner?.[Symbol.asyncDispose]();
+  await berth?.terminate();
+  await git?.close();
+  for (const dataDir of [join(folder, "runner"), join(berth?.dataDir ?? folder, "runner")]) await sweepUp(dataDir);
+  await berth?.[Symbol.asyncDispose]();
+  await rm(folder, { recursive: true, force: true });
+});
+
+interface Victim {
+  name: string;
+  /** Which runner the environments are on. */
+  runner: "embedded" | "alone";
+  kill(): Promise<void>;
+  restart(): Promise<void>;
+  /** The clone that is going on when the victim dies goes on before its return. */
+  cloneGoesOn: boolean;
+}
+
+async function postmaster(): Promise<number> {
+  const text = await readFile(join(berth.dataDir, "postgres/data/postmaster.pid"), "utf8");
+  return Number(text.split("\n")[0]);
+}
+
+const isUp = async () => (await fetch(`${berth.url}/readyz`)).status === 200;
+
+const victims: Victim[] = [
+  {
+    name: "the server with its runner",
+    runner: "embedded",
+    kill: () => berth.kill(),
+    restart: () => berth.start(),
+    cloneGoesOn: true,
+  },
+  {
+    name: "a runner that is alone",
+    runner: "alone",
+    kill: () => runner[Symbol.asyncDispose](),
+    restart: startRunner,
+    cloneGoesOn: false,
+  },
+  {
+    name: "the database",
+    runner: "embedded",
+    async kill() {
+      const pid = await postmaster();
+      process.kill(pid, "SIGKILL");
+      await eventually(async () => !(await isUp()) || (await postmaster()) !== pid, "the database is gone");
+    },
+    // It comes back by itself.
+    restart: async () => void (await eventually(isUp, "the server is ready")),
+    cloneGoesOn: false,
+  },
+];
+
+const NAMES = ["steady", "stopping", "stopped", "deleting", "erasing", "deleted"] as const;
+type Name = (typeof NAMES)[number] | "creating" | "created";
+
+/** Starts a command that goes on; whoever waits for it is cut off when the runner dies. */
+function goOn(ops: Operations, request: { command: string; operationId: string }): void {
+  ops.exec(request).catch(() => undefined);
+}
+
+async function phasesOf(ids: Partial<Record<Name, string>>, wanted: Partial<Record<Name, EnvironmentPhase>>) {
+  for (const [name, phase] of Object.entries(wanted)) await reaches(client, ids[name as Name] ?? "", phase);
+}
+
+describe.each(victims)("$name is killed", (victim) => {
+  const ids = {} as Record<Name, string>;
+  let before: { processes: ProcessRef[]; session: string };
+  const paths = (name: Name) => environmentPaths(dataDirOf(victim), ids[name]);
+  const create = async (name: Name) => {
+    ids[name] = await createEnvironment(client, classes[victim.runner], git.url("project"));
+  };
+  const inProject = (name: Name, file: string) => join(paths(name).workspace, "project", file);
+  const id = (name: Name) => ({ environmentId: ids[name] });
+
+  // One crash at all moments at once: each environment is at another one.
+  beforeAll(async () => {
+    await Promise.all(NAMES.map(create));
+    for (const name of NAMES) await reaches(client, ids[name], EnvironmentPhase.RUNNING);
+
+    const steady = await operations(client, ids.steady);
+    goOn(steady, LONG_COMMAND);
+    for (const name of ["stopping", "deleting"] as const) goOn(await operations(client, ids[name]), STUBBORN);
+    expect((await (await operations(client, ids.erasing)).exec(MANY_FILES)).exitCode).toBe(0);
+    for (const name of ["stopping", "deleting"] as const) {
+      await eventually(async () => {
+        await access(inProject(name, "armed"));
+        return true;
+      }, "the command runs");
+    }
+    const processes = await eventually(async () => {
+      const found = await processesOf(ids.steady);
+      return found.length === 2 && found;
+    }, "supervisor and command run");
+    before = { processes, session: (await getEnvironment(client, ids.steady)).status?.machine?.session ?? "" };
+
+    git.holdRequests();
+    await create("creating");
+    await git.held();
+    await client.environments.stopEnvironment(id("stopping"));
+    await client.environments.deleteEnvironment(id("deleting"));
+    for (const name of ["stopping", "deleting"] as const) {
+      await eventually(async () => {
+        const { status } = await getEnvironment(client, ids[name]);
+        return status?.phase === EnvironmentPhase.STOPPING && status.machine?.phase === MachinePhase.STOPPING;
+      }, "the runner is stopping it");
+    }
+    await client.environments.deleteEnvironment(id("erasing"));
+    await eventually(async () => {
+      const phase = (await getEnvironment(client, ids.erasing)).status?.phase ?? 0;
+      return phase >= EnvironmentPhase.DELETING;
+    }, "the runner is erasing it");
+    // Acknowledged, and nothing more.
+    await create("created");
+    await client.environments.stopEnvironment(id("stopped"));
+    await client.environments.deleteEnvironment(id("deleted"));
+    await victim.kill();
+    if (victim.cloneGoesOn) git.release();
+    expect(before.processes.filter((each) => !isAlive(each))).toEqual([]);
+    await victim.restart();
+    git.release();
+  });
+
+  test("ENV-14 mid create: it runs with a whole checkout and nothing half beside it", async () => {
+    await phasesOf(ids, { creating: EnvironmentPhase.RUNNING });
+    const { workspace } = paths("creating");
+    expect(await readdir(workspace)).toEqual(["project"]);
+    const ops = await operations(client, ids.creating);
+    const { stdout, exitCode } = await ops.exec({
+      command: "git status --porcelain --branch && git fsck --full && cat README.md src/main.txt",
+    });
+    expect([exitCode, stdout]).toEqual([0, "## main...origin/main\nhello\none\n"]);
+  });
+
+  test("an acknowledged create, stop and deletion are carried out", async () => {
+    await phasesOf(ids, {
+      created: EnvironmentPhase.RUNNING,
+      stopped: EnvironmentPhase.STOPPED,
+      deleted: EnvironmentPhase.DELETED,
+    });
+    expect(await readdir(paths("created").workspace)).toEqual(["project"]);
+    expect(await processesOf(ids.stopped)).toEqual([]);
+    expect(await readFile(inProject("stopped", "README.md"), "utf8")).toBe("hello\n");
+    await isGone(dataDirOf(victim), ids.deleted);
+  });
+
+  test("a running environment goes on: same machine, same processes, same command", async () => {
+    await phasesOf(ids, { steady: EnvironmentPhase.RUNNING });
+    const ops = await eventually(async () => {
+      const found = await operations(client, ids.steady);
+      return (await found.exec({ command: "true" })).exitCode === 0 && found;
+    }, "its operations are served");
+    expect(await processesOf(ids.steady)).toEqual(before.processes);
+    expect(liveSupervisor(paths("steady").root)?.pid).toBe(before.processes[0]?.pid);
+    expect((await getEnvironment(client, ids.steady)).status?.machine?.session).toBe(before.session);
+    const joined = ops.exec(LONG_COMMAND);
+    await eventually(async () => {
+      await ops.cancelExec({ operationId: LONG_COMMAND.operationId });
+      return (await processesOf(ids.steady)).length === 1;
+    }, "the command has ended");
+    // A command that was started anew, or lost, would say something else.
+    expect((await joined).exitCode).toBe(130);
+  });
+
+  test("mid stop and mid delete: it stops, it is deleted, and no process is left", async () => {
+    for (const name of ["stopping", "deleting"] as const) {
+      await writeFile(inProject(name, "let-go"), "").catch((error: NodeJS.ErrnoException) => {
+        if (error.code !== "ENOENT") throw error;
+      });
+    }
+    await phasesOf(ids, {
+      stopping: EnvironmentPhase.STOPPED,
+      deleting: EnvironmentPhase.DELETED,
+      erasing: EnvironmentPhase.DELETED,
+    });
+    expect(await processesOf(ids.stopping)).toEqual([]);
+    expect(await readFile(inProject("stopping", "README.md"), "utf8")).toBe("hello\n");
+    for (const name of ["deleting", "erasing"] as const) await isGone(dataDirOf(victim), ids[name]);
+  });
+
+  afterAll(async () => {
+    git.release();
+    const left = ["steady", "stopping", "stopped", "creating", "created"] as const;
+    for (const name of left) await client.environments.deleteEnvironment(id(name));
+    for (const name of left) await isGone(dataDirOf(victim), ids[name]);
+  });
+});
+
+test("ENV-23 ENV-24 a runner goes offline with its environments running, and comes back", async () => {
+  const dataDir = join(folder, "runner");
+  const create = () => createEnvironment(client, classes.alone, git.url("project"));
+  const [steady, stopped, deleted, forced, both] = (await Promise.all([1, 2, 3, 4, 5].map(create))) as [
+    string,
+    string,
+    string,
+    string,
+    string,
+  ];
+  const all = [steady, stopped, deleted, forced, both];
+  for (const id of all) await reaches(client, id, EnvironmentPhase.RUNNING);
+  await client.environments.stopEnvironment({ environmentId: stopped });
+  await reaches(client, stopped, EnvironmentPhase.STOPPED);
+  const before = await processesOf(steady);
+
+  runner.send("SIGTERM");
+  expect(await runner.ended()).toBe(0);
+  expect((await client.runners.getRunner({ runnerId })).runner?.status?.phase).toBe(RunnerPhase.INACTIVE);
+  for (const id of [steady, deleted, forced, both]) expect(await processesOf(id)).not.toEqual([]);
+  const refused = { code: Code.FailedPrecondition };
+  await expect(client.environments.startEnvironment({ environmentId: stopped })).rejects.toMatchObject(refused);
+  await expect(create()).rejects.toMatchObject(refused);
+
+  const phaseOf = async (id: string) => (await getEnvironment(client, id)).status?.phase;
+  await client.environments.deleteEnvironment({ environmentId: deleted });
+  await client.environments.deleteEnvironment({ environmentId: both });
+  await client.environments.deleteEnvironment({ environmentId: forced, force: true });
+  expect(await phaseOf(forced)).toBe(EnvironmentPhase.DELETED);
+  expect(await phaseOf(both)).toBe(EnvironmentPhase.STOPPING);
+  await client.environments.deleteEnvironment({ environmentId: both, force: true });
+  expect(await phaseOf(both)).toBe(EnvironmentPhase.DELETED);
+  const unreachable = await eventually(async () => {
+    const { status } = await getEnvironment(client, steady);
+    return status?.warningMessage.some((each) => each.includes("unreachable")) && status;
+  }, "the warning appears");
+  expect(unreachable.phase).toBe(EnvironmentPhase.RUNNING);
+  expect(unreachable.environmentUrls?.ops).not.toBe("");
+  expect(await phaseOf(deleted)).toBe(EnvironmentPhase.STOPPING);
+
+  await startRunner();
+  await reaches(client, deleted, EnvironmentPhase.DELETED);
+  for (const id of [deleted, forced, both]) await isGone(dataDir, id);
+  const reachable = await eventually(async () => {
+    const { status } = await getEnvironment(client, steady);
+    return status?.warningMessage.every((each) => !each.includes("unreachable")) && status;
+  }, "the warning disappears");
+  expect(reachable.phase).toBe(EnvironmentPhase.RUNNING);
+  expect(await processesOf(steady)).toEqual(before);
+  await client.environments.startEnvironment({ environmentId: stopped });
+  await reaches(client, stopped, EnvironmentPhase.RUNNING);
+  for (const id of [steady, stopped]) await client.environments.deleteEnvironment({ environmentId: id });
+  for (const id of [steady, stopped]) await isGone(dataDir, id);
+});

@@ -1,0 +1,114 @@
+import { readdir, readFile } from "node:fs/promises";
+import { join } from "node:path";
+import { type Environment, EnvironmentPhase } from "../../gen/gitpod/v1/environment_pb.js";
+import { type BerthClient, createOpsClient } from "../../src/client.ts";
+import { readRecord } from "../../src/runner/record.ts";
+import {
+  environmentProcesses,
+  killEnvironmentProcesses,
+  type ProcessRef,
+} from "../../src/runner/supervisor/processes.ts";
+import { removeUser, userName } from "../../src/runner/users.ts";
+import { eventually } from "./wait.ts";
+
+// What tests of whole installations ask about environments: through the API, and of the host.
+
+/** Creates an environment with a clone of a repository; resolves with its id once the control plane has acknowledged it. */
+export async function createEnvironment(client: BerthClient, classId: string, remoteUri: string): Promise<string> {
+  const { environment } = await client.environments.createEnvironment({
+    spec: {
+      machine: { class: classId },
+      content: { initializer: { specs: [{ spec: { case: "git", value: { remoteUri } } }] } },
+    },
+  });
+  return environment?.id ?? "";
+}
+
+/** A class that environments can be created with. */
+export function usableClass(client: BerthClient, runnerId?: string): Promise<string> {
+  return eventually(async () => {
+    const { environmentClasses } = await client.environments.listEnvironmentClasses({
+      filter: { canCreateEnvironments: true, runnerIds: runnerId ? [runnerId] : [] },
+    });
+    return environmentClasses[0]?.id;
+  }, "a usable class");
+}
+
+export async function getEnvironment(client: BerthClient, environmentId: string): Promise<Environment> {
+  const { environment } = await client.environments.getEnvironment({ environmentId }, { timeoutMs: 5_000 });
+  if (!environment) throw new Error("an answer without an environment");
+  return environment;
+}
+
+/** Waits for a phase; an outage of the control plane meanwhile does not matter, a failure of the environment does. */
+export async function reaches(
+  client: BerthClient,
+  environmentId: string,
+  phase: EnvironmentPhase,
+): Promise<Environment> {
+  const found = await eventually(async () => {
+    const environment = await getEnvironment(client, environmentId);
+    const { status } = environment;
+    if (status?.phase === phase || status?.failureMessage.length) return environment;
+    throw new Error(`it is ${EnvironmentPhase[status?.phase ?? 0]}: ${JSON.stringify(status?.machine)}`);
+  }, `environment ${environmentId} is ${EnvironmentPhase[phase]}`);
+  if (found.status?.phase !== phase || found.status.failureMessage.length > 0) {
+    throw new Error(`environment ${environmentId} has failed: ${found.status?.failureMessage.join("; ")}`);
+  }
+  return found;
+}
+
+/** The operations of a running environment, with a token of its own. */
+export async function operations(client: BerthClient, environmentId: string) {
+  const { status } = await getEnvironment(client, environmentId);
+  const { accessToken } = await client.environments.createEnvironmentAccessToken({ environmentId });
+  return createOpsClient({ opsUrl: status?.environmentUrls?.ops ?? "", token: accessToken });
+}
+
+export type Operations = Awaited<ReturnType<typeof operations>>;
+
+/** Processes of an environment, the oldest first: those with its mark, and as root those of its user. */
+export async function processesOf(environmentId: string): Promise<ProcessRef[]> {
+  const marked = await environmentProcesses({ environmentId });
+  const uid = await userIdOf(environmentId);
+  const owned = uid === undefined ? [] : await environmentProcesses({ environmentId, uid });
+  return [...new Map([...marked, ...owned].map((each) => [each.pid, each])).values()]
+    .map(({ pid, startTime }) => ({ pid, startTime }))
+    .sort((left, right) => left.startTime - right.startTime);
+}
+
+async function userIdOf(environmentId: string): Promise<number | undefined> {
+  const name = userName(environmentId);
+  const line = (await readFile("/etc/passwd", "utf8")).split("\n").find((each) => each.startsWith(`${name}:`));
+  return line && process.getuid?.() === 0 ? Number(line.split(":")[2]) : undefined;
+}
+
+/** Waits until nothing of an environment is left on the host: no process, no folder, no user. */
+export async function isGone(runnerDataDir: string, environmentId: string): Promise<void> {
+  await eventually(async () => {
+    const left = [
+      ...(await processesOf(environmentId)).map(({ pid }) => `process ${pid}`),
+      ...((await userIdOf(environmentId)) === undefined ? [] : ["its user"]),
+    ];
+    for (const part of ["environments", "trash", "quarantine"]) {
+      const names = await readdir(join(runnerDataDir, part)).catch(() => []);
+      left.push(...names.filter((name) => name.startsWith(environmentId)).map((name) => `${part}/${name}`));
+    }
+    if (left.length > 0) throw new Error(`left: ${left.join(", ")}`);
+    return true;
+  }, `nothing is left of ${environmentId}`);
+}
+
+/** Ends and removes what the runner of a failed test has left behind; the runner itself must have ended. */
+export async function sweepUp(runnerDataDir: string): Promise<void> {
+  for (const part of ["environments", "trash", "quarantine"]) {
+    for (const name of await readdir(join(runnerDataDir, part)).catch(() => [])) {
+      const environmentId = name.split(".")[0] ?? "";
+      const root = join(runnerDataDir, part, name);
+      const { user } = (await readRecord({ root, record: join(root, "state.json") })) ?? {};
+      await killEnvironmentProcesses({ environmentId });
+      if (user?.own) await killEnvironmentProcesses({ environmentId, uid: user.uid });
+      await removeUser(environmentId, user);
+    }
+  }
+}

@@ -1,0 +1,118 @@
+import { randomBytes } from "node:crypto";
+import { create, type MessageShape, toBinary } from "@bufbuild/protobuf";
+import { v7 as uuidv7 } from "uuid";
+import type { ResourceType } from "../../gen/gitpod/v1/event_pb.js";
+import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
+import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
+import { OrganizationPoliciesSchema } from "../../gen/gitpod/v1/organization_pb.js";
+import { RunnerProvider } from "../../gen/gitpod/v1/runner_configuration_pb.js";
+import { ServiceAccountSchema } from "../../gen/gitpod/v1/service_account_pb.js";
+import { SYSTEM } from "../../src/domain/principal.ts";
+import { TokenKind, tokenText } from "../../src/domain/tokens.ts";
+import { insertOrganization, MEMBERS_GROUP, readPolicies } from "../../src/store/organizations.ts";
+import { insertToken, type NewToken } from "../../src/store/tokens.ts";
+import { FakeRunner } from "./fake-runner.ts";
+import { shareRunner, type TestPlane, type TestUser } from "./plane.ts";
+
+// What organizations consist of, written to the database where the API for it does not exist yet.
+
+/** Changes some of the policies of the organization. */
+export async function changePolicies(
+  { plane: { app }, organizationId }: TestPlane,
+  changes: Partial<Omit<MessageShape<typeof OrganizationPoliciesSchema>, "$typeName" | "$unknown">>,
+): Promise<void> {
+  const { policies } = await readPolicies(app.db.point, organizationId);
+  const changed = { ...policies, ...changes };
+  await app.db.write`
+    update organizations set policies = ${toBinary(OrganizationPoliciesSchema, changed)} where id = ${organizationId}`;
+}
+
+/** Another organization on the same installation, without users; its id. */
+export async function addOrganization({ plane: { app } }: TestPlane): Promise<string> {
+  const id = uuidv7();
+  await app.db.write.begin((tx) =>
+    insertOrganization(tx, {
+      ...{ id, name: "Another", creatorId: uuidv7(), at: app.now() },
+      actor: SYSTEM,
+      newId: uuidv7,
+    }),
+  );
+  return id;
+}
+
+/** A token as if it had been issued, of any kind; its text. */
+export async function mint(
+  { plane: { app }, organizationId }: TestPlane,
+  token: Pick<NewToken, "kind" | "subjectId"> & Partial<NewToken>,
+): Promise<string> {
+  const text = tokenText(token.kind, randomBytes);
+  await insertToken(app.db.write, {
+    ...{ id: uuidv7(), text, organizationId, subjectPrincipal: Principal.USER, createdAt: app.now() },
+    ...token,
+  });
+  return text;
+}
+
+/** A service account with a token, member of `org-members`. */
+export async function addServiceAccount(test: TestPlane, name = "Robot"): Promise<TestUser> {
+  const { app } = test.plane;
+  const id = uuidv7();
+  const message = create(ServiceAccountSchema, { id, organizationId: test.organizationId, name });
+  await app.db.write`insert into service_accounts (id, organization_id, name, message)
+    values (${id}, ${test.organizationId}, ${name}, ${toBinary(ServiceAccountSchema, message)})`;
+  await app.db.write`insert into group_members (id, group_id, organization_id, member_id, member_principal, created_at)
+    select gen_random_uuid(), id, organization_id, ${id}, ${Principal.SERVICE_ACCOUNT}, now() from groups
+    where organization_id = ${test.organizationId} and name = ${MEMBERS_GROUP}`;
+  const subjectPrincipal = Principal.SERVICE_ACCOUNT;
+  const token = await mint(test, { kind: TokenKind.SERVICE_ACCOUNT, subjectId: id, subjectPrincipal });
+  return { id, token, client: test.client(token) };
+}
+
+/** Gives one user a role on a resource, as a direct share does; returns how to take it away. */
+export async function share(
+  { plane: { app }, organizationId }: TestPlane,
+  userId: string,
+  resource: { type: ResourceType; id: string; role: ResourceRole },
+): Promise<() => Promise<void>> {
+  const groupId = uuidv7();
+  await app.db.write`insert into groups (id, organization_id, name, direct_share, created_at, updated_at)
+    values (${groupId}, ${organizationId}, ${groupId}, true, now(), now())`;
+  await app.db.write`insert into group_members (id, group_id, organization_id, member_id, member_principal, created_at)
+    values (${uuidv7()}, ${groupId}, ${organizationId}, ${userId}, ${Principal.USER}, now())`;
+  await app.db.write`
+    insert into role_assignments (id, organization_id, group_id, resource_type, resource_id, resource_role, created_at)
+    values (${uuidv7()}, ${organizationId}, ${groupId}, ${resource.type}, ${resource.id}, ${resource.role}, now())`;
+  return async () => void (await app.db.write`delete from groups where id = ${groupId}`);
+}
+
+/** Takes away what `shareRunner` gave. */
+export async function unshareRunner({ plane: { app } }: TestPlane, runnerId: string): Promise<void> {
+  await app.db.write`delete from role_assignments
+    where resource_id = ${runnerId} and resource_role = ${ResourceRole.RUNNER_USER}`;
+}
+
+/** A registered runner with an enabled class, shared with all members unless told otherwise. */
+export async function connectRunner(
+  test: TestPlane,
+  options: { maxEnvironments?: number; shared?: boolean } = {},
+): Promise<{ runner: FakeRunner; classId: string }> {
+  const { admin } = test;
+  const created = await admin.runners.createRunner({ name: "test runner", provider: RunnerProvider.LINUX_HOST });
+  const { accessToken } = await admin.identity.exchangeToken({ exchangeToken: created.exchangeToken });
+  const runner = new FakeRunner(test.url, accessToken);
+  await runner.register({ maxEnvironments: options.maxEnvironments });
+  if (options.shared ?? true) await shareRunner(test, runner.id);
+  return { runner, classId: await addClass(test, runner.id) };
+}
+
+/** Another enabled class on a runner; its id. */
+export async function addClass({ admin }: TestPlane, runnerId: string): Promise<string> {
+  const { id } = await admin.runnerConfiguration.createEnvironmentClass({
+    ...{ runnerId, displayName: "Standard", description: "For tests" },
+    configuration: [
+      { key: "cpu", value: "2" },
+      { key: "memory", value: "4096" },
+    ],
+  });
+  return id;
+}
