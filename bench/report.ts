@@ -1,18 +1,19 @@
 /** What a figure is counted in. */
 export type Unit = "/s" | "ms" | "us" | "MB" | "%" | "x" | "B";
 
-/** A bound on the ratio to the floor, or on the figure itself where there is no floor. */
+/** A bound on the ratio to the floor, or on the figure itself if there is no ratio or the goal says so. */
 export interface Goal {
   bound: ">=" | "<=";
   value: number;
+  of?: "figure";
 }
 
-/** One line of the table. */
+/** One line of the table; without a figure it could not be measured. */
 export interface Row {
   operation: string;
-  unit: Unit;
+  unit?: Unit;
   floor?: number;
-  figure: number;
+  figure?: number;
   /** Median of the ratios of the rounds, which is not quite the ratio of the medians. */
   ratio?: number;
   goal?: Goal;
@@ -26,21 +27,24 @@ function digits(value: number): string {
   return value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : 2);
 }
 
-function quantity(value: number | undefined, unit: Unit): string {
-  if (value === undefined) return "";
+function quantity(value: number | undefined, unit: Unit | undefined): string {
+  if (value === undefined || unit === undefined) return "";
   if (unit === "/s" && value >= 10_000) return `${digits(value / 1000)}k/s`;
   return unit === "x" || unit === "%" ? `${digits(value)}${unit}` : `${digits(value)} ${unit}`.replace(" /s", "/s");
 }
 
-const goalText = ({ goal, ratio, unit }: Row): string => {
-  if (!goal) return "";
-  return `${goal.bound} ${ratio === undefined ? quantity(goal.value, unit) : digits(goal.value)}`;
-};
+const isAbsolute = ({ goal, ratio }: Row): boolean => goal?.of === "figure" || ratio === undefined;
+
+function goalText(row: Row): string {
+  const { goal, unit } = row;
+  return goal ? `${goal.bound} ${isAbsolute(row) ? quantity(goal.value, unit) : digits(goal.value)}` : "";
+}
 
 /** Whether a row reaches its goal; undefined if it has none. */
-export function reaches({ goal, ratio, figure }: Row): boolean | undefined {
+export function reaches(row: Row): boolean | undefined {
+  const { goal, ratio, figure } = row;
   if (!goal) return undefined;
-  const value = ratio ?? figure;
+  const value = (isAbsolute(row) ? figure : ratio) ?? Number.NaN;
   return goal.bound === ">=" ? value >= goal.value : value <= goal.value;
 }
 
@@ -73,7 +77,8 @@ export function table(rows: readonly Row[]): string {
 export function shortfalls(rows: readonly Row[]): string {
   const short = rows.filter((row) => reaches(row) === false);
   if (!short.length) return "Nothing falls short.";
-  const line = (row: Row) =>
-    `  ${row.operation}: ${row.ratio === undefined ? quantity(row.figure, row.unit) : `${digits(row.ratio)} of the floor`}, goal ${goalText(row)}`;
+  const reached = (row: Row) =>
+    isAbsolute(row) ? quantity(row.figure, row.unit) : `${digits(row.ratio ?? Number.NaN)} of the floor`;
+  const line = (row: Row) => `  ${row.operation}: ${reached(row)}, goal ${goalText(row)}`;
   return [`${short.length} of ${rows.filter(({ goal }) => goal).length} goals missed:`, ...short.map(line)].join("\n");
 }

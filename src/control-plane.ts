@@ -205,25 +205,25 @@ export async function startControlPlane(
       scmGuard: createGuard({ allowHosts: config.scm.allowHosts, schemes: config.scm.schemes }),
       draining: draining.signal,
     };
+    const authenticate = authentication({
+      find: (text) => findCaller(db.point, text, now()),
+      touch: (tokenId) => {
+        touchToken(db.write, tokenId, now()).catch((error) =>
+          log.warn({ err: error }, "a token's last use was not written"),
+        );
+      },
+    });
+    const limit = rateLimit(config.rateLimit);
     let isStarted = false;
     server = await startServer({
       host: config.host,
       port: config.port,
       routes: routes(app),
-      interceptors: [
-        observe({ log, callerOf }),
-        refusals,
-        authentication({
-          find: (text) => findCaller(db.point, text, now()),
-          touch: (tokenId) => {
-            touchToken(db.write, tokenId, now()).catch((error) =>
-              log.warn({ err: error }, "a token's last use was not written"),
-            );
-          },
-        }),
-        rateLimit(config.rateLimit),
-        validation(),
-      ],
+      gate: async (request) => {
+        await authenticate(request);
+        limit(request);
+      },
+      interceptors: [observe({ log, callerOf }), refusals, validation()],
       metricsToken: config.metricsToken,
       trustedProxies: config.trustedProxies,
       ready: async () => {

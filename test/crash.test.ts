@@ -36,7 +36,7 @@ const STUBBORN = {
   operationId: "stubborn",
 };
 // Takes long enough to erase that the erasing can be seen.
-const MANY_FILES = { command: "mkdir many && cd many && seq 20000 | xargs touch" };
+const MANY_FILES = { command: "mkdir many && cd many && seq 3000 | xargs touch" };
 
 let git: GitServer;
 let berth: Installation;

@@ -92,6 +92,8 @@ export class FakeControlPlane implements AsyncDisposable {
   readonly reports: { environmentId: string; status: EnvironmentStatus; outcome: Outcome }[] = [];
   directive = Directive.UNSPECIFIED;
   heartbeats = 0;
+  /** No environment gets a token, so that no machine comes up. */
+  withholdTokens = false;
   /** Revisions that streams were asked to resume from. */
   readonly resumed: bigint[] = [];
   /** Reports of this environment are answered with INVALID_ARGUMENT. */
@@ -141,6 +143,7 @@ export class FakeControlPlane implements AsyncDisposable {
           },
           createEnvironmentToken: (request, context) => {
             this.#check(context);
+            if (this.withholdTokens) throw new ConnectError("not now", Code.Unavailable);
             const state = this.#state(request.environmentId);
             if (state.spec.machine?.session !== request.machineSession) {
               throw new ConnectError("another start", Code.FailedPrecondition);

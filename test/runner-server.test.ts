@@ -101,9 +101,22 @@ test("ENV-29: log endpoint codes", async () => {
   expect(await status(id, plane.grant(id, Kind.ENVIRONMENT_LOGS))).toBe(200);
   expect((await fetch(`${runner.baseUrl}/environments/${id}/nothing`)).status).toBe(404);
   expect((await runner.logs(id, "", "", { method: "POST" })).status).toBe(405);
-  const waiting = plane.create({ kernelControlsConfig: { veto: { exec: { enabled: true } } } });
-  await plane.untilPhase(waiting, STOPPED);
-  expect(await status(waiting, plane.grant(waiting, Kind.ENVIRONMENT_LOGS))).toBe(502);
+  const refused = plane.create({ kernelControlsConfig: { veto: { exec: { enabled: true } } } });
+  await plane.untilPhase(refused, STOPPED);
+  expect(await status(refused, plane.grant(refused, Kind.ENVIRONMENT_LOGS))).toBe(502);
+});
+
+test("ENV-29: before the supervisor is up a log is not ready; later it begins at the beginning", async () => {
+  plane.withholdTokens = true;
+  const coming = plane.create();
+  const token = plane.grant(coming, Kind.ENVIRONMENT_LOGS);
+  await plane.until(coming, (each) => Boolean(each.status?.environmentUrls?.logs), "the address of the log");
+  const early = await runner.logs(coming, token);
+  expect([early.status, await early.text()]).toEqual([502, "not ready yet\n"]);
+  plane.withholdTokens = false;
+  await plane.untilPhase(coming, RUNNING);
+  const text = await (await runner.logs(coming, token, "?follow=false")).text();
+  expect(sectionsOf(text).slice(0, 2)).toEqual(["create machine", "end machine SUCCESS"]);
 });
 
 test("ENV-47: tokens that a runner must not see are refused and shown to nobody", async () => {

@@ -393,7 +393,7 @@ describe("crashes", () => {
     expect(git.fetches(it.name)).toBe(1);
   });
 
-  test("a start that the disk does not allow ends in a failure that people see", { timeout: 90_000 }, async () => {
+  test("a start that the disk does not allow ends in a failure that people see", async () => {
     await using plane = await FakeControlPlane.start();
     await using runner = await TestRunner.create(plane);
     await runner.start();
@@ -416,6 +416,60 @@ describe("crashes", () => {
     await using runner = await TestRunner.create(plane);
     await runner.spawn();
     await expect(runner.start()).rejects.toThrow(/another runner/);
+  });
+});
+
+describe.runIf(isRoot)("users", () => {
+  const account = (name: string) =>
+    readFileSync("/etc/passwd", "utf8")
+      .split("\n")
+      .find((line) => line.startsWith(`${name}:`));
+
+  test("a name that somebody else has is avoided", async () => {
+    await using plane = await FakeControlPlane.start();
+    await using runner = await TestRunner.create(plane);
+    await runner.start();
+    const id = uuidv7();
+    execFileSync("useradd", ["--no-create-home", "--user-group", userName(id)]);
+    try {
+      plane.create({}, id);
+      await plane.untilPhase(id, RUNNING);
+      expect(await runner.exec(id, "id -un")).toBe(userName(id, 1));
+      plane.deleteEnvironment(id);
+      await eventually(() => plane.isGone(id), "the deletion");
+      expect(account(userName(id, 1))).toBeUndefined();
+      expect(account(userName(id))).toBeDefined();
+    } finally {
+      execFileSync("userdel", [userName(id)]);
+    }
+  });
+
+  test("an account that was lost is made anew; if its id was given away, the files move on to another", async () => {
+    await using it = await running();
+    const { plane, runner, id } = it;
+    const restart = async () => {
+      plane.startEnvironment(id);
+      await plane.untilPhase(id, RUNNING);
+      return Number(await runner.exec(id, "id -u; cat README.md >/dev/null; touch new; rm new"));
+    };
+    const stop = async () => {
+      plane.stopEnvironment(id);
+      await plane.untilPhase(id, STOPPED);
+      execFileSync("userdel", [userName(id)]);
+    };
+    const { user } = await runner.record(id);
+    await stop();
+    expect(await restart()).toBe(user?.uid);
+    await stop();
+    const stranger = `stranger-${user?.uid}`;
+    execFileSync("useradd", ["--no-create-home", "--user-group", "--uid", String(user?.uid), stranger]);
+    try {
+      expect(await restart()).not.toBe(user?.uid);
+      plane.stopEnvironment(id);
+      await plane.untilPhase(id, STOPPED);
+    } finally {
+      execFileSync("userdel", [stranger]);
+    }
   });
 });
 

@@ -87,6 +87,36 @@ describe("transactions", () => {
   });
 });
 
+test("a transaction ends as a whole: not after a failure that nobody minded, with nothing after its end, one after the other", async () => {
+  await using plane = await startTestPlane();
+  const { db } = plane.plane.app;
+  await db.write`create table notes (id int primary key)`;
+  const minded = db.begin(async (tx) => {
+    await tx`insert into notes values (1)`;
+    await tx`insert into notes values (1)`.catch(() => undefined);
+  });
+  await expect(minded).rejects.toThrow("after one of its statements had failed");
+  const thrown = db.begin(async (tx) => {
+    await tx`insert into notes values (2)`;
+    throw new Error("changed my mind");
+  });
+  await expect(thrown).rejects.toThrow("changed my mind");
+  const leaked = await db.begin(async (tx) => ({ tx }));
+  expect(() => leaked.tx`insert into notes values (3)`).toThrow("after the end of its transaction");
+  expect(await db.point`select id from notes`).toEqual([]);
+
+  const many = Array.from({ length: 40 }, (_, id) =>
+    db.begin(async (tx) => {
+      await tx`insert into notes values (${id})`;
+      return id;
+    }),
+  );
+  expect(await Promise.all(many)).toEqual(Array.from({ length: 40 }, (_, id) => id));
+  const [open] = await db.point<{ count: number }[]>`
+    select count(*)::int from pg_stat_activity where datname = current_database() and application_name = 'berth transaction'`;
+  expect(open?.count).toBeLessThanOrEqual(8);
+});
+
 describe("embedded Postgres", () => {
   let folder: string;
   let home: string;

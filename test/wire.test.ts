@@ -38,6 +38,7 @@ const CREATE_RUNNER = "/gitpod.v1.RunnerService/CreateRunner";
 const WATCH = "/gitpod.v1.EventService/WatchEvents";
 const TOKEN = "berth_pat_not-for-logs";
 const LIMIT = 100_000;
+const PATIENTLY = { timeout: 20_000 };
 
 interface Wire {
   server: Server;
@@ -622,7 +623,7 @@ describe.each([{ direct: true }, { direct: false }])("with direct calls: $direct
       await fetch(`${server.url}${WATCH}`, { method: "POST", headers, body, signal: abort.signal });
       abort.abort();
       const left = () => wire.lines.find(({ requestId }) => requestId === id);
-      await expect.poll(left).toMatchObject({ code: "canceled", rpc: WATCH.slice(1) });
+      await expect.poll(left, PATIENTLY).toMatchObject({ code: "canceled", rpc: WATCH.slice(1) });
     });
   });
 
@@ -868,7 +869,7 @@ describe("what operators ask", () => {
     const unready = await fetch(`${server.url}/readyz`);
     expect([unready.status, await jsonOf(unready)]).toEqual([503, { status: "not ready", reason }]);
     reason = undefined;
-    await expect.poll(async () => (await fetch(`${server.url}/readyz`)).status, { timeout: 5000 }).toBe(200);
+    await expect.poll(async () => (await fetch(`${server.url}/readyz`)).status, PATIENTLY).toBe(200);
     const metrics = await fetch(`${server.url}/metrics`);
     expect(metrics.headers.get("content-type")).toContain("text/plain");
     expect(await metrics.text()).toContain("process_cpu_seconds_total");
@@ -1067,7 +1068,7 @@ describe("connections", () => {
   }
 
   test("that say nothing, too little or nonsense are closed; others are served all the time", async () => {
-    const limits = { headersMs: 300, requestMs: 600 };
+    const limits = { headersMs: 500, requestMs: 1000 };
     const { server } = await serveHere({ limits });
     const head = "POST /gitpod.v1.RunnerService/GetRunner HTTP/1.1\r\nhost: x\r\n";
     const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -1138,14 +1139,8 @@ describe("connections", () => {
     expect((await rejection(collect(client.events.watchEvents({})))).code).toBe(Code.Unavailable);
     services.release();
     await Promise.all(calls);
-    await expect
-      .poll(() =>
-        client.runners.listRunners({}).then(
-          () => true,
-          () => false,
-        ),
-      )
-      .toBe(true);
+    const isServed = () => client.runners.listRunners({}).then(Boolean, () => false);
+    await expect.poll(isServed, PATIENTLY).toBe(true);
     abort.abort();
     await stream;
 

@@ -1,7 +1,7 @@
 import { createServer } from "node:http";
 import { createServer as createHttp2Server } from "node:http2";
-import type { AddressInfo, Server } from "node:net";
 import { bareDriver } from "./connect.ts";
+import { collect, open } from "./plain-http.ts";
 import { serve } from "./serve.ts";
 
 export interface FloorSettings {
@@ -37,19 +37,6 @@ function reader({ databaseUrl, environmentId }: NonNullable<FloorSettings["read"
       where organization_id = (select organization_id from environments where id = ${environmentId}) and deleted_at is null
       order by id desc limit ${count}`);
   };
-}
-
-function collect(stream: NodeJS.ReadableStream, done: (body: Uint8Array) => void): void {
-  const chunks: Buffer[] = [];
-  stream.on("data", (chunk: Buffer) => chunks.push(chunk));
-  stream.on("end", () => done(chunks.length === 1 && chunks[0] ? chunks[0] : Buffer.concat(chunks)));
-}
-
-async function open(server: Server): Promise<string> {
-  const { promise, resolve } = Promise.withResolvers<void>();
-  server.listen(0, "127.0.0.1", resolve);
-  await promise;
-  return `http://127.0.0.1:${(server.address() as AddressInfo).port}/`;
 }
 
 // The least that a server written for Node can do: read the request, answer with bytes.

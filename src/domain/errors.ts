@@ -66,6 +66,8 @@ export function refuseProblems(problems: readonly FieldProblem[]): void {
 }
 
 const CONFLICTS = new Set(["40001", "40P01", "55P03"]);
+// Too long, out of range, no such time, no such character, malformed.
+const UNSTORABLE = new Set(["22001", "22003", "22007", "22008", "22021", "22P02", "22P03", "22P05"]);
 
 const codeOf = (error: unknown): string => {
   const code = error instanceof Error && "code" in error ? error.code : undefined;
@@ -83,7 +85,7 @@ export function databaseRefusal(error: unknown): Refusal | undefined {
   const code = codeOf(error);
   if (isConflict(error))
     return new Refusal("aborted", "somebody else changed the same thing, try again", { cause: error });
-  if (/^22[0-9A-Z]{3}$/.test(code))
+  if (UNSTORABLE.has(code))
     return new Refusal("invalid_argument", "the request holds a value that cannot be stored", { cause: error });
   const away = /^(08|53|57)[0-9A-Z]{3}$|^25(006|P0[34])$|^CONNECT(ION)?_/.test(code);
   const unreachable = error instanceof Error && "syscall" in error && error.syscall === "connect";

@@ -1,8 +1,9 @@
-import { Code, ConnectError, type ContextValues, createContextKey, type Interceptor } from "@connectrpc/connect";
+import { Code, ConnectError, type ContextValues, createContextKey } from "@connectrpc/connect";
 import { ActionableErrorDetailsSchema } from "../../gen/gitpod/v1/actionable_error_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import type { Caller } from "../domain/principal.ts";
 import type { Credential } from "../store/tokens.ts";
+import type { Entering } from "./call.ts";
 import { type Rule, ruleOf } from "./policy.ts";
 
 const callerKey = createContextKey<Caller | undefined>(undefined, { description: "caller" });
@@ -41,16 +42,16 @@ function refuseKind(rule: Rule, caller: Caller): void {
 }
 
 /**
- * Establishes who calls and whether this kind of caller may use the RPC at all, before the request is looked at.
+ * Establishes who calls and whether this kind of caller may use the RPC at all, before its message is read.
  * Finer rights need the resource and are decided in the handlers.
  */
 export function authentication(deps: {
   find(text: string): Promise<Credential>;
   touch(tokenId: string): void;
-}): Interceptor {
-  return (next) => async (request) => {
+}): (request: Entering) => Promise<void> {
+  return async (request) => {
     const rule = ruleOf(request.service, request.method);
-    if (rule.public) return next(request);
+    if (rule.public) return;
     const text = bearer(request.header.get("authorization"));
     if (!text) throw unauthenticated("a bearer token is missing");
     const credential = await deps.find(text);
@@ -61,6 +62,5 @@ export function authentication(deps: {
     if (credential.stale) deps.touch(credential.caller.tokenId);
     refuseKind(rule, credential.caller);
     request.contextValues.set(callerKey, credential.caller);
-    return next(request);
   };
 }

@@ -1,5 +1,11 @@
 import { randomUUID } from "node:crypto";
-import { type ContextValues, createContextKey, type HandlerContext } from "@connectrpc/connect";
+import {
+  type ContextValues,
+  createContextKey,
+  type HandlerContext,
+  type StreamRequest,
+  type UnaryRequest,
+} from "@connectrpc/connect";
 
 /** What is known of a call beside its message. */
 export interface Call {
@@ -14,6 +20,9 @@ export interface Call {
   /** Sends the response headers of a stream, once; absent where nothing can be sent early. */
   open?: () => void;
 }
+
+/** A call whose message has not been read yet. */
+export type Entering = Pick<UnaryRequest | StreamRequest, "service" | "method" | "header" | "contextValues">;
 
 const REQUEST_ID = /^[\w.:+/=-]{1,128}$/;
 

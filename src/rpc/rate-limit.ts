@@ -1,9 +1,9 @@
 import { durationFromMs } from "@bufbuild/protobuf/wkt";
-import { Code, ConnectError, type Interceptor } from "@connectrpc/connect";
+import { Code, ConnectError } from "@connectrpc/connect";
 import { RetryInfoSchema } from "../../gen/google/rpc/error_details_pb.js";
 import { isPerson } from "../domain/principal.ts";
 import { callerOf } from "./authenticate.ts";
-import { callKey } from "./call.ts";
+import { callKey, type Entering } from "./call.ts";
 import { ruleOf } from "./policy.ts";
 
 const BURST = 4;
@@ -48,17 +48,20 @@ class Buckets {
  * Limits calls per user or service account to `perSecond` with four times that as burst, 0 for no limit, and calls that
  * need no credential to 30 a minute and address. Runners and environments are exempt. RESOURCE_EXHAUSTED with RetryInfo.
  */
-export function rateLimit(perSecond: number, clock: () => number = () => performance.now()): Interceptor {
+export function rateLimit(
+  perSecond: number,
+  clock: () => number = () => performance.now(),
+): (request: Entering) => void {
   const people = new Buckets(perSecond, perSecond * BURST);
   const addresses = new Buckets(PUBLIC_PER_SECOND, PUBLIC_BURST);
-  return (next) => (request) => {
-    if (perSecond === 0 || OPEN_SERVICES.test(request.service.typeName)) return next(request);
+  return (request) => {
+    if (perSecond === 0 || OPEN_SERVICES.test(request.service.typeName)) return;
     const caller = callerOf(request.contextValues);
     const isPublic = ruleOf(request.service, request.method).public === true;
     let waitMs = 0;
     if (isPublic) waitMs = addresses.take(request.contextValues.get(callKey)?.peer ?? "", clock());
     else if (caller && isPerson(caller)) waitMs = people.take(caller.id, clock());
-    if (waitMs === 0) return next(request);
+    if (waitMs === 0) return;
     const retry = { desc: RetryInfoSchema, value: { retryDelay: durationFromMs(Math.ceil(waitMs)) } };
     throw new ConnectError("too many calls, try again later", Code.ResourceExhausted, undefined, [retry]);
   };

@@ -183,7 +183,7 @@ async function clone(
   if (!(await isThere(workspace, join(folder, ".gitmodules")))) return [];
   const lines = lineWriter(workspace.write);
   const submodules = ["submodule", "update", "--init", "--recursive", "--progress"];
-  const { code, stderr } = await git({ ...context, onOutput: lines.push }, submodules);
+  const { code, stderr } = await git({ ...context, onOutput: lines.push, followRedirects: true }, submodules);
   lines.end();
   if (code === 0) return [];
   return [`submodules of ${plan.location} could not be fetched: ${failureText(stderr, plan.admitted)}`];
@@ -288,7 +288,8 @@ export async function initializeContent(
     await change(workspace, "rm", "-rf", "--", ready);
   } catch (error) {
     if (!signal.aborted) await removeMatching(workspace, ".partial-*").catch(() => undefined);
-    throw error instanceof CommandTimeout ? new ContentError("content was not ready within 30 minutes") : error;
+    const isLate = error instanceof CommandTimeout && Date.now() >= deadline;
+    throw isLate ? new ContentError("content was not ready within 30 minutes") : error;
   }
   if (!isFirst && replacing.keepBackup) warnings.push(`the content before was moved to ${backup}`);
   else if (!isFirst) await change(workspace, "rm", "-rf", "--", backup);

@@ -54,8 +54,8 @@ export interface EnvironmentEvents {
 const LOOK_INTERVAL_MS = 1_000;
 const RETRY_MIN_MS = 500;
 const RETRY_MAX_MS = 30_000;
-/** After so many failures of one step in a row, about half a minute, a start has failed. */
-const FAILURES_ALLOWED = 6;
+/** After so many failures of one step in a row, some seconds apart, a start has failed. */
+const FAILURES_ALLOWED = 5;
 const ACTIVITY_INTERVAL_MS = 60_000;
 const REPORT_AGAIN_MS = 5_000;
 
@@ -114,9 +114,15 @@ export class ManagedEnvironment {
     return user?.own ? user.uid : undefined;
   }
 
-  /** Its machine has been reported, so there is a log to read. */
-  get hasMachine(): boolean {
+  get #hasMachine(): boolean {
     return this.#site.machinePhase !== MachinePhase.UNSPECIFIED;
+  }
+
+  /** Its log can be read: the supervisor has come up, or never will. */
+  get hasLog(): boolean {
+    const isComing = [MachinePhase.UNSPECIFIED, MachinePhase.CREATING, MachinePhase.STARTING];
+    const { machine } = this.#site.status;
+    return this.log.started && (!isComing.includes(this.#site.machinePhase) || Boolean(machine?.failureMessage));
   }
 
   /** Its operations are offered; for a moment there may be no supervisor to serve them. */
@@ -218,11 +224,16 @@ export class ManagedEnvironment {
     log.warn({ environmentId: this.id, error: describe(error) }, "a step for an environment failed");
     // What the control plane does not grant at the moment is not the machine's failure.
     if (failures < FAILURES_ALLOWED || error instanceof ConnectError || this.#site.passed) return;
-    const { machine } = this.#site.status;
-    if (courseTo(this.#goal).startsWith("RUNNING") && machine && !machine.failureMessage) {
-      machine.failureMessage = `the machine could not be started: ${textOf(error)}`;
-      this.publish();
-    }
+    const spec = this.#goal?.kind === "keep" ? this.#goal.desired.environment?.spec : undefined;
+    if (spec?.desiredPhase !== EnvironmentPhase.RUNNING) return;
+    const session = spec.machine?.session ?? "";
+    const isCurrent = this.#hasMachine && this.#site.status.machine?.session === session;
+    const machine = isCurrent ? this.#site.status.machine : undefined;
+    this.#site.status.machine = create(EnvironmentStatus_MachineSchema, {
+      ...{ session, phase: machine?.phase ?? MachinePhase.CREATING },
+      failureMessage: machine?.failureMessage || `the machine could not be started: ${textOf(error)}`,
+    });
+    this.publish();
   }
 
   /** One pass; answers after how many milliseconds to look again, undefined to wait for an event. */
@@ -291,7 +302,7 @@ export class ManagedEnvironment {
     signal: AbortSignal,
   ): Promise<number | undefined> {
     const site = this.#site;
-    const isCurrent = this.hasMachine && site.status.machine?.session === spec.machine?.session;
+    const isCurrent = this.#hasMachine && site.status.machine?.session === spec.machine?.session;
     const refusal = this.#refusal(desired, spec);
     if (refusal && !(isCurrent && site.passed)) {
       await site.acknowledge(spec, refusal);
@@ -342,7 +353,7 @@ export class ManagedEnvironment {
 
   async #halt(signal: AbortSignal): Promise<undefined> {
     await this.#endProcesses(true, signal);
-    await this.#site.edit((record) => {
+    await this.#site.editTowardsEnd((record) => {
       record.status = stoppedStatus(record.status);
     });
     this.log.live = false;
@@ -355,13 +366,13 @@ export class ManagedEnvironment {
       await this.#endProcesses(false, signal);
       return await site.acknowledge(spec);
     }
-    await site.edit(({ status }) => {
+    await site.editTowardsEnd(({ status }) => {
       status.runnerAck = acknowledgement(spec);
       if (status.machine) status.machine.phase = MachinePhase.STOPPING;
     });
     await this.#endProcesses(true, signal);
     site.sections.endAll(site.passed ? LogSectionOutcome.SUCCESS : LogSectionOutcome.CANCELLED);
-    await site.edit((record) => {
+    await site.editTowardsEnd((record) => {
       record.status = stoppedStatus(record.status);
       delete record.supervisor;
       delete record.token;
@@ -373,7 +384,7 @@ export class ManagedEnvironment {
     const session = site.status.machine?.session ?? "";
     const machine = (phase: MachinePhase) => create(EnvironmentStatus_MachineSchema, { session, phase });
     if (site.onDisk) {
-      await site.edit(({ status }) => {
+      await site.editTowardsEnd(({ status }) => {
         status.machine = machine(MachinePhase.DELETING);
       });
       await eraseEnvironment(this.#host, this.id, site.paths, site.record.user);

@@ -163,10 +163,10 @@ export class Environments {
     }
   }
 
-  /** Files that were set aside, and the user they belong to. */
+  /** The user of files that were set aside, then the files: as long as they are there, a crash is made up for. */
   async #erase(folder: string, environmentId: string): Promise<void> {
     const record = await readRecord({ root: folder, record: join(folder, "state.json") });
-    await removeTree(folder);
     await removeUser(environmentId, record?.user);
+    await removeTree(folder);
   }
 }

@@ -213,10 +213,13 @@ export async function eraseEnvironment(
 ): Promise<void> {
   await forgetSocket(paths);
   const trash = join(trashFolder(host.config.dataDir), environmentId);
-  await removeTree(trash);
-  if (await exists(paths.root)) await rename(paths.root, trash);
-  await removeTree(trash);
+  if (await exists(paths.root)) {
+    await removeTree(trash);
+    await rename(paths.root, trash);
+  }
+  // The folder goes last: whatever a crash leaves is found by it.
   await removeUser(environmentId, user);
+  await removeTree(trash);
 }
 
 /** Sets the folder of an environment that the control plane does not know aside. */

@@ -178,7 +178,7 @@ async function serveLog(
   if (verdict === "unknown") return answerText(response, 502, "the token cannot be checked at the moment\n", CORS);
   const environment: ManagedEnvironment | undefined = environments.get(environmentId);
   if (!environment) return answerText(response, 404, "no such environment\n", CORS);
-  if (!environment.hasMachine || !environment.log.started) return answerText(response, 502, "not ready yet\n", CORS);
+  if (!environment.hasLog) return answerText(response, 502, "not ready yet\n", CORS);
   const follow = new URL(request.url ?? "", "http://runner").searchParams.get("follow") !== "false";
   await sendLog(response, environment.log, follow, () => access.isWithdrawn(token ?? "", verdict.grant));
 }

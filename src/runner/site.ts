@@ -69,6 +69,17 @@ export class EnvironmentSite {
     this.#changed();
   }
 
+  /** As `edit`, for what leads to an end: a full disk must not hold that up, and a later pass finds out again. */
+  async editTowardsEnd(change: (record: EnvironmentRecord) => void): Promise<void> {
+    change(this.record);
+    if (this.onDisk) {
+      await writeRecord(this.paths, this.record).catch((error: unknown) => {
+        this.host.log.warn({ environmentId: this.id, error: textOf(error) }, "a step could not be written down");
+      });
+    }
+    this.#changed();
+  }
+
   /** Tells which specification was accepted, or why not; says nothing twice. */
   async acknowledge(spec: EnvironmentSpec, refusal?: Refusal): Promise<void> {
     const ack = acknowledgement(spec, refusal);
@@ -82,7 +93,7 @@ export class EnvironmentSite {
 
   async failMachine(failureMessage: string): Promise<void> {
     this.log.write(failureMessage);
-    await this.edit(({ status }) => {
+    await this.editTowardsEnd(({ status }) => {
       if (status.machine) status.machine.failureMessage = failureMessage;
     });
   }
@@ -101,7 +112,7 @@ export class EnvironmentSite {
     const { process: stray, ...content } = this.record.content;
     if (!stray) return;
     if (stray.bootId === bootId()) await terminateSession(stray, 0);
-    await this.edit((record) => {
+    await this.editTowardsEnd((record) => {
       record.content = content;
     });
   }

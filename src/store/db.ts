@@ -49,6 +49,8 @@ const STATEMENT_TIMEOUT_MS = 15_000;
 const IDLE_IN_TRANSACTION_MS = 15_000;
 const CONNECT_TIMEOUT_S = 10;
 const END_S = 5;
+// What may still run on the other connections of a client that has lost one; what hangs in it ends then, too.
+const RETIRE_S = 2;
 const RELISTEN_MS = 500;
 const SESSIONS = 8;
 const SESSION_WAIT_MS = 10_000;
@@ -103,6 +105,7 @@ class Client {
   }
 
   get sql(): Sql {
+    if (this.#ended) throw closed();
     this.#sql ??= this.#fresh();
     return this.#sql;
   }
@@ -116,7 +119,7 @@ class Client {
     if (this.#ended || this.#sql !== sql) return;
     this.#sql = undefined;
     const retired = sql
-      .end({ timeout: END_S })
+      .end({ timeout: RETIRE_S })
       .catch(NOOP)
       .finally(() => this.#retiring.delete(retired));
     this.#retiring.add(retired);
@@ -183,6 +186,7 @@ class Session {
 }
 
 const lost = () => Object.assign(new Error("the connection of the transaction is lost"), { code: "CONNECTION_CLOSED" });
+const closed = () => Object.assign(new Error("the database has been closed"), { code: "CONNECTION_ENDED" });
 
 /** The connections of transactions. */
 class Sessions {
@@ -190,6 +194,7 @@ class Sessions {
   readonly #idle: Session[] = [];
   readonly #waiting: (() => void)[] = [];
   #busy = 0;
+  #ended = false;
 
   constructor(open: Open) {
     this.#open = open;
@@ -202,7 +207,7 @@ class Sessions {
       session = await this.#begun();
       return await session.run(work);
     } finally {
-      if (session && !session.isLost) this.#idle.push(session);
+      if (session && !session.isLost && !this.#ended) this.#idle.push(session);
       else void session?.end();
       this.#busy--;
       this.#waiting.shift()?.();
@@ -211,6 +216,7 @@ class Sessions {
 
   /** Waits until fewer than the allowed number of transactions run, in the order of asking. */
   async #turn(): Promise<void> {
+    if (this.#ended) throw closed();
     if (this.#busy >= SESSIONS || this.#waiting.length) {
       const { promise, resolve, reject } = Promise.withResolvers<void>();
       const timer = setTimeout(() => {
@@ -246,6 +252,7 @@ class Sessions {
   }
 
   async end(): Promise<void> {
+    this.#ended = true;
     await Promise.all(this.#idle.splice(0).map((session) => session.end()));
   }
 }

@@ -6,6 +6,7 @@ import { dirname, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { promisify } from "node:util";
 import postgres from "postgres";
+import { RefusedStart } from "../domain/errors.ts";
 
 const run = promisify(execFile);
 
@@ -228,7 +229,7 @@ class Postmaster {
 }
 
 /** Another process of ours uses the same database; two would end it under each other. */
-export class DatabaseInUse extends Error {}
+export class DatabaseInUse extends RefusedStart {}
 
 /** Holds `home` for this process. The kernel lets go of it when the process ends, however it ends. */
 async function hold(home: string): Promise<Server> {

@@ -1,0 +1,119 @@
+import { create, toBinary } from "@bufbuild/protobuf";
+import { encodeEnvelope } from "@connectrpc/connect/protocol";
+import {
+  EventService,
+  ResourceOperation,
+  ResourceType,
+  WatchEventsRequestSchema,
+  WatchEventsResponseSchema,
+} from "../../gen/gitpod/v1/event_pb.js";
+import type { Bench } from "../bench.ts";
+import { startChild } from "../child.ts";
+import type { RawStreamsApi } from "../children/raw-streams.ts";
+import type { SinkApi } from "../children/sink.ts";
+import { interleaved, medianOf, percentile, ratioOf } from "../measure.ts";
+import type { Row } from "../report.ts";
+import type { Person, Stage } from "../stage.ts";
+
+const STREAMS = 1000;
+const QUICK_STREAMS = 200;
+const STREAMS_EACH = 50;
+const PER_SECOND = 20;
+const EVENTS = 40;
+const QUICK_EVENTS = 20;
+const DEADLINE_MS = 10_000;
+
+interface Delivery {
+  p50Ms: number;
+  p99Ms: number;
+  /** CPU time of the server per delivered event, in microseconds. */
+  cpuUs: number;
+  /** Share of the events that did not arrive before the deadline. */
+  missing: number;
+}
+
+/** A request to watch the organization, as bytes: Connect, binary, HTTP/1.1. */
+function watchRequest(path: string, { token }: Person): string {
+  const message = create(WatchEventsRequestSchema, { scope: { case: "organization", value: true } });
+  const body = Buffer.from(encodeEnvelope(0, toBinary(WatchEventsRequestSchema, message)));
+  const head = [
+    `POST ${path} HTTP/1.1`,
+    "host: 127.0.0.1",
+    "content-type: application/connect+proto",
+    "connect-protocol-version: 1",
+    `authorization: Bearer ${token}`,
+    `content-length: ${body.length}`,
+  ];
+  return `${head.join("\r\n")}\r\n\r\n${body.toString("latin1")}`;
+}
+
+/** An event as it is on the wire, in a chunk of its own. */
+function frame(resourceId: string): Uint8Array {
+  const operation = ResourceOperation.UPDATE_STATUS;
+  const message = create(WatchEventsResponseSchema, { operation, resourceType: ResourceType.ENVIRONMENT, resourceId });
+  const bytes = encodeEnvelope(0, toBinary(WatchEventsResponseSchema, message));
+  return Buffer.concat([Buffer.from(`${bytes.length.toString(16)}\r\n`), bytes, Buffer.from("\r\n")]);
+}
+
+function delivery(sent: readonly number[], received: readonly Float64Array[], streams: number, cpuMicros: number): Delivery {
+  const waits = received.flatMap((times, index) => Array.from(times, (at) => at - (sent[index] ?? 0)));
+  return {
+    p50Ms: percentile(waits, 50),
+    p99Ms: percentile(waits, 99),
+    cpuUs: cpuMicros / waits.length,
+    missing: 1 - waits.length / (sent.length * streams),
+  };
+}
+
+async function watchers(stage: Stage, streams: number): Promise<string[]> {
+  const people = await stage.people(Math.ceil(streams / STREAMS_EACH));
+  const path = `/${EventService.typeName}/${EventService.method.watchEvents.name}`;
+  return Array.from({ length: streams }, (_each, index) => watchRequest(path, people[index % people.length]!));
+}
+
+/** From the commit of a change to everybody who watches: members of an organization with many streams. */
+export async function events(bench: Bench): Promise<Row[]> {
+  const stage = await bench.stage();
+  const streams = bench.quick ? QUICK_STREAMS : STREAMS;
+  const count = bench.quick ? QUICK_EVENTS : EVENTS;
+  const ids = await stage.copies(count, stage.admin.id);
+  const frames = ids.map(frame);
+  const requests = await watchers(stage, streams);
+  const raw = await startChild<RawStreamsApi>("raw-streams.ts", {});
+  bench.after(() => raw.stop());
+  const sink = await startChild<SinkApi>("sink.ts", {});
+  bench.after(() => sink.stop());
+  const portOf = (url: string) => Number(new URL(url).port);
+  const rawGroup = await sink.call("open", { port: portOf((await raw.call("started")).url), requests });
+  const group = await sink.call("open", { port: portOf(stage.url), requests });
+
+  const measure = async (which: number, server: { call(name: "cpuMicros"): Promise<number> }, emit: () => Promise<number[]>) => {
+    const before = await server.call("cpuMicros");
+    const sent = await emit();
+    const received = await sink.call("collect", which, ids, DEADLINE_MS);
+    return delivery(sent, received, streams, (await server.call("cpuMicros")) - before);
+  };
+  const rounds = await interleaved<"raw" | "product", Delivery>(bench.rounds, {
+    raw: () => measure(rawGroup, raw, () => raw.call("emit", frames, PER_SECOND)),
+    product: () =>
+      measure(group, stage.plane, () => stage.plane.call("emit", ids, PER_SECOND, stage.organizationId)),
+  });
+  const missing = medianOf(rounds.product, (each) => each.missing);
+  const note = missing > 0 ? `${(missing * 100).toFixed(0)} % did not come within ${DEADLINE_MS / 1000} s` : undefined;
+  const name = `events to ${streams} streams, ${PER_SECOND}/s`;
+  const compared = (value: (each: Delivery) => number) => ({
+    floor: medianOf(rounds.raw, value),
+    figure: medianOf(rounds.product, value),
+    ratio: ratioOf(rounds.product, rounds.raw, value),
+  });
+  const p99 = compared((each) => each.p99Ms);
+  return [
+    { operation: `${name}: server CPU per delivery`, unit: "us", ...compared((each) => each.cpuUs), goal: { bound: "<=", value: 3 }, note },
+    { operation: `${name}: commit to client, p50`, unit: "ms", ...compared((each) => each.p50Ms) },
+    {
+      operation: `${name}: commit to client, p99`,
+      ...{ unit: "ms", figure: p99.figure, goal: { bound: "<=", value: 30 } },
+      note: `writes alone ${p99.floor.toFixed(1)} ms`,
+    },
+  ];
+}

@@ -1,0 +1,347 @@
+import { create, type DescMethod, type DescMethodServerStreaming, type DescMethodUnary } from "@bufbuild/protobuf";
+import { Code, ConnectError, createConnectRouter } from "@connectrpc/connect";
+import { createConnectTransport } from "@connectrpc/connect-node";
+import { v7 as uuidv7 } from "uuid";
+import { afterAll, beforeAll, expect, test } from "vitest";
+import { DeregisterRequest_Reason as Reason } from "../gen/berth/runner/v1/runner_control_pb.js";
+import type { Environment } from "../gen/gitpod/v1/environment_pb.js";
+import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
+import { RunnerPhase } from "../gen/gitpod/v1/runner_pb.js";
+import type { BerthClient } from "../src/client.ts";
+import { TokenKind } from "../src/domain/tokens.ts";
+import { routes } from "../src/routes.ts";
+import { policy } from "../src/rpc/policy.ts";
+import type { FakeRunner } from "./harness/fake-runner.ts";
+import { liftQuotas, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
+import { addOrganization, addServiceAccount, connectRunner, mint } from "./harness/tenants.ts";
+
+// Every RPC of every registered service, called by every kind of caller. The objects are those of one organization: an
+// environment that only its creator may use, on a runner that is shared with all members.
+
+/** The callers, in the order of the columns. */
+const CALLERS = [
+  "nobody",
+  // Its token is a one-time credential of a runner, and none for the API.
+  "exchange",
+  // A user of another organization.
+  "foreign",
+  // A member who neither made nor shares the environment.
+  "member",
+  // The creator of the environment, with a token that may only read.
+  "readOnly",
+  "creator",
+  // An organization admin, who made the runner.
+  "admin",
+  // A service account of the organization.
+  "robot",
+  "runner",
+  // Another one of the organization, which nobody shares.
+  "otherRunner",
+  "environment",
+  // Another one of the organization, on the other runner.
+  "otherEnvironment",
+] as const;
+type Caller = (typeof CALLERS)[number];
+
+/** What a letter of the table stands for. */
+const OUTCOMES: Record<string, string> = {
+  "✓": "ok",
+  U: "Unauthenticated",
+  D: "PermissionDenied",
+  N: "NotFound",
+  F: "FailedPrecondition",
+  A: "Aborted",
+  T: "DeadlineExceeded",
+  i: "Unimplemented",
+};
+
+/** What the callers see and act on. */
+interface World {
+  environmentId: string;
+  runnerId: string;
+  classId: string;
+  linkId: string;
+  /** Another exchange token each time. */
+  exchangeToken: string;
+  unknownId: string;
+}
+
+const STATUS = { phase: RunnerPhase.ACTIVE, version: "test", publicKey: new Uint8Array(32) };
+const onEnvironment = ({ environmentId }: World) => ({ environmentId });
+const onRunner = ({ runnerId }: World) => ({ runnerId });
+const onClass = ({ classId }: World) => ({ environmentClassId: classId });
+const onGroup = ({ runnerId, unknownId }: World) => ({ runnerId, groupId: unknownId, role: 1 });
+const onUnknown = ({ unknownId }: World) => ({ id: unknownId });
+
+/** How each RPC answers the callers, a letter for each in the order above. */
+const EXPECTED = `
+  EnvironmentService.getEnvironment                         U U N N ✓ ✓ ✓ N ✓ N ✓ N
+  EnvironmentService.listEnvironments                       U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
+  EnvironmentService.listEnvironmentClasses                 U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
+  EnvironmentService.createEnvironment                      U U N ✓ D ✓ ✓ ✓ D D D D
+  EnvironmentService.createEnvironmentFromProject           U U i i D i i i D D D D
+  EnvironmentService.startEnvironment                       U U N N D ✓ D N D D D D
+  EnvironmentService.stopEnvironment                        U U N N D ✓ ✓ N D D ✓ N
+  EnvironmentService.archiveEnvironment                     U U N N D ✓ ✓ N D D D D
+  EnvironmentService.unarchiveEnvironment                   U U N N D ✓ ✓ N D D D D
+  EnvironmentService.deleteEnvironment                      U U N N D ✓ ✓ N D D D D
+  EnvironmentService.updateEnvironment                      U U i i D i i i D D i i
+  EnvironmentService.markEnvironmentActive                  U U N N D ✓ D N D D ✓ N
+  EnvironmentService.createEnvironmentLogsToken             U U N N D ✓ D N D D ✓ N
+  EnvironmentService.createEnvironmentAccessToken           U U N N D ✓ D N D D D D
+  EnvironmentService.createPortAccessToken                  U U i i D i i i D D D D
+  EnvironmentService.allowPortAccess                        U U i i D i i i D D D D
+  EventService.watchEvents                                  U U N N ✓ ✓ ✓ N D D ✓ N
+  EventService.listAuditLogs                                U U i i i i i i D D D D
+  EventService.getAuditLog                                  U U i i i i i i D D D D
+  IdentityService.exchangeToken                             ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
+  IdentityService.getIDToken                                U U i i D i i i i i i i
+  IdentityService.getAuthenticatedIdentity                  U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
+  RunnerService.createRunner                                U U D D D D ✓ D D D D D
+  RunnerService.getRunner                                   U U N ✓ ✓ ✓ ✓ ✓ ✓ N ✓ N
+  RunnerService.listRunners                                 U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
+  RunnerService.updateRunner                                U U i i D i i i D D D D
+  RunnerService.deleteRunner                                U U N D D D F D D D D D
+  RunnerService.createRunnerToken                           U U N D D D ✓ D ✓ N D D
+  RunnerService.createRunnerLogsToken                       U U i i D i i i D D D D
+  RunnerService.parseContextURL                             U U N T T T T T D D T N
+  RunnerService.searchRepositories                          U U i i i i i i D D i i
+  RunnerService.listSCMOrganizations                        U U i i i i i i D D i i
+  RunnerService.checkAuthenticationForHost                  U U N ✓ ✓ ✓ ✓ ✓ D D ✓ N
+  RunnerService.checkRepositoryAccess                       U U i i i i i i D D i i
+  RunnerService.listRunnerPolicies                          U U i i i i i i D D D D
+  RunnerService.createRunnerPolicy                          U U i i D i i i D D D D
+  RunnerService.updateRunnerPolicy                          U U i i D i i i D D D D
+  RunnerService.deleteRunnerPolicy                          U U i i D i i i D D D D
+  RunnerConfigurationService.createEnvironmentClass         U U N D D D ✓ D D D D D
+  RunnerConfigurationService.getEnvironmentClass            U U N ✓ ✓ ✓ ✓ ✓ ✓ N ✓ N
+  RunnerConfigurationService.listEnvironmentClasses         U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
+  RunnerConfigurationService.updateEnvironmentClass         U U N D D D ✓ D D D D D
+  RunnerConfigurationService.createHostAuthenticationToken  U U i i D i i i D D D D
+  RunnerConfigurationService.getHostAuthenticationToken     U U i i i i i i D D D D
+  RunnerConfigurationService.listHostAuthenticationTokens   U U i i i i i i D D D D
+  RunnerConfigurationService.updateHostAuthenticationToken  U U i i D i i i D D D D
+  RunnerConfigurationService.deleteHostAuthenticationToken  U U i i D i i i D D D D
+  RunnerConfigurationService.getRunnerConfigurationSchema   U U N ✓ ✓ ✓ ✓ ✓ ✓ N ✓ N
+  RunnerConfigurationService.createSCMIntegration           U U i i D i i i D D D D
+  RunnerConfigurationService.getSCMIntegration              U U i i i i i i D D i i
+  RunnerConfigurationService.listSCMIntegrations            U U i i i i i i i i i i
+  RunnerConfigurationService.updateSCMIntegration           U U i i D i i i D D D D
+  RunnerConfigurationService.deleteSCMIntegration           U U i i D i i i D D D D
+  RunnerConfigurationService.validateRunnerConfiguration    U U i i D i i i D D D D
+  RunnerControlService.register                             U U D D D D D D F F D D
+  RunnerControlService.heartbeat                            U U D D D D D D ✓ A D D
+  RunnerControlService.watch                                U U D D D D D D ✓ A D D
+  RunnerControlService.reportEnvironments                   U U D D D D D D ✓ A D D
+  RunnerControlService.createEnvironmentToken               U U D D D D D D F N D D
+  RunnerControlService.introspectToken                      U U D D D D D D ✓ ✓ D D
+  RunnerControlService.completeCall                         U U D D D D D D ✓ ✓ D D
+  RunnerControlService.deregister                           U U D D D D D D A A D D
+`;
+
+/** Requests that have to say something, by RPC. */
+const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
+  "EnvironmentService.getEnvironment": onEnvironment,
+  "EnvironmentService.createEnvironment": ({ classId }) => ({ spec: { machine: { class: classId } } }),
+  "EnvironmentService.createEnvironmentFromProject": ({ unknownId }) => ({ projectId: unknownId }),
+  "EnvironmentService.startEnvironment": onEnvironment,
+  "EnvironmentService.stopEnvironment": onEnvironment,
+  "EnvironmentService.archiveEnvironment": onEnvironment,
+  "EnvironmentService.unarchiveEnvironment": onEnvironment,
+  "EnvironmentService.deleteEnvironment": onEnvironment,
+  "EnvironmentService.updateEnvironment": ({ environmentId }) => ({ environmentId, metadata: { name: "x" } }),
+  "EnvironmentService.markEnvironmentActive": onEnvironment,
+  "EnvironmentService.createEnvironmentLogsToken": onEnvironment,
+  "EnvironmentService.createEnvironmentAccessToken": onEnvironment,
+  "EnvironmentService.createPortAccessToken": ({ environmentId }) => ({ environmentId, port: 3000 }),
+  "EnvironmentService.allowPortAccess": ({ environmentId }) => ({ environmentId, port: 3000 }),
+  "EventService.watchEvents": ({ environmentId }) => ({ scope: { case: "environmentId", value: environmentId } }),
+  "EventService.getAuditLog": ({ unknownId }) => ({ auditLogEntryId: unknownId }),
+  "IdentityService.exchangeToken": ({ exchangeToken }) => ({ exchangeToken }),
+  "IdentityService.getIDToken": () => ({ audience: ["a"] }),
+  "RunnerService.createRunner": () => ({ name: "made", provider: RunnerProvider.LINUX_HOST }),
+  "RunnerService.getRunner": onRunner,
+  "RunnerService.updateRunner": onRunner,
+  // It has environments.
+  "RunnerService.deleteRunner": onRunner,
+  "RunnerService.createRunnerToken": onRunner,
+  "RunnerService.createRunnerLogsToken": onRunner,
+  // The runner of this test never answers.
+  "RunnerService.parseContextURL": ({ runnerId }) => ({ runnerId, contextUrl: "https://git.example.org/a/b" }),
+  "RunnerService.searchRepositories": onRunner,
+  "RunnerService.listSCMOrganizations": ({ runnerId }) => ({ runnerId, scmHost: "github.com" }),
+  "RunnerService.checkAuthenticationForHost": ({ runnerId }) => ({ runnerId, host: "github.com" }),
+  "RunnerService.checkRepositoryAccess": ({ runnerId }) => ({ runnerId, repositoryUrl: "https://git.example.org/a/b" }),
+  "RunnerService.listRunnerPolicies": onRunner,
+  "RunnerService.createRunnerPolicy": onGroup,
+  "RunnerService.updateRunnerPolicy": onGroup,
+  "RunnerService.deleteRunnerPolicy": onGroup,
+  "RunnerConfigurationService.createEnvironmentClass": ({ runnerId }) => ({
+    ...{ runnerId, displayName: "Small", description: "For tests" },
+    configuration: [
+      { key: "cpu", value: "1" },
+      { key: "memory", value: "1024" },
+    ],
+  }),
+  "RunnerConfigurationService.getEnvironmentClass": onClass,
+  "RunnerConfigurationService.updateEnvironmentClass": (world) => ({ ...onClass(world), description: "For all" }),
+  "RunnerConfigurationService.createHostAuthenticationToken": ({ runnerId }) => ({
+    ...{ runnerId, host: "github.com", token: "x", source: 2 },
+  }),
+  "RunnerConfigurationService.getHostAuthenticationToken": onUnknown,
+  "RunnerConfigurationService.updateHostAuthenticationToken": onUnknown,
+  "RunnerConfigurationService.deleteHostAuthenticationToken": onUnknown,
+  "RunnerConfigurationService.getRunnerConfigurationSchema": onRunner,
+  "RunnerConfigurationService.createSCMIntegration": onRunner,
+  "RunnerConfigurationService.getSCMIntegration": onUnknown,
+  "RunnerConfigurationService.updateSCMIntegration": onUnknown,
+  "RunnerConfigurationService.deleteSCMIntegration": onUnknown,
+  "RunnerConfigurationService.validateRunnerConfiguration": onRunner,
+  // Of an older protocol, or the link of the test would end.
+  "RunnerControlService.register": () => ({ instanceId: "x", protocolVersion: 0, maxEnvironments: 1, status: STATUS }),
+  "RunnerControlService.heartbeat": ({ linkId }) => ({ linkId, status: STATUS }),
+  "RunnerControlService.watch": ({ linkId }) => ({ linkId }),
+  "RunnerControlService.reportEnvironments": ({ linkId, environmentId }) => ({
+    ...{ linkId, items: [{ environmentId, seq: 1n }] },
+  }),
+  "RunnerControlService.createEnvironmentToken": ({ environmentId }) => ({ environmentId, machineSession: "another" }),
+  "RunnerControlService.introspectToken": () => ({ token: "x" }),
+  "RunnerControlService.completeCall": ({ unknownId }) => ({ callId: unknownId }),
+  // Of another link, or that of the test would end.
+  "RunnerControlService.deregister": ({ unknownId }) => ({ linkId: unknownId, reason: Reason.STOPPING }),
+};
+
+/** RPCs after which the world would not be the same: each caller gets an environment and an exchange token of its own. */
+const DESTRUCTIVE = new Set([
+  "EnvironmentService.stopEnvironment",
+  "EnvironmentService.archiveEnvironment",
+  "EnvironmentService.deleteEnvironment",
+  "IdentityService.exchangeToken",
+]);
+
+let plane: TestPlane;
+let creator: TestUser;
+let runner: FakeRunner;
+let otherRunner: FakeRunner;
+let world: World;
+let tokens: Record<Caller, string>;
+
+beforeAll(async () => {
+  plane = await startTestPlane({}, { runnerCallMs: 25 });
+  await liftQuotas(plane);
+  creator = await plane.addUser();
+  const shared = await connectRunner(plane);
+  const hidden = await connectRunner(plane, { shared: false });
+  [runner, otherRunner] = [shared.runner, hidden.runner];
+  const own = await newEnvironment(creator.client, runner, shared.classId);
+  const other = await newEnvironment(plane.admin, otherRunner, hidden.classId);
+  const foreign = await plane.addUser({ organizationId: await addOrganization(plane) });
+  const readOnly = { kind: TokenKind.PERSONAL_ACCESS, subjectId: creator.id, readOnly: true };
+  const { linkId, id: runnerId } = runner;
+  const { exchangeToken } = await plane.admin.runners.createRunnerToken({ runnerId });
+  world = { environmentId: own.id, runnerId, classId: shared.classId, linkId, exchangeToken, unknownId: uuidv7() };
+  tokens = {
+    ...{ nobody: "", exchange: exchangeToken, creator: creator.token, admin: plane.adminToken },
+    ...{ runner: runner.token, otherRunner: otherRunner.token, environment: own.token, otherEnvironment: other.token },
+    foreign: foreign.token,
+    member: (await plane.addUser()).token,
+    readOnly: await mint(plane, readOnly),
+    robot: (await addServiceAccount(plane)).token,
+  };
+});
+
+afterAll(async () => {
+  expect(plane.logged()).not.toContain('"code":"internal"');
+  expect(plane.logged()).not.toContain('"code":"unknown"');
+  await plane[Symbol.asyncDispose]();
+});
+
+async function newEnvironment(client: BerthClient, on: FakeRunner, classId: string) {
+  const { environment } = await client.environments.createEnvironment({ spec: { machine: { class: classId } } });
+  const { id, spec } = environment as Environment;
+  const session = spec?.machine?.session ?? "";
+  const { token } = await on.control.createEnvironmentToken({ environmentId: id, machineSession: session });
+  return { id, token };
+}
+
+/** The objects of one call, and the caller's token for it. */
+async function scene(rpc: string, caller: Caller): Promise<{ world: World; token: string }> {
+  if (!DESTRUCTIVE.has(rpc)) return { world, token: tokens[caller] };
+  const own = await newEnvironment(creator.client, runner, world.classId);
+  const { exchangeToken } = await plane.admin.runners.createRunnerToken({ runnerId: world.runnerId });
+  const token = caller === "environment" ? own.token : tokens[caller];
+  return { world: { ...world, environmentId: own.id, exchangeToken }, token };
+}
+
+/** How a call ends: ok once there is an answer, or the first message of a stream. */
+async function outcome(method: DescMethod, request: Record<string, unknown>, token: string): Promise<string> {
+  const transport = createConnectTransport({ baseUrl: plane.url, httpVersion: "1.1" });
+  const header = token ? { authorization: `Bearer ${token}` } : undefined;
+  const message = create(method.input, request);
+  const stop = new AbortController();
+  try {
+    if (method.methodKind === "unary") {
+      await transport.unary(method as DescMethodUnary, undefined, 10_000, header, message);
+      return "ok";
+    }
+    const messages = (async function* () {
+      yield message;
+    })();
+    const streaming = method as DescMethodServerStreaming;
+    const answer = await transport.stream(streaming, stop.signal, 10_000, header, messages);
+    for await (const _first of answer.message) return "ok";
+    return "an empty stream";
+  } catch (error) {
+    return Code[ConnectError.from(error).code] ?? "";
+  } finally {
+    stop.abort();
+  }
+}
+
+/** Every RPC that the control plane serves, from the router that it serves with. */
+function registered(): DescMethod[] {
+  const router = createConnectRouter();
+  routes(plane.plane.app)(router);
+  return router.handlers.map(({ method }) => method);
+}
+
+const nameOf = ({ parent, localName }: DescMethod) => `${parent.name}.${localName}`;
+
+const rows = EXPECTED.trim()
+  .split("\n")
+  .map((line) => {
+    const [rpc = "", ...letters] = line.trim().split(/ +/);
+    return { rpc, letters: letters.join(" ") };
+  });
+
+test("every registered RPC has a row, and every row and request an RPC", () => {
+  const known = registered().map(nameOf).sort();
+  expect(rows.map(({ rpc }) => rpc).sort()).toEqual(known);
+  expect([...Object.keys(REQUESTS), ...DESTRUCTIVE].filter((rpc) => !known.includes(rpc))).toEqual([]);
+  expect(known.length).toBeGreaterThan(60);
+});
+
+test("the policy has a line for every registered RPC, and no other", () => {
+  const lines = Object.entries(policy).flatMap(([service, methods]) =>
+    Object.keys(methods).map((name) => `${service}/${name}`),
+  );
+  expect(lines.sort()).toEqual(
+    registered()
+      .map(({ parent, localName }) => `${parent.typeName}/${localName}`)
+      .sort(),
+  );
+});
+
+test.each(rows)("$rpc answers $letters", async ({ rpc, letters }) => {
+  const method = registered().find((each) => nameOf(each) === rpc);
+  if (!method) throw new Error("is not registered");
+  const expected = letters.split(" ").map((letter) => OUTCOMES[letter] ?? `the unknown letter ${letter}`);
+  expect(expected).toHaveLength(CALLERS.length);
+  const found = await Promise.all(
+    CALLERS.map(async (caller) => {
+      const { world, token } = await scene(rpc, caller);
+      return [caller, await outcome(method, REQUESTS[rpc]?.(world) ?? {}, token)];
+    }),
+  );
+  expect(Object.fromEntries(found)).toEqual(Object.fromEntries(CALLERS.map((each, index) => [each, expected[index]])));
+});
