@@ -12,6 +12,7 @@ import { RunnerPhase } from "../gen/gitpod/v1/runner_pb.js";
 import { UserStatus } from "../gen/gitpod/v1/user_pb.js";
 import { createBerthClient } from "../src/client.ts";
 import { TokenKind, tokenText } from "../src/domain/tokens.ts";
+import { openDb } from "../src/store/db.ts";
 import type { FakeRunner } from "./harness/fake-runner.ts";
 import { startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
 import { codeOf, refusal, violatedFields } from "./harness/refusal.ts";
@@ -187,6 +188,25 @@ describe("PLT-6 what is no credential is UNAUTHENTICATED", () => {
     const allowed = await refusal(member.client.environments.getEnvironment({ environmentId: "no uuid" }));
     expect(Code[allowed.code]).toBe(Code[Code.InvalidArgument]);
     expect(violatedFields(allowed)).toEqual(["environment_id"]);
+  });
+
+  test("a database that is gone while it looks is UNAVAILABLE, which says nothing about the credential", async () => {
+    const blocker = openDb(plane.databaseUrl);
+    try {
+      await blocker.begin(async (tx) => {
+        await tx`lock table tokens in access exclusive mode`;
+        const call = codeOf(identityOf(member.token));
+        await eventually(async () => {
+          const ended = await tx`select pg_terminate_backend(pid) from pg_stat_activity
+            where datname = current_database() and wait_event_type = 'Lock' and query like '%from tokens t%'`;
+          return ended.length > 0;
+        }, "the lookup waits and is ended");
+        expect(await call).toBe(Code[Code.Unavailable]);
+      });
+    } finally {
+      await blocker.close();
+    }
+    await identityOf(member.token);
   });
 
   test("PLT-48 tokens that are no API credentials", async () => {

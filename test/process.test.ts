@@ -1,11 +1,13 @@
 import { randomBytes } from "node:crypto";
+import { once } from "node:events";
 import { chmod, cp, mkdtemp, readFile, rm, stat } from "node:fs/promises";
+import { type AddressInfo, createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { Code, ConnectError } from "@connectrpc/connect";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { ResourceType } from "../gen/gitpod/v1/event_pb.js";
-import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
+import { RunnerKind, RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase } from "../gen/gitpod/v1/runner_pb.js";
 import { type BerthClient, createBerthClient } from "../src/client.ts";
 import { TokenKind, tokenText } from "../src/domain/tokens.ts";
@@ -143,6 +145,31 @@ describe("first start and restart", () => {
     expect(tokensIn(second.output())).toEqual([]);
   });
 
+  test("PLT-2 a first start that cannot have the runner's port has shown the token, and the next one goes on", async () => {
+    await using fresh = await createDatabase();
+    const taken = createServer();
+    taken.listen(0, "127.0.0.1");
+    await once(taken, "listening");
+    const port = String((taken.address() as AddressInfo).port);
+    const { env, url } = await settings({ DATABASE_URL: fresh.url, BERTH_RUNNER: "on", BERTH_RUNNER_PORT: port });
+    const first = await run([], env);
+    expect(first.code).toBe(1);
+    const [token = ""] = tokensIn(first.output);
+    expect(tokensIn(first.output)).toHaveLength(1);
+
+    taken.close();
+    await using second = startProgram([], env);
+    await second.says(ready);
+    expect(tokensIn(second.output())).toEqual([]);
+    const client = createBerthClient({ baseUrl: url, token });
+    await eventually(async () => {
+      const { runners } = await client.runners.listRunners({ filter: { kinds: [RunnerKind.LOCAL] } });
+      return runners[0]?.status?.phase === RunnerPhase.ACTIVE;
+    }, "the embedded runner is active");
+    second.send("SIGTERM");
+    expect(await second.ended()).toBe(0);
+  });
+
   test("PLT-2 with a token file nothing secret is printed, and only its owner can read the file", async () => {
     await using fresh = await createDatabase();
     const file = join(folder, "admin-token");
@@ -241,12 +268,12 @@ describe("a control plane at work", () => {
     await fresh?.[Symbol.asyncDispose]();
   });
 
-  /** Holds every call that reads environment classes; nothing else needs them here. */
-  async function holdCalls(): Promise<{ release(): Promise<void> }> {
+  /** Holds every call that reads a table. */
+  async function holdCalls(table: "environment_classes" | "tokens"): Promise<{ release(): Promise<void> }> {
     const { promise: released, resolve } = Promise.withResolvers<void>();
     const { promise: held, resolve: isHeld, reject } = Promise.withResolvers<void>();
     const holding = fresh.db.begin(async (tx) => {
-      await tx`lock table environment_classes in access exclusive mode`;
+      await tx`lock table ${tx(table)} in access exclusive mode`;
       isHeld();
       await released;
     });
@@ -260,10 +287,11 @@ describe("a control plane at work", () => {
     };
   }
 
-  const blocked = () =>
+  /** Resolves when the call of a statement that reads a table waits for `holdCalls`. */
+  const blocked = (table: string) =>
     eventually(async () => {
       const rows = await fresh.db.point`select from pg_stat_activity
-        where datname = current_database() and wait_event_type = 'Lock' and query like '%environment_classes%'`;
+        where datname = current_database() and wait_event_type = 'Lock' and query like ${`%${table}%`}`;
       return rows.length > 0;
     }, "a call is in flight");
 
@@ -281,9 +309,9 @@ describe("a control plane at work", () => {
         return stream;
       }),
     );
-    const lock = await holdCalls();
+    const lock = await holdCalls("environment_classes");
     const call = admin.runnerConfiguration.listEnvironmentClasses({});
-    await blocked();
+    await blocked("environment_classes");
     expect((await fetch(`${url}/readyz`)).status).toBe(200);
 
     program.send("SIGTERM");
@@ -307,11 +335,11 @@ describe("a control plane at work", () => {
   test.each(["SIGTERM", "SIGINT"] as const)(
     "a second signal ends with 1 at once, with a call in flight: %s",
     async (signal) => {
-      const lock = await holdCalls();
+      const lock = await holdCalls("environment_classes");
       const call = admin.runnerConfiguration
         .listEnvironmentClasses({})
         .catch((error: unknown) => ConnectError.from(error).code);
-      await blocked();
+      await blocked("environment_classes");
       program.send("SIGTERM");
       await eventually(async () => (await fetch(`${url}/readyz`)).status === 503, "it drains");
       program.send(signal);
@@ -319,6 +347,29 @@ describe("a control plane at work", () => {
       expect([Code.Aborted, Code.Unavailable]).toContain(await call);
       await lock.release();
       await start();
+    },
+  );
+
+  test.each(["connect", "grpc", "grpc-web"] as const)(
+    "a caller who leaves before it is known who it is leaves nothing in flight: %s",
+    async (transport) => {
+      const client = createBerthClient({ baseUrl: url, token, transport });
+      const leaving = new AbortController();
+      const lock = await holdCalls("tokens");
+      const calls = [
+        client.identity.getAuthenticatedIdentity({}, { signal: leaving.signal }),
+        client.events.watchEvents({}, { signal: leaving.signal })[Symbol.asyncIterator]().next(),
+      ];
+      await blocked("tokens");
+      const inFlight = async () => {
+        const metrics = await (await fetch(`${url}/metrics`)).text();
+        return [...metrics.matchAll(/^berth_rpc_in_flight\{.*\} (\d+)$/gm)].map(([, count]) => Number(count));
+      };
+      await eventually(async () => (await inFlight()).every((count) => count === 1), "both calls are in flight");
+      leaving.abort();
+      for (const call of calls) await expect(call).rejects.toMatchObject({ code: Code.Canceled });
+      await lock.release();
+      await eventually(async () => (await inFlight()).every((count) => count === 0), "nothing is in flight");
     },
   );
 

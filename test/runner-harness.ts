@@ -517,8 +517,8 @@ export class TestRunner implements AsyncDisposable {
     this.exchangeToken = plane.exchangeToken;
   }
 
-  static async create(plane: FakeControlPlane, gitHost = ""): Promise<TestRunner> {
-    return new TestRunner(plane, join(await mkdtemp(join(tmpdir(), "br-")), "r"), gitHost);
+  static async create(plane: FakeControlPlane, gitHost = "", folder = "r"): Promise<TestRunner> {
+    return new TestRunner(plane, join(await mkdtemp(join(tmpdir(), "br-")), folder), gitHost);
   }
 
   config(more: Partial<RunnerHostConfig> = {}): RunnerHostConfig {

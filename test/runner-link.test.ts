@@ -30,15 +30,21 @@ afterAll(async () => {
 async function linked() {
   const plane = await FakeControlPlane.start();
   const runner = await TestRunner.create(plane, git.host);
-  const running = await runner.start();
-  const id = plane.create();
-  await plane.untilPhase(id, RUNNING);
-  const { user } = await runner.record(id);
-  const processes = () => environmentProcesses({ environmentId: id, uid: user?.own ? user.uid : undefined });
   const dispose = async () => {
     await runner[Symbol.asyncDispose]();
     await plane[Symbol.asyncDispose]();
   };
+  const start = async () => {
+    const running = await runner.start();
+    const id = plane.create();
+    await plane.untilPhase(id, RUNNING);
+    return { running, id, user: (await runner.record(id)).user };
+  };
+  const { running, id, user } = await start().catch(async (error: unknown) => {
+    await dispose();
+    throw error;
+  });
+  const processes = () => environmentProcesses({ environmentId: id, uid: user?.own ? user.uid : undefined });
   return { plane, runner, running, id, processes, [Symbol.asyncDispose]: dispose };
 }
 

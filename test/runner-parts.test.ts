@@ -56,10 +56,10 @@ describe("log", () => {
   test("tells readers of news, and that nothing more comes", async () => {
     const log = new EnvironmentLog(join(folder, "news.log"));
     log.live = true;
-    const news = log.changed(new AbortController().signal);
+    const news = log.changed(10_000, new AbortController().signal);
     log.write("x");
     await news;
-    const end = log.changed(new AbortController().signal);
+    const end = log.changed(10_000, new AbortController().signal);
     log.live = false;
     await end;
     expect(log.live).toBe(false);

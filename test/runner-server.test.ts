@@ -1,4 +1,5 @@
 import { randomBytes } from "node:crypto";
+import { request } from "node:http";
 import { connect as connectHttp2 } from "node:http2";
 import { Code, createClient, type Interceptor } from "@connectrpc/connect";
 import { createConnectTransport, createGrpcTransport, createGrpcWebTransport } from "@connectrpc/connect-node";
@@ -168,6 +169,20 @@ test("operations speak Connect, gRPC and gRPC-Web, on HTTP/1.1 and HTTP/2, in bi
     expect(await ops.exec({ command: "echo out; exit 3" })).toMatchObject({ stdout: "out\n", exitCode: 3 });
     await expect(ops.readFile({ path: "/no/such" })).rejects.toMatchObject({ code: Code.NotFound });
   }
+});
+
+test("a request without a usable token is refused before its body is read", async () => {
+  const refused = await new Promise<number | undefined>((resolve, reject) => {
+    const url = `${runner.baseUrl}/environments/${id}/ops/supervisor.v1.EnvironmentOpsService/Exec`;
+    const headers = { "content-type": "application/json", "content-length": "1000000" };
+    const sending = request(url, { method: "POST", headers }, (response) => {
+      resolve(response.statusCode);
+      sending.destroy();
+    });
+    sending.once("error", reject);
+    sending.write("{");
+  });
+  expect(refused).toBe(401);
 });
 
 test("browsers may ask from anywhere", async () => {

@@ -1,6 +1,6 @@
 import { execFileSync } from "node:child_process";
 import { existsSync, readFileSync } from "node:fs";
-import { readFile, stat, writeFile } from "node:fs/promises";
+import { readFile, rm, stat, writeFile } from "node:fs/promises";
 import { createClient } from "@connectrpc/connect";
 import { createConnectTransport } from "@connectrpc/connect-node";
 import { v7 as uuidv7 } from "uuid";
@@ -39,13 +39,19 @@ async function running(files?: Record<string, string>, spec = {}) {
   const repository = await git.createRepository(name, files && { files });
   const plane = await FakeControlPlane.start();
   const runner = await TestRunner.create(plane, git.host);
-  await runner.start();
-  const id = plane.create({ ...contentOf(fromGit(repository.url)), ...spec });
-  const environment = await plane.untilPhase(id, RUNNING);
   const dispose = async () => {
     await runner[Symbol.asyncDispose]();
     await plane[Symbol.asyncDispose]();
   };
+  const start = async () => {
+    await runner.start();
+    const id = plane.create({ ...contentOf(fromGit(repository.url)), ...spec });
+    return { id, environment: await plane.untilPhase(id, RUNNING) };
+  };
+  const { id, environment } = await start().catch(async (error: unknown) => {
+    await dispose();
+    throw error;
+  });
   return { plane, runner, id, environment, repository, name, [Symbol.asyncDispose]: dispose };
 }
 
@@ -54,7 +60,7 @@ const processesOf = async (runner: TestRunner, id: string) => {
   return await environmentProcesses({ environmentId: id, uid: user?.own ? user.uid : undefined });
 };
 
-describe("life of an environment", () => {
+describe.concurrent("life of an environment", () => {
   test("ENV-1: a repository is cloned and reported ready, with its operations in the same report", async () => {
     await using it = await running({ "README.md": "hello\n" });
     const { plane, runner, id, environment } = it;
@@ -125,6 +131,8 @@ describe("life of an environment", () => {
   });
 
   test("an environment that is deleted while it is cloned goes at once", async () => {
+    // Its requests are held, which must not concern the others.
+    const git = await startGitServer();
     const repository = await git.createRepository("held-deletion");
     await using plane = await FakeControlPlane.start();
     await using runner = await TestRunner.create(plane, git.host);
@@ -138,6 +146,7 @@ describe("life of an environment", () => {
       expect(existsSync(runner.folder(id))).toBe(false);
     } finally {
       git.release();
+      await git.close();
     }
   });
 
@@ -179,6 +188,26 @@ describe("life of an environment", () => {
     expect((await stat(runner.folder(id))).uid).toBe(0);
   });
 
+  test("ENV-15 in part: use through the operations is signalled with the environment's token", async () => {
+    await using it = await running();
+    const idle = it.plane.create();
+    await it.plane.untilPhase(idle, RUNNING);
+    await it.runner.exec(it.id, "true");
+    await eventually(() => it.plane.activity.includes(it.id), "the signal");
+    expect(it.plane.activity).toEqual([it.id]);
+  });
+
+  test("a data folder may be deep", async () => {
+    await using plane = await FakeControlPlane.start();
+    await using runner = await TestRunner.create(plane, git.host, "d".repeat(100));
+    await runner.start();
+    const id = plane.create();
+    await plane.untilPhase(id, RUNNING);
+    expect(await runner.exec(id, "pwd")).toBe(runner.folder(id, "workspace"));
+    plane.deleteEnvironment(id);
+    await eventually(() => plane.isGone(id), "the deletion");
+  });
+
   test("ENV-43: kernel controls that cannot be enforced stop the start, unless the operator allows it", async () => {
     await using plane = await FakeControlPlane.start();
     await using runner = await TestRunner.create(plane);
@@ -207,7 +236,7 @@ describe("life of an environment", () => {
   });
 });
 
-describe("files of the repository", () => {
+describe.concurrent("files of the repository", () => {
   test("ENV-35 in part: without an engine the dev container runs on the host, and says what is left out", async () => {
     const file = `{ "image": "x", /* c */ "postCreateCommand": "touch done", "containerEnv": { "COLOR": "blue", "X": "\${localEnv:Y}", }, }`;
     await using it = await running({ ".devcontainer/devcontainer.json": file, ".ona/automations.yaml": "tasks: {}\n" });
@@ -442,6 +471,20 @@ describe.runIf(isRoot)("users", () => {
     } finally {
       execFileSync("userdel", [userName(id)]);
     }
+  });
+
+  test("the account of an environment that is gone altogether is removed", async () => {
+    await using plane = await FakeControlPlane.start();
+    await using runner = await TestRunner.create(plane);
+    await runner.start();
+    const id = plane.create();
+    await plane.untilPhase(id, RUNNING);
+    plane.stopEnvironment(id);
+    await plane.untilPhase(id, STOPPED);
+    await runner.running?.stop();
+    await rm(runner.folder(id), { recursive: true });
+    await runner.start();
+    expect(account(userName(id))).toBeUndefined();
   });
 
   test("an account that was lost is made anew; if its id was given away, the files move on to another", async () => {

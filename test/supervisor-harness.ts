@@ -63,7 +63,7 @@ export async function testEnvironment(change: Partial<SupervisorConfig> = {}): P
   };
   await put("secrets/env.json", JSON.stringify({ FROM_FILE: "yes" }));
   const configPath = join(controlDirectory, "config.json");
-  const client = connectSupervisor(config.socketPath, { uid: id });
+  const client = connectSupervisor(config.socketPath, config.environmentId, { uid: id });
   return {
     config,
     configPath,

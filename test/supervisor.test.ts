@@ -280,7 +280,7 @@ describe("the ops service", () => {
   test("reaches callers of a runner that forwards, over every protocol detail of its own", async () => {
     await using environment = await testEnvironment();
     await environment.launch();
-    const absent = connectSupervisor(join(environment.config.root, "run", "absent.sock"));
+    const absent = connectSupervisor(join(environment.config.root, "run", "absent.sock"), "absent");
     let target = environment.client;
     const routes = connectNodeAdapter({
       routes: (router) =>
@@ -311,11 +311,11 @@ describe("the ops service", () => {
   test.runIf(isRoot)("is not reached through a link or another user's socket", async () => {
     await using environment = await testEnvironment();
     await environment.launch();
-    const { socketPath, root } = environment.config;
+    const { socketPath, root, environmentId } = environment.config;
     const link = join(root, "run", "link.sock");
     symlinkSync(socketPath, link);
-    await failure(connectSupervisor(link).health(), Code.Unavailable);
-    await failure(connectSupervisor(link).exec({ command: "true" }), Code.Unavailable);
-    await failure(connectSupervisor(socketPath, { uid: 1 }).exec({ command: "true" }), Code.Unavailable);
+    await failure(connectSupervisor(link, environmentId).health(), Code.Unavailable);
+    await failure(connectSupervisor(link, environmentId).exec({ command: "true" }), Code.Unavailable);
+    await failure(connectSupervisor(socketPath, environmentId, { uid: 1 }).exec({ command: "true" }), Code.Unavailable);
   });
 });

@@ -61,8 +61,9 @@ export async function runServer(env: NodeJS.ProcessEnv): Promise<ExitCode> {
   const plane = await startControlPlane(config, log);
   let runner: RunningRunner | undefined;
   try {
-    if (config.embeddedRunner) runner = await startEmbeddedRunner(config, plane);
+    // Before anything else can fail: no later start shows it.
     if (plane.firstToken) sayFirstToken(config, plane.firstToken);
+    if (config.embeddedRunner) runner = await startEmbeddedRunner(config, plane);
     sayReady(config.publicUrl);
     void runner?.finished.then((reason) => {
       if (reason !== "stopped") log.error(`the embedded runner has ended: ${reason}. ${HOW_TO_GO_ON}`);

@@ -75,6 +75,9 @@ function withinTime(request: HttpRequest, ms: number, expired: (error: ConnectEr
  */
 export function readBody(request: HttpRequest, limits: Limits, overhead: number): Promise<Uint8Array> {
   const promised = Number(request.headers["content-length"] ?? 0);
+  const left = () => new ConnectError("the caller left", Code.Canceled);
+  // Its end and its close have been told already, to nobody.
+  if ((isHttp2(request) ? request.stream : request).destroyed) return Promise.reject(left());
   return new Promise((resolve, reject) => {
     // What is left of a refused body is read and dropped, so that the caller gets to read the answer.
     const refuse = (error: ConnectError) => {
@@ -100,7 +103,7 @@ export function readBody(request: HttpRequest, limits: Limits, overhead: number)
     };
     const onClose = () => {
       stop();
-      reject(new ConnectError("the caller left", Code.Canceled));
+      reject(left());
     };
     const endWatch = withinTime(request, limits.requestMs, refuse);
     const stop = () => {

@@ -1,6 +1,7 @@
 import { Code, ConnectError, type ContextValues, createContextKey } from "@connectrpc/connect";
 import { ActionableErrorDetailsSchema } from "../../gen/gitpod/v1/actionable_error_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
+import { databaseRefusal } from "../domain/errors.ts";
 import type { Caller } from "../domain/principal.ts";
 import type { Credential } from "../store/tokens.ts";
 import type { Entering } from "./call.ts";
@@ -54,7 +55,9 @@ export function authentication(deps: {
     if (rule.public) return;
     const text = bearer(request.header.get("authorization"));
     if (!text) throw unauthenticated("a bearer token is missing");
-    const credential = await deps.find(text);
+    const credential = await deps.find(text).catch((error: unknown) => {
+      throw databaseRefusal(error) ?? error;
+    });
     if (credential.state === "expired") {
       throw actionable(Code.Unauthenticated, "AUTH_TOKEN_EXPIRED", "the token has expired");
     }

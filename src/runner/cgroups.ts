@@ -3,6 +3,7 @@ import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Limits } from "./classes.ts";
 import { errnoOf } from "./files.ts";
+import { readProcess } from "./supervisor/processes.ts";
 
 // Control groups, version 2 only. The runner works below the group it was started in, where its service manager has
 // delegated that; a group with processes of its own cannot pass controllers on, so the runner first moves to a child.
@@ -78,15 +79,27 @@ export class ControlGroups {
   }
 }
 
+/** Processes in a group, if all of them are this process or below it: others are not the runner's to move. */
+async function ownMembers(base: string): Promise<number[] | undefined> {
+  const pids = (await readFile(join(base, "cgroup.procs"), "utf8")).split("\n").filter(Boolean).map(Number);
+  const isOwn = (pid: number): boolean => {
+    if (pid === process.pid) return true;
+    const parent = readProcess(pid)?.parent ?? 0;
+    return parent > 1 && isOwn(parent);
+  };
+  return pids.every(isOwn) ? pids : undefined;
+}
+
 async function enableControllers(base: string): Promise<void> {
   const control = join(base, "cgroup.subtree_control");
   try {
     await writeFile(control, "+cpu +memory");
   } catch (error) {
-    if (errnoOf(error) !== "EBUSY") throw error;
+    const members = errnoOf(error) === "EBUSY" ? await ownMembers(base) : undefined;
+    if (!members) throw error;
     const own = join(base, RUNNER_GROUP);
     await mkdir(own, { recursive: true });
-    await writeFile(join(own, "cgroup.procs"), String(process.pid));
+    for (const pid of members) await writeFile(join(own, "cgroup.procs"), String(pid));
     await writeFile(control, "+cpu +memory");
   }
 }

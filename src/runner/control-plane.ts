@@ -1,61 +1,39 @@
-import {
-  type Client,
-  type Code,
-  ConnectError,
-  createClient,
-  type Interceptor,
-  type Transport,
-} from "@connectrpc/connect";
+import { type Client, type Code, ConnectError, createClient, type Interceptor } from "@connectrpc/connect";
 import { createConnectTransport } from "@connectrpc/connect-node";
 import { RunnerControlService } from "../../gen/berth/runner/v1/runner_control_pb.js";
-import { EnvironmentService } from "../../gen/gitpod/v1/environment_pb.js";
-import { IdentityService } from "../../gen/gitpod/v1/identity_pb.js";
-import { RunnerService } from "../../gen/gitpod/v1/runner_pb.js";
+import { type BerthClient, createBerthClient } from "../client.ts";
 
 /** Clients of the control plane. Calls end after 15 s unless told otherwise; the token is read at each call. */
 export interface ControlPlane {
+  /** The private protocol. */
   control: Client<typeof RunnerControlService>;
-  runners: Client<typeof RunnerService>;
-  identity: Client<typeof IdentityService>;
+  runners: BerthClient["runners"];
+  /** Without a credential. */
+  identity: BerthClient["identity"];
   /** The public API with the token of an environment. */
-  environments(token: string): Client<typeof EnvironmentService>;
+  environments(token: string): BerthClient["environments"];
 }
 
-export const CALL_TIMEOUT_MS = 15_000;
+const CALL_TIMEOUT_MS = 15_000;
 const MAX_MESSAGE_BYTES = 64 * 1024 * 1024;
 
-const bearer =
-  (token: () => string): Interceptor =>
-  (next) =>
-  (request) => {
-    if (token()) request.header.set("authorization", `Bearer ${token()}`);
+export function connectControlPlane(baseUrl: string, accessToken: () => string): ControlPlane {
+  const options = { baseUrl, defaultTimeoutMs: CALL_TIMEOUT_MS };
+  const authorization: Interceptor = (next) => (request) => {
+    request.header.set("authorization", `Bearer ${accessToken()}`);
     return next(request);
   };
-
-function transport(baseUrl: string, token: () => string): Transport {
-  return createConnectTransport({
-    baseUrl,
+  const transport = createConnectTransport({
+    ...options,
     httpVersion: "1.1",
-    defaultTimeoutMs: CALL_TIMEOUT_MS,
-    interceptors: [bearer(token)],
+    interceptors: [authorization],
     readMaxBytes: MAX_MESSAGE_BYTES,
   });
-}
-
-export function connectControlPlane(apiUrl: string, accessToken: () => string): ControlPlane {
-  const own = transport(apiUrl, accessToken);
   return {
-    control: createClient(RunnerControlService, own),
-    runners: createClient(RunnerService, own),
-    identity: createClient(
-      IdentityService,
-      transport(apiUrl, () => ""),
-    ),
-    environments: (token) =>
-      createClient(
-        EnvironmentService,
-        transport(apiUrl, () => token),
-      ),
+    control: createClient(RunnerControlService, transport),
+    runners: createBerthClient({ ...options, token: accessToken }).runners,
+    identity: createBerthClient(options).identity,
+    environments: (token) => createBerthClient({ ...options, token }).environments,
   };
 }
 

@@ -254,6 +254,7 @@ export class ManagedEnvironment {
         return this.#leave();
       case "quarantine":
         await this.#endProcesses(false, signal);
+        signal.throwIfAborted();
         await quarantine(this.#host, this.id, paths);
         return this.#leave();
     }

@@ -12,7 +12,7 @@ import { removeTree } from "./files.ts";
 import type { Host } from "./host.ts";
 import { environmentsFolder, quarantineFolder, trashFolder } from "./paths.ts";
 import { readRecord } from "./record.ts";
-import { removeUser } from "./users.ts";
+import { removeUser, usersBelow } from "./users.ts";
 
 const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
 const QUARANTINE_MS = 24 * 60 * 60_000;
@@ -51,7 +51,18 @@ export class Environments {
     const names = await readdir(environmentsFolder(host.config.dataDir));
     for (const id of names.filter((name) => UUID.test(name))) await environments.#open(id);
     await environments.#sweep();
+    await environments.#removeStrayUsers().catch((error: unknown) => {
+      host.log.warn({ error: String(error) }, "accounts of former environments could not be removed");
+    });
     return environments;
+  }
+
+  /** Accounts of environments that are gone altogether. */
+  async #removeStrayUsers(): Promise<void> {
+    const { dataDir } = this.#host.config;
+    const aside = await readdir(quarantineFolder(dataDir));
+    const present = new Set([...this.#managed.keys(), ...aside.map((name) => name.split(".")[0])]);
+    for (const id of await usersBelow(environmentsFolder(dataDir))) if (!present.has(id)) await removeUser(id);
   }
 
   get ids(): string[] {

@@ -107,14 +107,16 @@ export class EnvironmentLog {
     }
   }
 
-  /** Resolves when something was written, liveness changed, or the signal fired. */
-  changed(signal: AbortSignal): Promise<void> {
+  /** Resolves when something was written, liveness changed, the time is over, or the signal fired. */
+  changed(timeoutMs: number, signal: AbortSignal): Promise<void> {
     return new Promise((resolve) => {
       const done = () => {
+        clearTimeout(timer);
         this.#waiting.delete(done);
         signal.removeEventListener("abort", done);
         resolve();
       };
+      const timer = setTimeout(done, timeoutMs);
       if (signal.aborted) return done();
       signal.addEventListener("abort", done);
       this.#waiting.add(done);

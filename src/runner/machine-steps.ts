@@ -118,7 +118,7 @@ async function keepUser(site: EnvironmentSite): Promise<UnixUser> {
   const user = await ensureUser(site.id, site.paths.home, site.host.reservedUids(site.id), before);
   const isSame = before?.uid === user.uid && before.gid === user.gid && before.unlisted === user.unlisted;
   if (isSame) return user;
-  if (before?.own && before.uid !== user.uid) await changeOwner(site.paths, user);
+  if (before?.own && before.uid !== user.uid) await changeOwner(site.paths, before, user);
   await site.edit((record) => {
     record.user = user;
   });

@@ -86,10 +86,13 @@ export async function makeFolders(paths: EnvironmentPaths, user: UnixUser): Prom
   }
 }
 
-/** Gives everything that belongs to the environment's user to another user, links themselves instead of their targets. */
-export async function changeOwner(paths: EnvironmentPaths, { uid, gid }: UnixUser): Promise<void> {
+/**
+ * Gives everything that belongs to the environment's user to another user, links themselves instead of their targets.
+ * A hard link to somebody else's file stays theirs.
+ */
+export async function changeOwner(paths: EnvironmentPaths, before: UnixUser, { uid, gid }: UnixUser): Promise<void> {
   const folders = [paths.workspace, paths.home, paths.secrets, paths.logs, paths.run, paths.ssh];
-  const args = ["-R", "-P", "-h", "--", `${uid}:${gid}`, ...folders];
+  const args = ["-R", "-P", "-h", `--from=${before.uid}`, "--", `${uid}:${gid}`, ...folders];
   const { code, stderr } = await runCommand("chown", args, { timeoutMs: OWNER_DEADLINE_MS });
   if (code !== 0) throw new Error(`files could not be given to their user: ${stderr.slice(0, 300)}`);
 }
@@ -167,7 +170,7 @@ export async function adoptSupervisor(
   const known = recorded?.bootId === bootId() && isAlive(recorded) ? recorded : undefined;
   const found = known ?? liveSupervisor(paths.root, user.own ? user.uid : undefined);
   if (!found) return undefined;
-  const client = connectSupervisor(await supervisorSocket(paths), ownerOf(user));
+  const client = connectSupervisor(await supervisorSocket(paths), environmentId, ownerOf(user));
   const state = await client.health().catch(() => undefined);
   if (state?.environmentId !== environmentId || state.pid !== found.pid) return undefined;
   return { process: { pid: found.pid, startTime: found.startTime, bootId: bootId() }, client };

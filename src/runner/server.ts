@@ -4,6 +4,7 @@ import type { Logger } from "pino";
 import { Gauge, Registry } from "prom-client";
 import { IntrospectTokenResponse_Kind as Kind } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { EnvironmentOpsService } from "../../gen/supervisor/v1/environmentopts_pb.js";
+import { answerError } from "../http/answers.ts";
 import { drained, type HttpRequest, type HttpResponse, type Limits } from "../http/exchange.ts";
 import { type Listener, listen } from "../http/listener.ts";
 import { type Access, bearerToken, type Grant } from "./access.ts";
@@ -55,23 +56,21 @@ const PREFLIGHT = {
   "access-control-max-age": "7200",
 };
 
-const environmentIdKey = createContextKey("", { description: "environment" });
-
 function answerText(response: HttpResponse, status: number, text: string, headers: Record<string, string> = {}): void {
   response.writeHead(status, { "content-type": "text/plain; charset=utf-8", ...headers });
   response.end(text);
 }
 
-/** Who presented the token of an operation, or the reason to refuse, as the caller sees it. */
-async function judgeOperation(access: Access, header: Headers, environmentId: string): Promise<Grant> {
-  const verdict = await access.judge(bearerToken(header.get("authorization")), environmentId, OPS_KINDS);
+/** What the token of an operation opens, or the reason to refuse it, as the caller sees it. */
+async function judgeOperation(access: Access, token: string | undefined, environmentId: string) {
+  const verdict = await access.judge(token, environmentId, OPS_KINDS);
   switch (verdict) {
     case "none":
-      throw new ConnectError("a valid environment access token is needed", Code.Unauthenticated);
+      return new ConnectError("a valid environment access token is needed", Code.Unauthenticated);
     case "other":
-      throw new ConnectError("the token is for another environment", Code.PermissionDenied);
+      return new ConnectError("the token is for another environment", Code.PermissionDenied);
     case "unknown":
-      throw new ConnectError("the token cannot be checked at the moment", Code.Unavailable);
+      return new ConnectError("the token cannot be checked at the moment", Code.Unavailable);
     default:
       return verdict.grant;
   }
@@ -105,29 +104,42 @@ async function* whileGranted<T>(messages: AsyncIterable<T>, mustEnd: () => Promi
   }
 }
 
-function operations({ environments, access }: ServerDeps, environmentOf: (request: object) => string) {
-  const guard: Interceptor = (next) => async (request) => {
-    const environmentId = request.contextValues.get(environmentIdKey);
-    const grant = await judgeOperation(access, request.header, environmentId);
-    const token = bearerToken(request.header.get("authorization")) ?? "";
-    const isLooking = LOOKING.test(request.method.name);
-    if (!isLooking) environments.get(environmentId)?.touched();
+/** An operation that somebody may use. */
+interface Operation {
+  environmentId: string;
+  token: string;
+  grant: Grant;
+}
+
+const operationKey = createContextKey<Operation | undefined>(undefined, { description: "operation" });
+
+/** Ends the public protocols and passes each call on to the supervisor of its environment. */
+function operations({ environments, access }: ServerDeps, operationOf: (request: object) => Operation | undefined) {
+  const follow: Interceptor = (next) => async (request) => {
+    const operation = request.contextValues.get(operationKey);
+    if (!operation) throw new ConnectError("a valid environment access token is needed", Code.Unauthenticated);
+    const { environmentId, token, grant } = operation;
+    const touch = () => {
+      if (!LOOKING.test(request.method.name)) environments.get(environmentId)?.touched();
+    };
+    touch();
     const response = await next(request);
-    if (!isLooking) environments.get(environmentId)?.touched();
+    touch();
     if (!response.stream) return response;
     return { ...response, message: whileGranted(response.message, () => access.isWithdrawn(token, grant)) };
   };
   const implementation = forwardOps(async (context) => {
-    const client = environments.get(context.values.get(environmentIdKey))?.operations;
+    const environmentId = context.values.get(operationKey)?.environmentId ?? "";
+    const client = environments.get(environmentId)?.operations;
     if (!client) throw new ConnectError("the environment is not running", Code.Unavailable);
     return client;
   });
   return connectNodeAdapter({
     routes: (router) => router.service(EnvironmentOpsService, implementation),
-    interceptors: [guard],
+    interceptors: [follow],
     readMaxBytes: LIMITS.bodyBytes,
     writeMaxBytes: LIMITS.answerBytes,
-    contextValues: (request) => createContextValues().set(environmentIdKey, environmentOf(request)),
+    contextValues: (request) => createContextValues().set(operationKey, operationOf(request)),
   });
 }
 
@@ -156,7 +168,7 @@ async function sendLog(
       if (await mustEnd()) break;
       checkedAt = Date.now();
     }
-    await log.changed(AbortSignal.any([left.signal, AbortSignal.timeout(RECHECK_MS)]));
+    await log.changed(RECHECK_MS, left.signal);
   }
   if (!left.signal.aborted) response.end();
 }
@@ -205,15 +217,29 @@ function metrics({ environments, connected }: ServerDeps): Registry {
   return registry;
 }
 
+/** Serves the operations of environments. Who may use them is decided before anything of the request is read. */
+function operationsHandler(deps: ServerDeps) {
+  const allowed = new WeakMap<object, Operation>();
+  const serve = operations(deps, (request) => allowed.get(request));
+  return async (environmentId: string, request: HttpRequest, response: HttpResponse): Promise<void> => {
+    for (const [name, value] of Object.entries(CORS)) response.setHeader(name, value);
+    const token = bearerToken(request.headers.authorization);
+    const grant = await judgeOperation(deps.access, token, environmentId);
+    if (grant instanceof ConnectError) return answerError(request, response, grant);
+    allowed.set(request, { environmentId, token: token ?? "", grant });
+    // Connect sees the path below the environment.
+    const url = request.url ?? "";
+    request.url = url.slice(url.indexOf("/ops") + "/ops".length);
+    serve(request as never, response as never);
+  };
+}
+
 /** Opens the port of the runner: logs and operations of environments, health and metrics. */
 export async function startRunnerServer(deps: ServerDeps): Promise<Listener> {
-  // The path below the environment is what connect sees; which environment it was is kept beside the request.
-  const addressed = new WeakMap<object, string>();
-  const serveOperation = operations(deps, (request) => addressed.get(request) ?? "");
+  const serveOperation = operationsHandler(deps);
   const registry = metrics(deps);
   const serve = async (request: HttpRequest, response: HttpResponse): Promise<void> => {
-    const url = request.url ?? "";
-    const [path = ""] = url.split("?", 1);
+    const [path = ""] = (request.url ?? "").split("?", 1);
     const [, environmentId = "", part = ""] = PATH.exec(path) ?? [];
     if (environmentId && request.method === "OPTIONS") {
       response.writeHead(204, PREFLIGHT);
@@ -221,12 +247,7 @@ export async function startRunnerServer(deps: ServerDeps): Promise<Listener> {
       return;
     }
     if (part === "logs") return await serveLog(deps, environmentId, request, response);
-    if (environmentId) {
-      for (const [name, value] of Object.entries(CORS)) response.setHeader(name, value);
-      addressed.set(request, environmentId);
-      request.url = url.slice(url.indexOf("/ops") + "/ops".length);
-      return serveOperation(request as never, response as never);
-    }
+    if (environmentId) return await serveOperation(environmentId, request, response);
     switch (path) {
       case "/healthz":
         return answerText(response, 200, "ok\n");
@@ -244,7 +265,7 @@ export async function startRunnerServer(deps: ServerDeps): Promise<Listener> {
     response.on("error", () => undefined);
     serve(request, response).catch((error: unknown) => {
       deps.log.error({ err: error }, "a request failed");
-      if (response.headersSent) response.destroy();
+      if (response.headersSent || response.destroyed) response.destroy();
       else answerText(response, 500, "internal error\n");
     });
   });

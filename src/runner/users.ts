@@ -1,3 +1,4 @@
+import { randomInt } from "node:crypto";
 import { constants } from "node:fs";
 import { access, readFile } from "node:fs/promises";
 import { userInfo } from "node:os";
@@ -18,6 +19,8 @@ export interface UnixUser {
 // High enough to keep out of people's way, low enough for user namespaces.
 const FIRST_UID = 50_000;
 const LAST_UID = 59_999;
+const UIDS = LAST_UID - FIRST_UID + 1;
+const SHARED_FOLDERS = ["/tmp", "/var/tmp", "/dev/shm"];
 const DEADLINE_MS = 20_000;
 const ATTEMPTS = 4;
 const RETRY_MS = 200;
@@ -60,6 +63,7 @@ interface Account {
   uid: number;
   gid: number;
   comment: string;
+  home: string;
 }
 
 /** The local user database; accounts of other sources are never the runner's. */
@@ -68,7 +72,9 @@ async function accounts(): Promise<Account[]> {
   return lines
     .map((line) => line.split(":"))
     .filter((fields) => fields.length >= 7)
-    .map(([name = "", , uid, gid, comment = ""]) => ({ name, uid: Number(uid), gid: Number(gid), comment }));
+    .map(([name = "", , uid, gid, comment = "", home = ""]) => {
+      return { name, uid: Number(uid), gid: Number(gid), comment, home };
+    });
 }
 
 const commentOf = (environmentId: string) => `berth environment ${environmentId}`;
@@ -98,7 +104,10 @@ async function isKnownElsewhere(uid: number): Promise<boolean> {
 async function freeUid(present: readonly Account[], reserved: ReadonlySet<number>): Promise<number> {
   const listed = present.flatMap(({ uid, gid }) => [uid, gid]);
   const taken = new Set([...listed, ...reserved, ...unlisted.values()]);
-  for (let uid = FIRST_UID; uid <= LAST_UID; uid++) {
+  // Anywhere in the range: what a former holder has left somewhere should not soon belong to a new environment.
+  const start = randomInt(UIDS);
+  for (let step = 0; step < UIDS; step++) {
+    const uid = FIRST_UID + ((start + step) % UIDS);
     if (!taken.has(uid) && !(await isKnownElsewhere(uid))) return uid;
   }
   throw new Error(`no user id from ${FIRST_UID} to ${LAST_UID} is free`);
@@ -149,10 +158,21 @@ export async function distinctUid(environmentId: string, user: UnixUser | undefi
   return holder && !isOurs(environmentId)(holder) ? undefined : user.uid;
 }
 
-/** Removes the account that was made for an environment; one that belongs to somebody else is left alone. */
-export async function removeUser(environmentId: string, user: UnixUser | undefined): Promise<void> {
+/** Removes what a user has left where everybody may write: it would belong to the next environment with the id. */
+async function removeLeftovers(uid: number): Promise<void> {
+  const args = ["-P", ...SHARED_FOLDERS, "-xdev", "-uid", String(uid), "-delete"];
+  await runCommand("find", args, { timeoutMs: DEADLINE_MS, maxOutput: 0 }).catch(() => undefined);
+}
+
+/**
+ * Removes the account that was made for an environment, and what it has left behind; one that belongs to somebody else
+ * is left alone.
+ */
+export async function removeUser(environmentId: string, user?: UnixUser): Promise<void> {
   unlisted.delete(environmentId);
   if (user?.own === false || process.getuid?.() !== 0) return;
+  const uid = (await accounts()).find(isOurs(environmentId))?.uid ?? (await distinctUid(environmentId, user));
+  if (uid !== undefined && ![...unlisted.values()].includes(uid)) await removeLeftovers(uid);
   await inTurn(async () => {
     for (let attempt = 0; attempt < ATTEMPTS; attempt++) {
       const found = (await accounts()).find(isOurs(environmentId));
@@ -163,4 +183,12 @@ export async function removeUser(environmentId: string, user: UnixUser | undefin
     }
     throw new Error(`the user of environment ${environmentId} could not be removed`);
   });
+}
+
+/** Ids of environments that have an account with its home below a folder. */
+export async function usersBelow(folder: string): Promise<string[]> {
+  return (await accounts())
+    .filter(({ home }) => home.startsWith(`${folder}/`))
+    .map(({ comment }) => comment.slice(commentOf("").length))
+    .filter((id) => id !== "");
 }

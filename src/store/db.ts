@@ -56,6 +56,34 @@ const SESSIONS = 8;
 const SESSION_WAIT_MS = 10_000;
 const NOOP = () => undefined;
 
+/** Elements of a one-dimensional array as Postgres writes it. */
+function parseArray<T>(text: string, parse: (element: string) => T): (T | null)[] {
+  const elements = text.slice(1, -1).matchAll(/"((?:[^"\\]|\\.)*)"|([^,]+)/g);
+  return [...elements].map(([, quoted, plain = ""]) => {
+    if (quoted !== undefined) return parse(quoted.replace(/\\(.)/g, "$1"));
+    return plain === "NULL" ? null : parse(plain);
+  });
+}
+
+const arrayType = (oid: number, parse: (element: string) => unknown) => ({
+  to: oid,
+  from: [oid],
+  parse: (text: string) => parseArray(text, parse),
+  serialize: (values: readonly unknown[]) =>
+    `{${values.map((value) => (value === null ? "NULL" : `"${String(value).replace(/[\\"]/g, "\\$&")}"`)).join(",")}}`,
+});
+
+// Given here, the driver need not ask each new connection for them: that question, cut short, would end the process.
+const TYPES = {
+  // Sequence numbers, revisions and epochs stay far below 2^53.
+  bigint: { to: 20, from: [20], serialize: String, parse: Number },
+  smallints: arrayType(1005, Number),
+  integers: arrayType(1007, Number),
+  bigints: arrayType(1016, Number),
+  texts: arrayType(1009, String),
+  uuids: arrayType(2951, String),
+};
+
 /** libpq's `?host=/socket/dir` is how a URL names a Unix socket; the driver only takes it as an option. */
 function target(url: string): { url: string; host?: string } {
   const parsed = new URL(url);
@@ -80,8 +108,8 @@ function connect(url: string, name: string, options: ConnectOptions): Sql {
     max_lifetime: null,
     onnotice: NOOP,
     transform: { undefined: null },
-    // Sequence numbers, revisions and epochs stay far below 2^53.
-    types: { bigint: { to: 20, from: [20], serialize: String, parse: Number } },
+    fetch_types: false,
+    types: TYPES as unknown as { bigint: postgres.PostgresType<number> },
     connection: {
       application_name: `berth ${name}`,
       statement_timeout: STATEMENT_TIMEOUT_MS,
@@ -131,6 +159,29 @@ class Client {
   }
 }
 
+/**
+ * Clients of one connection each, which take turns. A client of several connections would share statements out itself,
+ * but keeps lists for it that grow with every statement, and searches them, until by chance all of its connections are
+ * busy, or idle, at the same time.
+ */
+class Turns {
+  readonly #clients: readonly Client[];
+  #next = 0;
+
+  constructor(count: number, open: Open) {
+    this.#clients = Array.from({ length: count }, () => new Client(open));
+  }
+
+  get sql(): Sql {
+    this.#next = (this.#next + 1) % this.#clients.length;
+    return this.#clients[this.#next]!.sql;
+  }
+
+  async end(): Promise<void> {
+    await Promise.all(this.#clients.map((client) => client.end()));
+  }
+}
+
 /** One connection for transactions, one at a time. */
 class Session {
   readonly #sql: Sql;
@@ -140,6 +191,8 @@ class Session {
   constructor(open: Open) {
     this.#sql = open(() => {
       this.isLost = true;
+      // The driver forgets what was asked for after the connection had failed and before it was closed.
+      void this.#sql.end({ timeout: 0 }).catch(NOOP);
     });
   }
 
@@ -322,9 +375,9 @@ class Listener implements Listening {
 
 /** Opens the pools; nothing is contacted before the first query. */
 export function openDb(url: string): Db {
-  const point = new Client((onclose) => connect(url, "point", { max: 2, onclose }));
-  const write = new Client((onclose) => connect(url, "write", { max: 4, max_pipeline: 1, onclose }));
-  const list = new Client((onclose) => connect(url, "list", { max: 2, max_pipeline: 0, onclose }));
+  const point = new Turns(2, (onclose) => connect(url, "point", { max: 1, onclose }));
+  const write = new Turns(4, (onclose) => connect(url, "write", { max: 1, max_pipeline: 1, onclose }));
+  const list = new Turns(2, (onclose) => connect(url, "list", { max: 1, max_pipeline: 0, onclose }));
   const sessions = new Sessions((onclose) => connect(url, "transaction", { max: 1, max_pipeline: 1, onclose }));
   return {
     get point() {

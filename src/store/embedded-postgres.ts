@@ -115,6 +115,7 @@ async function answers(url: string): Promise<boolean> {
     database: "postgres",
     max: 1,
     connect_timeout: 2,
+    fetch_types: false,
     onnotice: () => undefined,
   });
   try {
@@ -186,7 +187,7 @@ class Postmaster {
 
   async #keep(bin: string, as: Identity | undefined): Promise<void> {
     const { signal } = this.#stop;
-    let pauseMs = RESTART_DELAY_MS;
+    let pauseMs = RESTART_DELAY_MS / 2;
     while (!signal.aborted) {
       const since = performance.now();
       const how = await this.#live(bin, as).catch((error: Error) => error.message);

@@ -64,10 +64,18 @@ function guarded(path: string, uid: number | undefined): Interceptor {
   };
 }
 
-function control(socketPath: string, method: string, path: string, body: string, timeoutMs: number): Promise<string> {
+interface ControlCall {
+  socketPath: string;
+  /** The environment it is meant for. */
+  host: string;
+  method: string;
+  path: string;
+}
+
+function control(target: ControlCall, body: string, timeoutMs: number): Promise<string> {
   return new Promise((resolve, reject) => {
     const signal = AbortSignal.timeout(timeoutMs);
-    const call = httpRequest({ socketPath, method, path, agent: false, signal, host: "supervisor" }, (response) => {
+    const call = httpRequest({ ...target, agent: false, signal }, (response) => {
       let text = "";
       response.setEncoding("utf8");
       response.on("data", (chunk: string) => {
@@ -105,10 +113,19 @@ function parseActivity(value: unknown): SupervisorState["activity"] {
   return { source, at: time };
 }
 
-/** Reaches a supervisor over its socket; with `uid`, only a socket of that user counts. Opens nothing by itself. */
-export function connectSupervisor(socketPath: string, { uid }: { uid?: number } = {}): SupervisorClient {
+/**
+ * Reaches the supervisor of an environment over its socket; with `uid`, only a socket of that user counts. Each request
+ * names the environment as its host, so that the supervisor of another one refuses it even if the path was exchanged
+ * for a link after it was looked at. Opens nothing by itself.
+ */
+export function connectSupervisor(
+  socketPath: string,
+  environmentId: string,
+  { uid }: { uid?: number } = {},
+): SupervisorClient {
+  const target = { socketPath, host: environmentId };
   const transport = createConnectTransport({
-    baseUrl: "http://supervisor",
+    baseUrl: `http://${environmentId}`,
     httpVersion: "1.1",
     // One connection per call: a pooled one would fail once after each restart of the supervisor.
     nodeOptions: { socketPath, agent: false },
@@ -120,11 +137,11 @@ export function connectSupervisor(socketPath: string, { uid }: { uid?: number } 
   return Object.assign(createClient(EnvironmentOpsService, transport), {
     async health(timeoutMs = CONTROL_TIMEOUT_MS) {
       checkSocket(socketPath, uid);
-      return parseState(await control(socketPath, "GET", "/healthz", "", timeoutMs));
+      return parseState(await control({ ...target, method: "GET", path: "/healthz" }, "", timeoutMs));
     },
     async setWorkspaceFolder(path: string) {
       checkSocket(socketPath, uid);
-      await control(socketPath, "PUT", "/workspace-folder", path, CONTROL_TIMEOUT_MS);
+      await control({ ...target, method: "PUT", path: "/workspace-folder" }, path, CONTROL_TIMEOUT_MS);
     },
   });
 }

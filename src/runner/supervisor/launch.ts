@@ -62,6 +62,6 @@ export async function launchSupervisor(
   if (!started) throw new SupervisorStartError("the supervisor ended at once", null);
   return {
     record: { pid: started.pid, startTime: started.startTime, version: config.version },
-    client: connectSupervisor(config.socketPath, { uid: config.uid }),
+    client: connectSupervisor(config.socketPath, config.environmentId, { uid: config.uid }),
   };
 }

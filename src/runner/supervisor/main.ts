@@ -64,9 +64,12 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
     },
   });
   const rpc = connectNodeAdapter({ routes, grpc: false, grpcWeb: false });
-  const server = createServer({ requestTimeout: 60_000 }, (request, response) =>
-    isControl(request) ? control(request, response) : rpc(request, response),
-  );
+  const server = createServer({ requestTimeout: 60_000 }, (request, response) => {
+    // A link in another environment may have led the runner here.
+    if (request.headers.host !== config.environmentId) response.writeHead(421).end();
+    else if (isControl(request)) control(request, response);
+    else rpc(request, response);
+  });
   server.maxConnections = 1000;
   // Only the one that serves may touch the journal.
   await listenExclusively(server, socketPath);
