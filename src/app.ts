@@ -1,5 +1,6 @@
 import { setTimeout as delay } from "node:timers/promises";
 import type { Logger } from "pino";
+import { type ResourceOperation, ResourceType } from "../gen/gitpod/v1/event_pb.js";
 import type { ServerConfig } from "./config.ts";
 import { databaseRefusal, isConflict } from "./domain/errors.ts";
 import type { Caller } from "./domain/principal.ts";
@@ -7,7 +8,8 @@ import { type TokenKind, tokenText } from "./domain/tokens.ts";
 import type { Guard } from "./scm/guard.ts";
 import type { Db, Tx } from "./store/db.ts";
 import { type EventHub, runnerTopic, Topic } from "./store/hub.ts";
-import type { Actor } from "./store/record.ts";
+import type { Actor, Change } from "./store/record.ts";
+import type { StoredRunner } from "./store/runners.ts";
 
 /** Bounds of streams and relayed calls; times in milliseconds. Tests make them small. */
 export interface Limits {
@@ -103,4 +105,24 @@ export async function transact<T>(
       await delay(RETRY_MS * 2 ** attempt * (0.5 + jitter / 255));
     }
   }
+}
+
+/** A change of a runner for watchers and, with an `action`, for the audit log. */
+export function runnerChange(
+  app: App,
+  runner: Pick<StoredRunner, "id" | "organizationId" | "creatorId">,
+  operation: ResourceOperation,
+  actor: Actor,
+  action?: string,
+): Change {
+  return {
+    organizationId: runner.organizationId,
+    resourceType: ResourceType.RUNNER,
+    resourceId: runner.id,
+    operation,
+    creatorId: runner.creatorId,
+    runnerId: runner.id,
+    at: app.now(),
+    audit: action ? { id: app.newId(), actor, action } : undefined,
+  };
 }

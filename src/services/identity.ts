@@ -3,7 +3,7 @@ import type { ServiceImpl } from "@connectrpc/connect";
 import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { IdentityService, Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { RunnerPhase } from "../../gen/gitpod/v1/runner_pb.js";
-import { type App, newTokenText, transact } from "../app.ts";
+import { type App, newTokenText, runnerChange, transact } from "../app.ts";
 import { invalid, Refusal } from "../domain/errors.ts";
 import { ACCESS_TOKEN_MS, acceptStatus } from "../domain/runner.ts";
 import { TokenKind } from "../domain/tokens.ts";
@@ -22,20 +22,16 @@ async function signUp(app: App, tx: Tx, runner: StoredRunner, at: Date): Promise
   if (runner.phase !== RunnerPhase.CREATED) return;
   const status = acceptStatus(runner.status, RunnerPhase.INACTIVE, timestampFromDate(at));
   await setRunnerStatus(tx, { runnerId: runner.id, status, leaseMs: "keep", contact: false });
-  await record(tx, {
-    organizationId: runner.organizationId,
-    resourceType: ResourceType.RUNNER,
-    resourceId: runner.id,
-    operation: ResourceOperation.UPDATE_STATUS,
-    runnerId: runner.id,
-    creatorId: runner.creatorId,
-    at,
-    audit: {
-      id: app.newId(),
-      actor: { id: runner.id, principal: Principal.RUNNER, tokenId: null },
-      action: "Runner signed up",
-    },
-  });
+  await record(
+    tx,
+    runnerChange(
+      app,
+      runner,
+      ResourceOperation.UPDATE_STATUS,
+      { id: runner.id, principal: Principal.RUNNER, tokenId: null },
+      "Runner signed up",
+    ),
+  );
 }
 
 async function exchange(app: App, exchangeToken: string): Promise<string> {

@@ -23,11 +23,11 @@ import {
   WatchResponseSchema,
 } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { EnvironmentPhase, EnvironmentStatusSchema } from "../../gen/gitpod/v1/environment_pb.js";
-import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
+import { ResourceOperation } from "../../gen/gitpod/v1/event_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase, type RunnerStatus } from "../../gen/gitpod/v1/runner_pb.js";
-import { type App, actorOf, newTokenText, pacer, transact } from "../app.ts";
+import { type App, actorOf, newTokenText, pacer, runnerChange, transact } from "../app.ts";
 import { environmentMessage } from "../domain/environment.ts";
 import { validateConfiguration } from "../domain/environment-class.ts";
 import { invalid, precondition, Refusal } from "../domain/errors.ts";
@@ -135,16 +135,7 @@ async function recordStatus(
 ): Promise<void> {
   if (sameStatus(runner.status, status)) return;
   const action = changeWorthNoting(runner, status);
-  await record(tx, {
-    organizationId: runner.organizationId,
-    resourceType: ResourceType.RUNNER,
-    resourceId: runner.id,
-    operation: ResourceOperation.UPDATE_STATUS,
-    creatorId: runner.creatorId,
-    runnerId: runner.id,
-    at: app.now(),
-    audit: action ? { id: app.newId(), actor: actorOf(caller), action } : undefined,
-  });
+  await record(tx, runnerChange(app, runner, ResourceOperation.UPDATE_STATUS, actorOf(caller), action));
 }
 
 async function register(app: App, caller: Caller, request: RegisterRequest) {
@@ -495,16 +486,7 @@ async function deregister(app: App, caller: Caller, request: DeregisterRequest):
     const runner = checkLink(await getOwnRunner(tx, caller.id, true), request.linkId);
     touched(runner.id);
     if (request.reason === Reason.DELETED && runner.phase === RunnerPhase.DELETING) {
-      await record(tx, {
-        organizationId: runner.organizationId,
-        resourceType: ResourceType.RUNNER,
-        resourceId: runner.id,
-        operation: ResourceOperation.DELETE,
-        creatorId: runner.creatorId,
-        runnerId: runner.id,
-        at: app.now(),
-        audit: { id: app.newId(), actor: actorOf(caller), action: "Runner deleted" },
-      });
+      await record(tx, runnerChange(app, runner, ResourceOperation.DELETE, actorOf(caller), "Runner deleted"));
       await markDeleted(tx, runner.id, app.now());
       return;
     }

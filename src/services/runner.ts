@@ -14,7 +14,7 @@ import {
   RunnerService,
   RunnerStatusSchema,
 } from "../../gen/gitpod/v1/runner_pb.js";
-import { type App, actorOf, newTokenText, pacer, transact } from "../app.ts";
+import { type App, actorOf, newTokenText, pacer, runnerChange, transact } from "../app.ts";
 import { denied, invalid, precondition, Refusal, type RefusalKind, refuseProblems } from "../domain/errors.ts";
 import { requestDelete } from "../domain/lifecycle.ts";
 import { closePage, openPage } from "../domain/pages.ts";
@@ -40,7 +40,7 @@ import {
 } from "../store/environments.ts";
 import { callTopic, runnerTopic } from "../store/hub.ts";
 import { readPolicies } from "../store/organizations.ts";
-import { type Change, record, recordAccess } from "../store/record.ts";
+import { record, recordAccess } from "../store/record.ts";
 import {
   bumpRevision,
   connectedRunners,
@@ -60,26 +60,6 @@ const MAX_PARSE_CANDIDATES = 3;
 const MAX_RECOMMENDED_CLASSES = 25;
 
 const hasExchangeTokens = (runner: StoredRunner) => runner.kind !== RunnerKind.LOCAL_CONFIGURATION;
-
-/** What a runner's change looks like in the event stream and the audit log. */
-function changeOf(
-  app: App,
-  caller: Caller,
-  runner: Pick<StoredRunner, "id" | "organizationId" | "creatorId">,
-  operation: ResourceOperation,
-  action: string,
-): Change {
-  return {
-    organizationId: runner.organizationId,
-    resourceType: ResourceType.RUNNER,
-    resourceId: runner.id,
-    operation,
-    creatorId: runner.creatorId,
-    runnerId: runner.id,
-    at: app.now(),
-    audit: { id: app.newId(), actor: actorOf(caller), action },
-  };
-}
 
 function message(runner: StoredRunner) {
   if (!runner.administers) blankedForUsers(runner.spec, runner.status);
@@ -148,7 +128,12 @@ async function createRunner(app: App, caller: Caller, request: CreateRunnerReque
   const password = request.spec?.configuration?.metrics?.password;
   const sealed = password ? seal(app.masterKey, `runner ${id} metrics`, Buffer.from(password), app.random) : undefined;
   return transact(app, async (tx) => {
-    await insertRunner(tx, runner, sealed, changeOf(app, caller, runner, ResourceOperation.CREATE, "Runner created"));
+    await insertRunner(
+      tx,
+      runner,
+      sealed,
+      runnerChange(app, runner, ResourceOperation.CREATE, actorOf(caller), "Runner created"),
+    );
     const exchangeToken = await issueExchangeToken(app, tx, caller, runner);
     return { runner: runnerMessage(await getRunner(tx, caller, id)), exchangeToken };
   });
@@ -188,7 +173,7 @@ async function deleteRunner(app: App, caller: Caller, request: DeleteRunnerReque
     const at = app.now();
     if (runner.phase === RunnerPhase.DELETING && !request.force) return;
     if (request.force || !isConnected(runner.phase)) {
-      await record(tx, changeOf(app, caller, runner, ResourceOperation.DELETE, "Runner deleted"));
+      await record(tx, runnerChange(app, runner, ResourceOperation.DELETE, actorOf(caller), "Runner deleted"));
       await markDeleted(tx, runner.id, at);
       return;
     }
@@ -196,7 +181,7 @@ async function deleteRunner(app: App, caller: Caller, request: DeleteRunnerReque
     runner.status.phase = RunnerPhase.DELETING;
     await markDeleting(tx, runner, at);
     await bumpRevision(tx, runner.id, ObjectKind.RUNNER, runner.id, at);
-    await record(tx, changeOf(app, caller, runner, ResourceOperation.UPDATE, "Runner deletion requested"));
+    await record(tx, runnerChange(app, runner, ResourceOperation.UPDATE, actorOf(caller), "Runner deletion requested"));
   });
 }
 

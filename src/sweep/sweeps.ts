@@ -1,9 +1,9 @@
 import { create } from "@bufbuild/protobuf";
 import { timestampFromDate } from "@bufbuild/protobuf/wkt";
 import { EnvironmentPhase } from "../../gen/gitpod/v1/environment_pb.js";
-import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
+import { ResourceOperation } from "../../gen/gitpod/v1/event_pb.js";
 import { RunnerPhase, RunnerStatusSchema } from "../../gen/gitpod/v1/runner_pb.js";
-import { type App, transact } from "../app.ts";
+import { type App, runnerChange, transact } from "../app.ts";
 import { nextDeadline, runnerReturned, runnerUnreachable, runTimers, tombstoneEnd } from "../domain/lifecycle.ts";
 import { SYSTEM } from "../domain/principal.ts";
 import { DELETE_DEADLINE_MS } from "../domain/runner.ts";
@@ -103,16 +103,7 @@ async function sayLost(app: App, tx: Tx, runner: StoredRunner): Promise<void> {
   status.message = message;
   status.updatedAt = timestampFromDate(since);
   await setRunnerStatus(tx, { runnerId: runner.id, status, leaseMs: "keep", contact: false });
-  await record(tx, {
-    organizationId: runner.organizationId,
-    resourceType: ResourceType.RUNNER,
-    resourceId: runner.id,
-    operation: ResourceOperation.UPDATE_STATUS,
-    creatorId: runner.creatorId,
-    runnerId: runner.id,
-    at: app.now(),
-    audit: { id: app.newId(), actor: SYSTEM, action: "Runner is inactive" },
-  });
+  await record(tx, runnerChange(app, runner, ResourceOperation.UPDATE_STATUS, SYSTEM, "Runner is inactive"));
 }
 
 /** Lets an environment say whether its runner can be reached at this moment; true if it can. */
@@ -172,16 +163,10 @@ const silentDeletions: Sweep = {
       const before = new Date(app.now().getTime() - DELETE_DEADLINE_MS);
       const silent = await claimSilentDeletions(tx, before, BATCH);
       for (const runner of silent) {
-        await record(tx, {
-          organizationId: runner.organizationId,
-          resourceType: ResourceType.RUNNER,
-          resourceId: runner.id,
-          operation: ResourceOperation.DELETE,
-          creatorId: runner.creatorId,
-          runnerId: runner.id,
-          at: app.now(),
-          audit: { id: app.newId(), actor: SYSTEM, action: "Runner deleted without its confirmation" },
-        });
+        await record(
+          tx,
+          runnerChange(app, runner, ResourceOperation.DELETE, SYSTEM, "Runner deleted without its confirmation"),
+        );
         await markDeleted(tx, runner.id, app.now());
         touched(runner.id);
       }
