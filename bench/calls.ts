@@ -1,4 +1,11 @@
-import { create, type DescMessage, type DescMethod, type MessageInitShape, toBinary, toJsonString } from "@bufbuild/protobuf";
+import {
+  create,
+  type DescMessage,
+  type DescMethod,
+  type MessageInitShape,
+  toBinary,
+  toJsonString,
+} from "@bufbuild/protobuf";
 import { encodeEnvelope } from "@connectrpc/connect/protocol";
 import type { Load } from "./load.ts";
 
@@ -28,7 +35,10 @@ export function callOf<I extends DescMessage>(
   const request = create(method.input, message);
   const encoded = toBinary(method.input, request);
   const binary = encoded.length ? encoded : UNKNOWN_FIELD;
-  const bodies = { json: () => Buffer.from(toJsonString(method.input, request)), grpc: () => encodeEnvelope(0, binary) };
+  const bodies = {
+    json: () => Buffer.from(toJsonString(method.input, request)),
+    grpc: () => encodeEnvelope(0, binary),
+  };
   const body = format === "json" || format === "grpc" ? bodies[format]() : binary;
   const multiplexed = format === "grpc" || format === "connect-h2c";
   return {

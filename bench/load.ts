@@ -85,7 +85,11 @@ function h2load(folder: string): Generator {
       let p50Ms = Number.NaN;
       if (load.latencies) {
         const lines = (await readFile(log, "utf8")).trim().split("\n");
-        p50Ms = percentile(lines.map((line) => Number(line.split("\t")[2])), 50) / 1000;
+        p50Ms =
+          percentile(
+            lines.map((line) => Number(line.split("\t")[2])),
+            50,
+          ) / 1000;
       }
       const perSecond = Number(rate[1]);
       return { perSecond, served: withWarmUp(perSecond, load.ms), p50Ms };
@@ -116,10 +120,23 @@ function wrk(folder: string, other: Generator): Generator {
       const [body, script] = [join(folder, `body-${runs}`), join(folder, "post.lua")];
       await Promise.all([writeFile(body, load.body), writeFile(script, WRK_SCRIPT)]);
       const seconds = Math.max(1, Math.round(load.ms / 1000));
-      const args = ["-t", "1", "-c", String(load.connections), "-d", `${seconds}s`, "-s", script, ...headerArgs(load), load.url];
+      const args = [
+        "-t",
+        "1",
+        "-c",
+        String(load.connections),
+        "-d",
+        `${seconds}s`,
+        "-s",
+        script,
+        ...headerArgs(load),
+        load.url,
+      ];
       const env = { ...process.env, BODY: body };
       const { stdout } = await run("wrk", args, { env, timeout: load.ms + SLACK_MS, maxBuffer: MAX_OUTPUT_BYTES });
-      const [requests = 0, us = 1, p50Us = 0, errors = 1] = (/RESULT\s+(.*)/.exec(stdout)?.[1] ?? "").split(/\s+/).map(Number);
+      const [requests = 0, us = 1, p50Us = 0, errors = 1] = (/RESULT\s+(.*)/.exec(stdout)?.[1] ?? "")
+        .split(/\s+/)
+        .map(Number);
       if (errors > 0) throw failed("wrk", stdout);
       return { perSecond: requests / (us / 1e6), served: requests, p50Ms: p50Us / 1000 };
     },

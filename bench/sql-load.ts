@@ -32,14 +32,23 @@ export interface SqlGenerator {
 async function pgbench(databaseUrl: string): Promise<SqlGenerator> {
   const folder = await mkdtemp(join(tmpdir(), "berth-sql-"));
   const { searchParams, hostname, port, username, pathname } = new URL(databaseUrl);
-  const target = ["-h", searchParams.get("host") ?? hostname, ...(port ? ["-p", port] : []), "-U", username, pathname.slice(1)];
+  const target = [
+    "-h",
+    searchParams.get("host") ?? hostname,
+    ...(port ? ["-p", port] : []),
+    "-U",
+    username,
+    pathname.slice(1),
+  ];
   return {
     name: "pgbench",
     async run({ statement, clients, transactions }) {
       const script = join(folder, "statement.sql");
       await writeFile(script, `${statement};\n`);
       const size = ["-c", String(clients), "-j", String(THREADS), "-t", String(transactions)];
-      const { stdout } = await run("pgbench", ["-n", "-M", "prepared", ...size, "-f", script, ...target], { timeout: TIMEOUT_MS });
+      const { stdout } = await run("pgbench", ["-n", "-M", "prepared", ...size, "-f", script, ...target], {
+        timeout: TIMEOUT_MS,
+      });
       const rate = /tps = ([\d.]+)/.exec(stdout)?.[1];
       if (!rate) throw new Error(`pgbench said nothing of its rate:\n${stdout}`);
       return Number(rate);

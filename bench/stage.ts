@@ -4,7 +4,12 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { toBinary } from "@bufbuild/protobuf";
 import { v7 as uuidv7 } from "uuid";
-import { AdmissionLevel, type Environment, EnvironmentPhase, EnvironmentSchema } from "../gen/gitpod/v1/environment_pb.js";
+import {
+  AdmissionLevel,
+  type Environment,
+  EnvironmentPhase,
+  EnvironmentSchema,
+} from "../gen/gitpod/v1/environment_pb.js";
 import { ResourceType } from "../gen/gitpod/v1/event_pb.js";
 import { ResourceRole } from "../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../gen/gitpod/v1/identity_pb.js";
@@ -76,7 +81,11 @@ export function environmentRequest(classId: string) {
         gitUsername: "Somebody Else",
         initializer: { specs: [{ spec: { case: "git" as const, value: { remoteUri, cloneTarget: "main" } } }] },
       },
-      ports: [3000, 5173, 8080].map((port) => ({ port, name: `web server ${port}`, admission: AdmissionLevel.OWNER_ONLY })),
+      ports: [3000, 5173, 8080].map((port) => ({
+        port,
+        name: `web server ${port}`,
+        admission: AdmissionLevel.OWNER_ONLY,
+      })),
     },
   };
 }
@@ -200,7 +209,17 @@ export async function openStage(): Promise<Stage> {
       return { runnerId, classId };
     };
     const stage: Stage = {
-      ...{ url, plane, databaseUrl: postgres.url, db, dataDir: join(folder, "postgres"), organizationId, place, environment, close },
+      ...{
+        url,
+        plane,
+        databaseUrl: postgres.url,
+        db,
+        dataDir: join(folder, "postgres"),
+        organizationId,
+        place,
+        environment,
+        close,
+      },
       admin: Object.assign(Object.create(admin), { id: subject?.id ?? "", token }) as BerthClient & Person,
       environmentBytes: toBinary(EnvironmentSchema, environment).length,
       people: (count) => addPeople(db, organizationId, count),

@@ -244,8 +244,7 @@ describe.runIf(isRoot)("from inside an environment", () => {
 
     await admin.environments.startEnvironment({ environmentId: attacker.id });
     attacker = await enter(attacker.id);
-    const { environment } = await admin.environments.getEnvironment({ environmentId: attacker.id });
-    expect(environment?.status?.content?.git?.totalChangedFiles).toBeGreaterThan(0);
+    await until(attacker.id, "changes are seen", ({ status }) => status?.content?.git?.totalChangedFiles);
     const cleaned = await readFile(join(attacker.root, "home/cleaned"), "utf8").catch(() => "");
     expect(["", String(attacker.uid)]).toContain(cleaned.trim());
     const { stdout: left } = await attacker.run(
@@ -355,12 +354,7 @@ describe("from outside", () => {
         "-oProxyCommand=id",
         "ssh://-oProxyCommand=id/x",
       ],
-      ...[
-        "git@-oProxyCommand=id:x/y",
-        "https://user:secret@example.com/a/b",
-        "https://example.com/a\nb",
-        "https://example.com/\0",
-      ],
+      ...["git@-oProxyCommand=id:x/y", "https://user:secret@example.com/a/b", "https://example.com/a\nb"],
       ...[
         "javascript:alert(1)",
         "fd::17",
@@ -383,31 +377,22 @@ describe("from outside", () => {
       ),
     ];
     for (const url of hostile) {
-      const parsed = await codeOf(admin.runners.parseContextURL({ contextUrl: url })).catch(() => "allowed");
-      expect([
-        url,
-        ["InvalidArgument", "FailedPrecondition", "NotFound", "PermissionDenied"].includes(parsed),
-        parsed,
-      ]).toEqual([url, true, parsed]);
-      for (const spec of [
-        { case: "git" as const, value: { remoteUri: url } },
-        { case: "contextUrl" as const, value: { url } },
-      ]) {
-        const created = await admin.environments
-          .createEnvironment({ spec: { machine, content: { initializer: { specs: [{ spec }] } } } })
-          .catch((error: unknown) => ConnectError.from(error));
-        if (created instanceof ConnectError) {
-          expect([url, Code[created.code]]).toEqual([url, expect.stringMatching(/InvalidArgument|FailedPrecondition/)]);
-          continue;
-        }
-        const environmentId = created.environment?.id ?? "";
-        const failed = await until(environmentId, `${url} fails`, ({ status }) => status?.failureMessage.length);
-        expect([url, failed.status?.failureMessage.join()]).toEqual([
-          url,
-          expect.stringMatching(/not allowed|does not exist|https/),
-        ]);
-        await admin.environments.deleteEnvironment({ environmentId, force: true });
-      }
+      const code = await codeOf(admin.runners.parseContextURL({ contextUrl: url }));
+      expect([url, code]).toEqual([url, expect.stringMatching(/^(InvalidArgument|FailedPrecondition|NotFound)$/)]);
+    }
+    // The runner asks its own guard again.
+    const [spelled = "", metadata = ""] = [`https://2130706433:${port}/a/b.git`, "https://169.254.169.254/a/b.git"];
+    const specs = [
+      { case: "git" as const, value: { remoteUri: spelled } },
+      { case: "git" as const, value: { remoteUri: metadata } },
+    ];
+    for (const spec of specs) {
+      const content = { initializer: { specs: [{ spec }] } };
+      const { environment } = await admin.environments.createEnvironment({ spec: { machine, content } });
+      const environmentId = environment?.id ?? "";
+      const failed = await until(environmentId, "the clone fails", ({ status }) => status?.failureMessage.length);
+      expect(failed.status?.failureMessage.join()).toContain("not allowed");
+      await admin.environments.deleteEnvironment({ environmentId, force: true });
     }
     expect(reached).toBe(before);
   });

@@ -1,5 +1,5 @@
-import { AuditLogEntryKind, ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { EnvironmentService } from "../../gen/gitpod/v1/environment_pb.js";
+import { AuditLogEntryKind, ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import type { Bench } from "../bench.ts";
 import { callOf } from "../calls.ts";
@@ -73,14 +73,23 @@ export async function create(bench: Bench): Promise<Row[]> {
     ratio: ratioOf(rates, rounds.floor, Number),
   });
   return [
-    row(`insert of the store, 16 at once, ${PLACES} runners`, rounds.insert, `floor: ${sql.name}, row + audit + event`, {
-      bound: ">=",
-      value: 0.5,
-    }),
+    row(
+      `insert of the store, 16 at once, ${PLACES} runners`,
+      rounds.insert,
+      `floor: ${sql.name}, row + audit + event`,
+      {
+        bound: ">=",
+        value: 0.5,
+      },
+    ),
     row(`CreateEnvironment, 16 at once, ${PLACES} people and runners`, rounds.spread, "the same floor", {
       bound: ">=",
       value: 0.3,
     }),
-    row("CreateEnvironment, 16 at once, one person, one runner", rounds.same, "quota and capacity are exact: one by one"),
+    row(
+      "CreateEnvironment, 16 at once, one person, one runner",
+      rounds.same,
+      "quota and capacity are exact: one by one",
+    ),
   ];
 }

@@ -60,9 +60,16 @@ async function cloneAndStart(git: GitServer, name: string): Promise<number> {
 export async function environment(bench: Bench): Promise<Row[]> {
   const git = await startGitServer();
   bench.after(() => git.close());
-  const files = Array.from({ length: FILES }, (_each, index) => [`src/file-${index}.txt`, `line ${index}\n`.repeat(50)]);
+  const files = Array.from({ length: FILES }, (_each, index) => [
+    `src/file-${index}.txt`,
+    `line ${index}\n`.repeat(50),
+  ]);
   await git.createRepository("project", { files: Object.fromEntries(files) });
-  const berth = await startInstallation({ BERTH_SCM_ALLOW_HOSTS: git.host, BERTH_GIT_SCHEMES: "http", BERTH_LOG_LEVEL: "error" });
+  const berth = await startInstallation({
+    BERTH_SCM_ALLOW_HOSTS: git.host,
+    BERTH_GIT_SCHEMES: "http",
+    BERTH_LOG_LEVEL: "error",
+  });
   bench.after(async () => berth[Symbol.asyncDispose]());
   const client = createBerthClient({ baseUrl: berth.url, token: berth.adminToken });
   const classId = await eventually(async () => {

@@ -55,7 +55,12 @@ function frame(resourceId: string): Uint8Array {
   return Buffer.concat([Buffer.from(`${bytes.length.toString(16)}\r\n`), bytes, Buffer.from("\r\n")]);
 }
 
-function delivery(sent: readonly number[], received: readonly Float64Array[], streams: number, cpuMicros: number): Delivery {
+function delivery(
+  sent: readonly number[],
+  received: readonly Float64Array[],
+  streams: number,
+  cpuMicros: number,
+): Delivery {
   const waits = received.flatMap((times, index) => Array.from(times, (at) => at - (sent[index] ?? 0)));
   return {
     p50Ms: percentile(waits, 50),
@@ -87,7 +92,11 @@ export async function events(bench: Bench): Promise<Row[]> {
   const rawGroup = await sink.call("open", { port: portOf((await raw.call("started")).url), requests });
   const group = await sink.call("open", { port: portOf(stage.url), requests });
 
-  const measure = async (which: number, server: { call(name: "cpuMicros"): Promise<number> }, emit: () => Promise<number[]>) => {
+  const measure = async (
+    which: number,
+    server: { call(name: "cpuMicros"): Promise<number> },
+    emit: () => Promise<number[]>,
+  ) => {
     const before = await server.call("cpuMicros");
     const sent = await emit();
     const received = await sink.call("collect", which, ids, DEADLINE_MS);
@@ -95,8 +104,7 @@ export async function events(bench: Bench): Promise<Row[]> {
   };
   const rounds = await interleaved<"raw" | "product", Delivery>(bench.rounds, {
     raw: () => measure(rawGroup, raw, () => raw.call("emit", frames, PER_SECOND)),
-    product: () =>
-      measure(group, stage.plane, () => stage.plane.call("emit", ids, PER_SECOND, stage.organizationId)),
+    product: () => measure(group, stage.plane, () => stage.plane.call("emit", ids, PER_SECOND, stage.organizationId)),
   });
   const missing = medianOf(rounds.product, (each) => each.missing);
   const note = missing > 0 ? `${(missing * 100).toFixed(0)} % did not come within ${DEADLINE_MS / 1000} s` : undefined;
@@ -108,7 +116,13 @@ export async function events(bench: Bench): Promise<Row[]> {
   });
   const p99 = compared((each) => each.p99Ms);
   return [
-    { operation: `${name}: server CPU per delivery`, unit: "us", ...compared((each) => each.cpuUs), goal: { bound: "<=", value: 3 }, note },
+    {
+      operation: `${name}: server CPU per delivery`,
+      unit: "us",
+      ...compared((each) => each.cpuUs),
+      goal: { bound: "<=", value: 3 },
+      note,
+    },
     { operation: `${name}: commit to client, p50`, unit: "ms", ...compared((each) => each.p50Ms) },
     {
       operation: `${name}: commit to client, p99`,

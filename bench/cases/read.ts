@@ -58,7 +58,10 @@ export async function read(bench: Bench): Promise<Row[]> {
     rateRow("GetAuthenticatedIdentity, 16 at once: Connect binary, HTTP/1.1", of("identityBinary"), of("h1"), GOAL),
     rateRow("GetAuthenticatedIdentity, 16 at once: Connect JSON, HTTP/1.1", of("identityJson"), of("h1")),
     rateRow("GetAuthenticatedIdentity, 16 at once: gRPC, h2c", of("identityGrpc"), of("h2c")),
-    timeRow("GetEnvironment, 1 client, p50: Connect binary, HTTP/1.1", of("one"), of("oneBare"), { bound: "<=", value: 2 }),
+    timeRow("GetEnvironment, 1 client, p50: Connect binary, HTTP/1.1", of("one"), of("oneBare"), {
+      bound: "<=",
+      value: 2,
+    }),
     {
       operation: "GetEnvironment, 1 client, p50: gRPC, h2c",
       ...{ unit: "ms", figure: grpc.figure, goal: { bound: "<=", value: 1 } },

@@ -85,13 +85,19 @@ export async function startUp(bench: Bench): Promise<Row[]> {
   return [
     {
       operation: "start to first call, with data",
-      ...row((each) => each.againMs, (each) => each.floorMs),
+      ...row(
+        (each) => each.againMs,
+        (each) => each.floorMs,
+      ),
       goal: { bound: "<=", value: 450, of: "figure" },
       note: "floor: node -e 0, then Postgres until it is ready",
     },
     {
       operation: "start to first call, fresh",
-      ...row((each) => each.freshMs, (each) => each.initdbMs),
+      ...row(
+        (each) => each.freshMs,
+        (each) => each.initdbMs,
+      ),
       goal: { bound: "<=", value: 2.05 },
       note: "floor: initdb alone",
     },

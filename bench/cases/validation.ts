@@ -30,7 +30,13 @@ export async function validation(bench: Bench): Promise<Row[]> {
         await child.stop();
       }
     },
-    call: async () => ({ getUs: 0, createUs: 0, handUs: 0, firstUs: 0, ...(await loaded(bench.generator, server, load)) }),
+    call: async () => ({
+      getUs: 0,
+      createUs: 0,
+      handUs: 0,
+      firstUs: 0,
+      ...(await loaded(bench.generator, server, load)),
+    }),
   });
   const of = (value: (times: ValidationTimes) => number) => medianOf(rounds.times, value);
   const share = (100 * of((times) => times.getUs)) / medianOf(rounds.call, ({ cpuUs }) => cpuUs);
@@ -40,8 +46,18 @@ export async function validation(bench: Bench): Promise<Row[]> {
       ...{ unit: "us", floor: of((times) => times.handUs), figure: of((times) => times.getUs) },
       note: "floor: a check by hand",
     },
-    { operation: "validation, the same: absolute", unit: "us", figure: of((times) => times.getUs), goal: { bound: "<=", value: 10 } },
-    { operation: "validation, share of the server CPU of a call", unit: "%", figure: share, goal: { bound: "<=", value: 20 } },
+    {
+      operation: "validation, the same: absolute",
+      unit: "us",
+      figure: of((times) => times.getUs),
+      goal: { bound: "<=", value: 10 },
+    },
+    {
+      operation: "validation, share of the server CPU of a call",
+      unit: "%",
+      figure: share,
+      goal: { bound: "<=", value: 20 },
+    },
     { operation: "validation of CreateEnvironmentRequest", unit: "us", figure: of((times) => times.createUs) },
     {
       operation: "validation, first of a type after the start",

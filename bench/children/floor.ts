@@ -25,17 +25,20 @@ interface Messages {
 
 function reader({ databaseUrl, environmentId }: NonNullable<FloorSettings["read"]>): Answer {
   const sql = bareDriver(databaseUrl, { max: 1 });
-  const joined = (rows: Messages[]) => Buffer.concat(rows.flatMap(({ metadata, spec, status }) => [metadata, spec, status]));
+  const joined = (rows: Messages[]) =>
+    Buffer.concat(rows.flatMap(({ metadata, spec, status }) => [metadata, spec, status]));
   // A request with a number wants that many rows from the newest on; every other one wants the environment.
   return async (request) => {
     const count = request.length === 1 ? request[0] : undefined;
     if (count === undefined) {
       return joined(await sql<Messages[]>`select metadata, spec, status from environments where id = ${environmentId}`);
     }
-    return joined(await sql<Messages[]>`
+    return joined(
+      await sql<Messages[]>`
       select metadata, spec, status from environments
       where organization_id = (select organization_id from environments where id = ${environmentId}) and deleted_at is null
-      order by id desc limit ${count}`);
+      order by id desc limit ${count}`,
+    );
   };
 }
 

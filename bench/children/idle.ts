@@ -16,6 +16,8 @@ serve<IdleSettings, object>(async ({ dataDir }) => {
   const host = encodeURIComponent(join(dataDir, "postgres", "data"));
   const sql = bareDriver(`postgres://berth@localhost/berth?host=${host}`, { max: 1 });
   await sql`select 1`;
-  await open(createServer((_request, response) => response.end(toBinary(EnvironmentSchema, create(EnvironmentSchema)))));
+  await open(
+    createServer((_request, response) => response.end(toBinary(EnvironmentSchema, create(EnvironmentSchema)))),
+  );
   return { api: {}, stop: () => sql.end({ timeout: 1 }) };
 });

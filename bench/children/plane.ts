@@ -48,7 +48,9 @@ async function failures(): Promise<number> {
   const metric = await register.getSingleMetric("berth_rpc_seconds")?.get();
   const counts = (metric?.values ?? []) as { value: number; metricName?: string; labels: { code?: string } }[];
   return counts
-    .filter(({ metricName, labels }) => metricName?.endsWith("_count") && labels.code !== "ok" && labels.code !== "canceled")
+    .filter(
+      ({ metricName, labels }) => metricName?.endsWith("_count") && labels.code !== "ok" && labels.code !== "canceled",
+    )
     .reduce((sum, { value }) => sum + value, 0);
 }
 
@@ -64,7 +66,12 @@ async function insert({ db }: App, insertion: Insertion): Promise<number> {
     const creator = create(SubjectSchema, { id: creatorId, principal: Principal.USER });
     const runnerId = runnerIds[index % runnerIds.length] ?? "";
     while (performance.now() - from < ms) {
-      const metadata = create(EnvironmentMetadataSchema, { ...template.metadata, creator, runnerId, sessionId: uuidv7() });
+      const metadata = create(EnvironmentMetadataSchema, {
+        ...template.metadata,
+        creator,
+        runnerId,
+        sessionId: uuidv7(),
+      });
       const state = { ...template, id: uuidv7(), metadata };
       await db.begin((tx) => insertEnvironment(tx, state, actor, uuidv7(), new Date()));
       done += 1;
@@ -97,7 +104,10 @@ serve<PlaneSettings, PlaneApi>(async ({ databaseUrl, dataDir, adminToken }) => {
     BERTH_RATE_LIMIT: "0",
     BERTH_LOG_LEVEL: "error",
   });
-  const plane = await startControlPlane(config, pino({ level: config.logLevel }, pino.destination({ fd: 2, sync: true })));
+  const plane = await startControlPlane(
+    config,
+    pino({ level: config.logLevel }, pino.destination({ fd: 2, sync: true })),
+  );
   return {
     api: {
       started: () => ({ url: plane.server.url, exchangeToken: plane.runnerExchangeToken ?? "" }),

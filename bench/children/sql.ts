@@ -9,7 +9,8 @@ export interface SqlApi {
 async function run(databaseUrl: string, { statement, clients, transactions }: SqlLoad): Promise<number> {
   const sql = bareDriver(databaseUrl, { max: clients, max_pipeline: 1 });
   const client = async (count: number) => {
-    for (let done = 0; done < count; done += 1) await sql.unsafe(statement, [], { prepare: true, simple: false } as object);
+    for (let done = 0; done < count; done += 1)
+      await sql.unsafe(statement, [], { prepare: true, simple: false } as object);
   };
   const all = (count: number) => Promise.all(Array.from({ length: clients }, () => client(count)));
   try {
