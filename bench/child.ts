@@ -1,5 +1,4 @@
 import { fork } from "node:child_process";
-import { once } from "node:events";
 import { fileURLToPath } from "node:url";
 import type { BaseApi, Reply, Request } from "./children/serve.ts";
 
@@ -32,10 +31,14 @@ export async function startChild<T extends Api<T>>(script: string, settings: obj
   const path = fileURLToPath(new URL(`children/${script}`, import.meta.url));
   const child = fork(path, { serialization: "advanced", stdio: ["ignore", "ignore", "inherit", "ipc"] });
   const waiting = new Map<number, PromiseWithResolvers<unknown>>();
-  const ended = once(child, "exit").then(() => {
+  const ended = Promise.withResolvers<void>();
+  const end = () => {
     for (const { reject } of waiting.values()) reject(new Error(`${script} ended`));
     waiting.clear();
-  });
+    ended.resolve();
+  };
+  child.once("exit", end);
+  child.once("error", end);
   let last = 0;
   const send = (request: Omit<Request, "id">) => {
     last += 1;
@@ -56,7 +59,7 @@ export async function startChild<T extends Api<T>>(script: string, settings: obj
     if (child.exitCode !== null || child.signalCode !== null) return;
     const timer = setTimeout(() => child.kill("SIGKILL"), STOP_MS);
     if (child.connected) child.disconnect();
-    await ended;
+    await ended.promise;
     clearTimeout(timer);
   };
   try {
@@ -67,8 +70,7 @@ export async function startChild<T extends Api<T>>(script: string, settings: obj
   }
   return {
     pid: child.pid ?? 0,
-    call: (name, ...args) =>
-      within(send({ name, args: [...args] }), CALL_MS, `${name} of ${script}`) as ReturnType<Child<T>["call"]> as never,
+    call: (name, ...args) => within(send({ name, args }), CALL_MS, `${name} of ${script}`) as never,
     stop,
   };
 }

@@ -15,8 +15,7 @@ export type Rounds<Name extends string, Result> = Record<Name, Result[]>;
 
 /**
  * Measures variants round by round, so that whatever else the machine does at the time meets all of them. Every other
- * round runs backwards: drift inside a round cancels out. One round before them is thrown away, because code that has
- * not run before is slow.
+ * round runs backwards: drift inside a round cancels out.
  */
 export async function interleaved<Name extends string, Result>(
   rounds: number,
@@ -24,11 +23,19 @@ export async function interleaved<Name extends string, Result>(
 ): Promise<Rounds<Name, Result>> {
   const names = Object.keys(variants) as Name[];
   const results = Object.fromEntries(names.map((name) => [name, [] as Result[]])) as Rounds<Name, Result>;
-  for (const name of names) await variants[name]();
   for (let round = 0; round < rounds; round += 1) {
     for (const name of round % 2 ? [...names].reverse() : names) results[name].push(await variants[name]());
   }
   return results;
+}
+
+/** As `interleaved`, after a round that is thrown away: in processes that live on, code that is new to them is slow. */
+export async function interleavedWarm<Name extends string, Result>(
+  rounds: number,
+  variants: Record<Name, () => Promise<Result>>,
+): Promise<Rounds<Name, Result>> {
+  await interleaved(1, variants);
+  return interleaved(rounds, variants);
 }
 
 /** Median over the rounds of figure / floor. */

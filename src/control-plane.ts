@@ -126,12 +126,12 @@ async function stageTokenFile(path: string, token: string): Promise<string> {
 
 /** Makes the first organization if there is none, and finds what the embedded runner needs to sign up. */
 async function firstStart(config: ServerConfig, db: Db, log: Logger, at: Date): Promise<First> {
-  if (!config.bootstrap.enabled) return {};
   const path = exchangeTokenPath(config);
+  const waiting = await readFile(path, "utf8").catch(() => undefined);
+  if (!config.bootstrap.enabled) return { runnerExchangeToken: waiting };
   const { adminToken, adminEmail, adminName, organizationName, tokenFile } = config.bootstrap;
   const token = adminToken ?? tokenText(TokenKind.PERSONAL_ACCESS, randomBytes);
   const exchangeToken = tokenText(TokenKind.RUNNER_EXCHANGE, randomBytes);
-  const waiting = await readFile(path, "utf8").catch(() => undefined);
   if (await hasOrganization(db.point)) {
     log.info("an organization exists, so the bootstrap settings are ignored");
     return { runnerExchangeToken: waiting };

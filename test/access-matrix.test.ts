@@ -311,12 +311,12 @@ const rows = EXPECTED.trim()
   .split("\n")
   .map((line) => {
     const [rpc = "", ...letters] = line.trim().split(/ +/);
-    return { rpc, letters: letters.join(" ") };
+    return [rpc, letters.join(" ")] as const;
   });
 
 test("every registered RPC has a row, and every row and request an RPC", () => {
   const known = registered().map(nameOf).sort();
-  expect(rows.map(({ rpc }) => rpc).sort()).toEqual(known);
+  expect(rows.map(([rpc]) => rpc).sort()).toEqual(known);
   expect([...Object.keys(REQUESTS), ...DESTRUCTIVE].filter((rpc) => !known.includes(rpc))).toEqual([]);
   expect(known.length).toBeGreaterThan(60);
 });
@@ -332,7 +332,7 @@ test("the policy has a line for every registered RPC, and no other", () => {
   );
 });
 
-test.each(rows)("$rpc answers $letters", async ({ rpc, letters }) => {
+test.each(rows)("%s answers %s", async (rpc, letters) => {
   const method = registered().find((each) => nameOf(each) === rpc);
   if (!method) throw new Error("is not registered");
   const expected = letters.split(" ").map((letter) => OUTCOMES[letter] ?? `the unknown letter ${letter}`);

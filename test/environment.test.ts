@@ -1123,7 +1123,7 @@ describe("who may do what", () => {
     },
   });
   const [OK, DENIED, ABSENT] = ["ok", "PermissionDenied", "NotFound"];
-  const share_ = (id: string, role: ResourceRole) =>
+  const shareWithGuest = (id: string, role: ResourceRole) =>
     share(setup.plane, guest.id, { type: ResourceType.ENVIRONMENT, id, role });
 
   test("the creator may do everything", async () => {
@@ -1153,10 +1153,10 @@ describe("who may do what", () => {
 
   test("ENV-49 shares: an admin of the environment is an owner, a user enters, a viewer reads, and all of it can be taken away", async () => {
     const [administered, used, viewed] = [await running(), await running(), await running()] as const;
-    await share_(administered, ResourceRole.ENVIRONMENT_ADMIN);
+    await shareWithGuest(administered, ResourceRole.ENVIRONMENT_ADMIN);
     const undo = [
-      await share_(used, ResourceRole.ENVIRONMENT_USER),
-      await share_(viewed, ResourceRole.ENVIRONMENT_VIEWER),
+      await shareWithGuest(used, ResourceRole.ENVIRONMENT_USER),
+      await shareWithGuest(viewed, ResourceRole.ENVIRONMENT_VIEWER),
     ];
     expect((await ids(guest.client)).filter((id) => [administered, used, viewed].includes(id))).toHaveLength(3);
     expect(await rights(guest.client, used)).toEqual({ ...all(DENIED), get: OK, enter: OK, logs: OK, use: OK });

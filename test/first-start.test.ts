@@ -21,6 +21,7 @@ import { defaultPolicies } from "../src/domain/policies.ts";
 import { TokenKind, tokenText } from "../src/domain/tokens.ts";
 import { WrongMasterKey } from "../src/store/bootstrap.ts";
 import type { Db } from "../src/store/db.ts";
+import { seal, unseal } from "../src/store/envelope.ts";
 import { ADMINS_GROUP, MEMBERS_GROUP } from "../src/store/organizations.ts";
 import { FakeRunner } from "./harness/fake-runner.ts";
 import { createDatabase, type TestDatabase } from "./harness/program.ts";
@@ -104,12 +105,18 @@ const count = async (db: Db, table: string) => (await db.point`select from ${db.
 test.concurrent("PLT-1 two replicas that start at once on an empty database make one organization, one runner and one token", async () => {
   await using database = await createDatabase({ migrated: false });
   const env = { BERTH_MASTER_KEY: newKey(), BERTH_RUNNER: "on" };
-  const both = await Promise.all([start(database, env), start(database, env)]);
+  const folders = [await newHome(), await newHome()] as const;
+  const tokenFile = (folder: string) => ({ BERTH_BOOTSTRAP_TOKEN_FILE: join(folder, "token") });
+  const both = await Promise.all([
+    start(database, { ...env, ...tokenFile(folders[0]) }),
+    start(database, { ...env, ...tokenFile(folders[1]) }),
+  ]);
   await using _first = both[0];
   await using _second = both[1];
   const tokens = both.flatMap(({ plane }) => plane.firstToken ?? []);
   expect(tokens).toEqual([expect.stringMatching(TOKEN)]);
   expect(both.filter(({ plane }) => plane.runnerExchangeToken)).toHaveLength(1);
+  expect([...(await readdir(folders[0])), ...(await readdir(folders[1]))]).toEqual(["token"]);
   for (const { identity } of both) expect((await identity(tokens[0] ?? "")).organizationId).not.toBe("");
 
   const { db } = database;
@@ -302,7 +309,7 @@ test.concurrent("the exchange token of a first start is found again until it is 
     await using first = await start(database, env);
     waiting = first.plane.runnerExchangeToken;
   }
-  await using second = await start(database, env);
+  await using second = await start(database, { ...env, BERTH_BOOTSTRAP: "off" });
   expect(second.plane.runnerExchangeToken).toBe(waiting);
 });
 
@@ -394,6 +401,23 @@ test.concurrent.each(["", "c2hvcnQ=", "not base64 but of the right length, isn't
     expect(await readFile(join(dataDir, "master.key"), "utf8")).toBe(content);
   },
 );
+
+test.concurrent("what is sealed opens with its key and its context only, and not if a single bit differs", () => {
+  const [key, other] = [randomBytes(32), randomBytes(32)];
+  const plain = Buffer.from("swordfish");
+  const sealed = seal(key, "runner 1", plain, randomBytes);
+  expect(Buffer.from(unseal(key, "runner 1", sealed))).toEqual(plain);
+  expect(Buffer.from(sealed).includes(plain)).toBe(false);
+  expect(Buffer.compare(sealed, seal(key, "runner 1", plain, randomBytes))).not.toBe(0);
+  expect(() => unseal(other, "runner 1", sealed)).toThrow();
+  expect(() => unseal(key, "runner 2", sealed)).toThrow();
+  for (let index = 0; index < sealed.length; index += 1) {
+    const changed = Buffer.from(sealed);
+    changed[index] = (changed[index] ?? 0) ^ 1;
+    expect(() => unseal(key, "runner 1", changed)).toThrow();
+    expect(() => unseal(key, "runner 1", sealed.subarray(0, index))).toThrow();
+  }
+});
 
 test.concurrent("a data folder that cannot be used stops the start and names the variable", async () => {
   const file = join(await newHome(), "file");

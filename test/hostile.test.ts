@@ -4,7 +4,6 @@ import { createServer, request, type Server } from "node:http";
 import type { AddressInfo } from "node:net";
 import { join } from "node:path";
 import { text } from "node:stream/consumers";
-import { Code, ConnectError } from "@connectrpc/connect";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { type Environment, EnvironmentPhase } from "../gen/gitpod/v1/environment_pb.js";
 import { type BerthClient, createBerthClient, createOpsClient } from "../src/client.ts";
@@ -385,6 +384,7 @@ describe("from outside", () => {
     const specs = [
       { case: "git" as const, value: { remoteUri: spelled } },
       { case: "git" as const, value: { remoteUri: metadata } },
+      { case: "contextUrl" as const, value: { url: spelled } },
     ];
     for (const spec of specs) {
       const content = { initializer: { specs: [{ spec }] } };

@@ -1,5 +1,5 @@
 import { readdir } from "node:fs/promises";
-import { afterAll, beforeAll, expect, test } from "vitest";
+import { afterAll, beforeAll, expect, test, vi } from "vitest";
 import {
   EnvironmentStatus_ContentPhase as ContentPhase,
   type EnvironmentInitializer_Spec,
@@ -10,6 +10,8 @@ import { type GitServer, type Repository, startGitServer } from "./harness/git-s
 import { contentOf, FakeControlPlane, fromGit, TestRunner } from "./runner-harness.ts";
 
 const { RUNNING, STOPPED } = EnvironmentPhase;
+
+vi.setConfig({ testTimeout: 120_000 });
 
 let git: GitServer;
 let plane: FakeControlPlane;
@@ -60,37 +62,32 @@ const reinitialize = async (id: string, session: string) => {
   return done.status?.content;
 };
 
-test.concurrent("ENV-39: the default head is tracked, whatever the target says", async () => {
-  const { id, content } = await run(fromGit(repository.url, { targetMode: Mode.REMOTE_HEAD, cloneTarget: "ignored" }));
-  expect(content?.git).toMatchObject({ branch: "main", latestCommit: repository.head });
-  expect(await runner.exec(id, "git rev-parse --abbrev-ref @{upstream}; git status --porcelain")).toBe("origin/main");
-});
-
-test.concurrent("ENV-39: a remote branch is tracked, also without a mode and if a tag has its name", async () => {
-  const { id } = await run(fromGit(repository.url, { targetMode: Mode.REMOTE_BRANCH, cloneTarget: "feature/x" }));
-  const commit = repository.refs["refs/heads/feature/x"];
-  expect(await runner.exec(id, "git rev-parse HEAD; git status -sb; ls")).toBe(
-    `${commit}\n## feature/x...origin/feature/x\nREADME.md\nfeature.txt`,
-  );
-  const other = await run(fromGit(repository.url, { cloneTarget: "same" }));
-  expect(await runner.exec(other.id, "git symbolic-ref HEAD; ls branch.txt")).toBe("refs/heads/same\nbranch.txt");
-});
-
-test.concurrent("ENV-39: a local branch is made from the default head", async () => {
-  const { id } = await run(fromGit(repository.url, { targetMode: Mode.LOCAL_BRANCH, cloneTarget: "mine" }));
-  expect(await runner.exec(id, "git status -sb; git rev-parse HEAD")).toBe(`## mine\n${repository.head}`);
-});
-
-test.concurrent("ENV-39: a tag and a commit are checked out detached, an unreachable commit too", async () => {
-  const tag = await run(fromGit(repository.url, { targetMode: Mode.REMOTE_TAG, cloneTarget: "v1" }));
-  expect(await runner.exec(tag.id, "git rev-parse HEAD; git status -sb")).toBe(
-    `${repository.refs["refs/heads/feature/x"]}\n## HEAD (no branch)`,
-  );
+test.concurrent("ENV-39: every target mode ends on its commit, and on a branch where there is one", async () => {
+  const head = repository.head;
+  const feature = repository.refs["refs/heads/feature/x"] ?? "";
   const hidden = repository.refs["refs/hidden/one"] ?? "";
-  for (const cloneTarget of [hidden, repository.head.slice(0, 10)]) {
-    const { id } = await run(fromGit(repository.url, { targetMode: Mode.REMOTE_COMMIT, cloneTarget }));
-    const head = await runner.exec(id, "git rev-parse HEAD");
-    expect(head.startsWith(cloneTarget)).toBe(true);
+  const cases = [
+    ["head", { targetMode: Mode.REMOTE_HEAD, cloneTarget: "ignored" }, head, "## main...origin/main"],
+    [
+      "branch",
+      { targetMode: Mode.REMOTE_BRANCH, cloneTarget: "feature/x" },
+      feature,
+      "## feature/x...origin/feature/x",
+    ],
+    // A tag has the same name.
+    ["unsaid", { cloneTarget: "same" }, repository.refs["refs/heads/same"] ?? "", "## same...origin/same"],
+    ["local", { targetMode: Mode.LOCAL_BRANCH, cloneTarget: "mine" }, head, "## mine"],
+    ["tag", { targetMode: Mode.REMOTE_TAG, cloneTarget: "v1" }, feature, "## HEAD (no branch)"],
+    ["commit", { targetMode: Mode.REMOTE_COMMIT, cloneTarget: head.slice(0, 10) }, head, "## HEAD (no branch)"],
+    // No branch or tag leads to it.
+    ["hidden", { targetMode: Mode.REMOTE_COMMIT, cloneTarget: hidden }, hidden, "## HEAD (no branch)"],
+  ] as const;
+  const { id, content } = await run(
+    ...cases.map(([checkoutLocation, target]) => fromGit(repository.url, { ...target, checkoutLocation })),
+  );
+  expect(content?.git).toMatchObject({ branch: "main", latestCommit: head });
+  for (const [location, , commit, status] of cases) {
+    expect(await runner.exec(id, `cd ../${location}; git rev-parse HEAD; git status -sb`)).toBe(`${commit}\n${status}`);
   }
 });
 
@@ -129,7 +126,7 @@ test.concurrent("a context URL is resolved by the runner", async () => {
   expect(messages.join()).toContain("not found");
 });
 
-test.concurrent("an empty workspace, and an empty repository", async () => {
+test.concurrent("an empty workspace, and empty repositories", async () => {
   const scratch = await run();
   expect(scratch.content).toMatchObject({
     phase: ContentPhase.READY,
@@ -137,10 +134,11 @@ test.concurrent("an empty workspace, and an empty repository", async () => {
   });
   expect(scratch.content?.git).toBeUndefined();
   const empty = await git.createRepository("empty", { empty: true });
-  const { id } = await run(fromGit(empty.url));
-  expect(await runner.exec(id, "git rev-parse --is-inside-work-tree")).toBe("true");
-  const local = await run(fromGit(empty.url, { targetMode: Mode.LOCAL_BRANCH, cloneTarget: "first" }));
-  expect(await runner.exec(local.id, "git symbolic-ref HEAD")).toBe("refs/heads/first");
+  const local = { targetMode: Mode.LOCAL_BRANCH, cloneTarget: "first", checkoutLocation: "local" };
+  const { id } = await run(fromGit(empty.url), fromGit(empty.url, local));
+  expect(await runner.exec(id, "git rev-parse --is-inside-work-tree; git -C ../local symbolic-ref HEAD")).toBe(
+    "true\nrefs/heads/first",
+  );
 });
 
 test.concurrent("ENV-13: what cannot be cloned fails the start in few words; the next start may work", async () => {
@@ -184,15 +182,33 @@ test.concurrent("a host that has moved a repository on itself is followed, not t
   expect(messages.join()).toContain("redirects elsewhere");
 });
 
-test.concurrent("submodules come along; one that cannot be fetched is a warning", async () => {
-  await git.createRepository("part", { files: { "part.txt": "p\n" } });
-  const whole = await git.createRepository("whole", { submodules: { sub: "part" } });
-  const { id } = await run(fromGit(whole.url));
-  expect(await runner.exec(id, "cat sub/part.txt")).toBe("p");
+test.concurrent("submodules come along, theirs too; those that must not or cannot be fetched are a warning", async () => {
+  await git.createRepository("leaf", { files: { "leaf.txt": "l\n" } });
+  await git.createRepository("part", { submodules: { leaf: "leaf" } });
   await git.createRepository("hidden-part", { private: { user: "u", password: "p" } });
-  const broken = await git.createRepository("broken", { submodules: { sub: "hidden-part" } });
-  const { content } = await run(fromGit(broken.url));
-  expect(content?.warningMessage).toContain("submodules of broken could not be fetched: authentication needed");
+  const whole = await git.createRepository("whole", { submodules: { sub: "part", hidden: "hidden-part" } });
+  const closed = createServer();
+  let reached = 0;
+  closed.on("connection", (socket) => {
+    reached++;
+    socket.destroy();
+  });
+  await new Promise<void>((resolve) => closed.listen(0, "127.0.0.1", resolve));
+  try {
+    const { port } = closed.address() as AddressInfo;
+    const modules = await git.fileOf("whole", ".gitmodules");
+    const foreign = `[submodule "foreign"]\n\tpath = sub\n\turl = http://127.0.0.1:${port}/x.git\n`;
+    await git.commit("whole", { branch: "foreign", files: { ".gitmodules": `${foreign}` } });
+    expect(modules).toContain("hidden");
+    const { id, content } = await run(fromGit(whole.url));
+    expect(await runner.exec(id, "cat sub/leaf/leaf.txt")).toBe("l");
+    expect(content?.warningMessage).toBe("submodule hidden could not be fetched: authentication needed for 127.0.0.1");
+    const other = await run(fromGit(whole.url, { cloneTarget: "foreign" }));
+    expect(other.content?.warningMessage).toContain("submodule sub could not be fetched: http is only allowed");
+    expect(reached).toBe(0);
+  } finally {
+    closed.close();
+  }
 });
 
 test.concurrent("commits carry the name of the specification, which can change while it runs", async () => {

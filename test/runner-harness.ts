@@ -62,6 +62,8 @@ import { removeUser } from "../src/runner/users.ts";
 import { eventually } from "./harness/wait.ts";
 
 const HEARTBEAT_MS = 200;
+/** Machines that run tests are busy. */
+const PATIENCE_MS = 90_000;
 
 type Event = WatchResponse["event"];
 type SpecInit = MessageInitShape<typeof EnvironmentSpecSchema>;
@@ -458,14 +460,18 @@ export class FakeControlPlane implements AsyncDisposable {
 
   /** Waits until an environment satisfies a condition. */
   async until(id: string, condition: (environment: Environment) => boolean, what: string): Promise<Environment> {
-    return await eventually(() => {
-      if (!this.#states.has(id)) throw new Error("the environment is gone");
-      const environment = this.environment(id);
-      if (condition(environment)) return environment;
-      throw new Error(
-        JSON.stringify(environment.status, (_key, value) => (typeof value === "bigint" ? String(value) : value)),
-      );
-    }, what);
+    return await eventually(
+      () => {
+        if (!this.#states.has(id)) throw new Error("the environment is gone");
+        const environment = this.environment(id);
+        if (condition(environment)) return environment;
+        throw new Error(
+          JSON.stringify(environment.status, (_key, value) => (typeof value === "bigint" ? String(value) : value)),
+        );
+      },
+      what,
+      PATIENCE_MS,
+    );
   }
 
   untilPhase(id: string, phase: EnvironmentPhase): Promise<Environment> {

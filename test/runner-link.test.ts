@@ -3,7 +3,7 @@ import { readdir, readFile, stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { Code } from "@connectrpc/connect";
 import { v7 as uuidv7 } from "uuid";
-import { afterAll, beforeAll, expect, test } from "vitest";
+import { afterAll, beforeAll, expect, test, vi } from "vitest";
 import {
   Directive,
   ReportResult_Outcome as Outcome,
@@ -16,6 +16,8 @@ import { eventually } from "./harness/wait.ts";
 import { FakeControlPlane, TestRunner } from "./runner-harness.ts";
 
 const { RUNNING, STOPPED } = EnvironmentPhase;
+
+vi.setConfig({ testTimeout: 120_000 });
 
 let git: GitServer;
 beforeAll(async () => {

@@ -4,13 +4,14 @@ import { readFile, rm, stat, writeFile } from "node:fs/promises";
 import { createClient } from "@connectrpc/connect";
 import { createConnectTransport } from "@connectrpc/connect-node";
 import { v7 as uuidv7 } from "uuid";
-import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
 import { DeregisterRequest_Reason as Reason } from "../gen/berth/runner/v1/runner_control_pb.js";
 import {
   EnvironmentStatus_AutomationsFile_Presence as AutomationsPresence,
   EnvironmentStatus_ContentPhase as ContentPhase,
   EnvironmentStatus_DevContainer_Phase as DevContainerPhase,
   EnvironmentStatus_DevContainer_Presence as DevContainerPresence,
+  type Environment,
   EnvironmentPhase,
   EnvironmentService,
   EnvironmentStatus_Machine_Phase as MachinePhase,
@@ -22,6 +23,8 @@ import { eventually } from "./harness/wait.ts";
 import { contentOf, FakeControlPlane, fromGit, TestRunner } from "./runner-harness.ts";
 
 const { RUNNING, STOPPED, STOPPING, DELETING } = EnvironmentPhase;
+
+vi.setConfig({ testTimeout: 120_000 });
 const isRoot = process.getuid?.() === 0;
 const userExists = (name: string) => readFileSync("/etc/passwd", "utf8").includes(`${name}:`);
 
@@ -257,12 +260,9 @@ describe.concurrent("files of the repository", () => {
       automationsFilePath: ".ona/automations.yaml",
     });
     await it.runner.exec(it.id, "echo '{}' > .devcontainer/devcontainer.json");
-    const changed = await it.plane.until(
-      it.id,
-      (each) => each.status?.devcontainer?.devcontainerconfigInSync === false,
-      "out of sync",
-    );
-    expect(changed.status?.content?.git?.totalChangedFiles).toBe(1);
+    const isSeen = ({ status }: Environment) =>
+      status?.devcontainer?.devcontainerconfigInSync === false && status.content?.git?.totalChangedFiles === 1;
+    await it.plane.until(it.id, isSeen, "the changed file");
   });
 
   test("a named file that is missing fails its part and nothing else", async () => {

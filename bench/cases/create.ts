@@ -3,7 +3,7 @@ import { AuditLogEntryKind, ResourceOperation, ResourceType } from "../../gen/gi
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import type { Bench } from "../bench.ts";
 import { callOf } from "../calls.ts";
-import { interleaved, medianOf, ratioOf } from "../measure.ts";
+import { interleavedWarm, medianOf, ratioOf } from "../measure.ts";
 import type { Goal, Row } from "../report.ts";
 import { sqlGenerator } from "../sql-load.ts";
 import { environmentRequest, type Person, type Place, type Stage } from "../stage.ts";
@@ -59,7 +59,7 @@ export async function create(bench: Bench): Promise<Row[]> {
     return (await Promise.all(rates)).reduce((sum, { perSecond }) => sum + perSecond, 0);
   };
   const insertion = { templateId: stage.environment.id, clients: CLIENTS, ms: bench.ms };
-  const rounds = await interleaved<"floor" | "insert" | "spread" | "same", number>(bench.rounds, {
+  const rounds = await interleavedWarm<"floor" | "insert" | "spread" | "same", number>(bench.rounds, {
     floor: () => cleared(sql.run({ statement, clients: CLIENTS, transactions: FLOOR_TRANSACTIONS })),
     insert: () => cleared(stage.plane.call("insert", { ...insertion, creatorIds, runnerIds })),
     spread: () => cleared(calls(PLACES)),

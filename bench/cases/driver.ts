@@ -1,7 +1,7 @@
 import type { Bench } from "../bench.ts";
 import { startChild } from "../child.ts";
 import type { PointReadsApi } from "../children/point-reads.ts";
-import { interleaved, medianOf, ratioOf } from "../measure.ts";
+import { interleavedWarm, medianOf, ratioOf } from "../measure.ts";
 import type { Row } from "../report.ts";
 import { sqlGenerator } from "../sql-load.ts";
 
@@ -21,7 +21,7 @@ export async function driver(bench: Bench): Promise<Row[]> {
   const statement = `select metadata, spec, status from environments where id = '${environment.id}'`;
   const transactions = READS / FLOOR_CLIENTS;
   const read = (before = 0) => reads.call("read", { before, count: READS, clients: CLIENTS });
-  const rounds = await interleaved<"floor" | "read", { perSecond: number; cpuUs?: number }>(bench.rounds, {
+  const rounds = await interleavedWarm<"floor" | "read", { perSecond: number; cpuUs?: number }>(bench.rounds, {
     floor: async () => ({ perSecond: await sql.run({ statement, clients: FLOOR_CLIENTS, transactions }) }),
     read: () => read(),
   });

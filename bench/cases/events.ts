@@ -11,7 +11,7 @@ import type { Bench } from "../bench.ts";
 import { startChild } from "../child.ts";
 import type { RawStreamsApi } from "../children/raw-streams.ts";
 import type { SinkApi } from "../children/sink.ts";
-import { interleaved, medianOf, percentile, ratioOf } from "../measure.ts";
+import { interleavedWarm, medianOf, percentile, ratioOf } from "../measure.ts";
 import type { Row } from "../report.ts";
 import type { Person, Stage } from "../stage.ts";
 
@@ -102,7 +102,7 @@ export async function events(bench: Bench): Promise<Row[]> {
     const received = await sink.call("collect", which, ids, DEADLINE_MS);
     return delivery(sent, received, streams, (await server.call("cpuMicros")) - before);
   };
-  const rounds = await interleaved<"raw" | "product", Delivery>(bench.rounds, {
+  const rounds = await interleavedWarm<"raw" | "product", Delivery>(bench.rounds, {
     raw: () => measure(rawGroup, raw, () => raw.call("emit", frames, PER_SECOND)),
     product: () => measure(group, stage.plane, () => stage.plane.call("emit", ids, PER_SECOND, stage.organizationId)),
   });

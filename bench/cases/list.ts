@@ -4,7 +4,7 @@ import { type Bench, loaded, type Rate, timeRow } from "../bench.ts";
 import { callOf, plainLoad } from "../calls.ts";
 import { startChild } from "../child.ts";
 import type { FloorApi } from "../children/floor.ts";
-import { interleaved, ratioOf } from "../measure.ts";
+import { interleavedWarm, ratioOf } from "../measure.ts";
 import type { Row } from "../report.ts";
 import type { Person, Stage } from "../stage.ts";
 
@@ -51,7 +51,7 @@ export async function list(bench: Bench): Promise<Row[]> {
   });
   const page = (body: ReturnType<typeof request>) => () => loaded(bench.generator, stage.plane, load(body));
   const bare = { ...plainLoad(urls, load(request(""))), body: Uint8Array.of(PAGE) };
-  const rounds = await interleaved<"bare" | "first" | "deep" | "rare", Rate>(bench.rounds, {
+  const rounds = await interleavedWarm<"bare" | "first" | "deep" | "rare", Rate>(bench.rounds, {
     bare: () => loaded(bench.generator, floor, bare),
     first: page(request("")),
     deep: page(request(deep)),

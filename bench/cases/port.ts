@@ -2,7 +2,7 @@ import { type Bench, loaded, type Rate, rateRow } from "../bench.ts";
 import { startChild } from "../child.ts";
 import type { PortApi, PortSettings } from "../children/one-port.ts";
 import type { Load } from "../load.ts";
-import { interleaved } from "../measure.ts";
+import { interleavedWarm } from "../measure.ts";
 import type { Goal, Row } from "../report.ts";
 
 const CLIENTS = 16;
@@ -23,7 +23,7 @@ export async function port(bench: Bench): Promise<Row[]> {
       });
   };
   const [one, separate] = [await start("one"), await start("separate")];
-  const rounds = await interleaved<string, Rate>(bench.rounds, {
+  const rounds = await interleavedWarm<string, Rate>(bench.rounds, {
     separateH1: separate("h1"),
     oneH1: one("h1"),
     separateH2: separate("h2c"),

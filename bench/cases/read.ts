@@ -5,7 +5,7 @@ import { type Bench, loaded, type Rate, rateRow, timeRow } from "../bench.ts";
 import { callOf, type Format, plainLoad } from "../calls.ts";
 import { startChild } from "../child.ts";
 import type { FloorApi } from "../children/floor.ts";
-import { interleaved } from "../measure.ts";
+import { interleavedWarm } from "../measure.ts";
 import type { Goal, Row } from "../report.ts";
 
 const CLIENTS = 16;
@@ -35,7 +35,7 @@ export async function read(bench: Bench): Promise<Row[]> {
   const identity = (format: Format) => load(IdentityService.method.getAuthenticatedIdentity, {}, format, CLIENTS);
   const product = (what: ReturnType<typeof get>) => () => loaded(bench.generator, plane, what);
   const bare = (what: ReturnType<typeof get>) => () => loaded(bench.generator, floor, plainLoad(floorUrls, what));
-  const rounds = await interleaved<string, Rate>(bench.rounds, {
+  const rounds = await interleavedWarm<string, Rate>(bench.rounds, {
     h1: bare(get("connect")),
     getBinary: product(get("connect")),
     getJson: product(get("json")),

@@ -5,7 +5,7 @@ import { callOf, type Format, plainLoad } from "../calls.ts";
 import { startChild } from "../child.ts";
 import type { FloorApi } from "../children/floor.ts";
 import type { ServerApi } from "../children/without-database.ts";
-import { interleaved } from "../measure.ts";
+import { interleavedWarm } from "../measure.ts";
 import type { Row } from "../report.ts";
 
 const CLIENTS = 16;
@@ -26,7 +26,7 @@ export async function unary(bench: Bench): Promise<Row[]> {
     callOf(url, EnvironmentService.method.getEnvironment, request, { format, clients: CLIENTS, ms: bench.ms });
   const product = (format: Format) => () => loaded(bench.generator, server, load(format));
   const bare = (format: Format) => () => loaded(bench.generator, floor, plainLoad(floorUrls, load(format)));
-  const rounds = await interleaved<"h1" | "h2c" | Format, Rate>(bench.rounds, {
+  const rounds = await interleavedWarm<"h1" | "h2c" | Format, Rate>(bench.rounds, {
     h1: bare("connect"),
     connect: product("connect"),
     json: product("json"),

@@ -46,7 +46,7 @@ export function initializerProblem(
 }
 
 /** `user@host:path` as the ssh URL it stands for; other addresses as they are. */
-function asUrl(address: string): string {
+export function asUrl(address: string): string {
   const [, user = "", host = "", path = ""] = SCP_FORM.exec(address) ?? [];
   if (!host || URL.parse(address)?.host) return address;
   return `ssh://${user && `${user}@`}${host}/${path.replace(/^\/+/, "")}`;

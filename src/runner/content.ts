@@ -5,6 +5,7 @@ import type {
   EnvironmentInitializer,
   EnvironmentSpec_Content,
 } from "../../gen/gitpod/v1/environment_pb.js";
+import type { AdmittedUrl } from "../scm/guard.ts";
 import { isFullCommit } from "../scm/refs.ts";
 import { type ClonePlan, planClones } from "./clone-plan.ts";
 import { CommandTimeout, commandPath, runCommand } from "./commands.ts";
@@ -14,6 +15,7 @@ import { lineWriter } from "./logs.ts";
 import { commandUser } from "./machine.ts";
 import type { EnvironmentPaths } from "./paths.ts";
 import type { ContentFacts } from "./record.ts";
+import { fetchSubmodules } from "./submodules.ts";
 import { gitStatus } from "./supervisor/git-status.ts";
 import { bootId, type ProcessRef } from "./supervisor/processes.ts";
 import type { UnixUser } from "./users.ts";
@@ -166,7 +168,7 @@ async function checkOut(workspace: Workspace, context: GitContext, plan: ClonePl
   }
 }
 
-/** Clones one repository into a folder; returns a warning if its submodules could not be fetched. */
+/** Clones one repository into a folder; returns warnings about submodules that could not be fetched. */
 async function clone(
   workspace: Workspace,
   wanted: ClonePlan,
@@ -181,12 +183,12 @@ async function clone(
   await checkOut(workspace, context, plan);
   if (plan.upstream) await gitStep(workspace, context, plan, ["remote", "add", "--", "upstream", plan.upstream]);
   if (!(await isThere(workspace, join(folder, ".gitmodules")))) return [];
-  const lines = lineWriter(workspace.write);
-  const submodules = ["submodule", "update", "--init", "--recursive", "--progress"];
-  const { code, stderr } = await git({ ...context, onOutput: lines.push, followRedirects: true }, submodules);
-  lines.end();
-  if (code === 0) return [];
-  return [`submodules of ${plan.location} could not be fetched: ${failureText(stderr, plan.admitted)}`];
+  const contextFor = (at: string, pinned: readonly AdmittedUrl[]) => ({
+    ...gitContext(workspace, at, plan, deadline),
+    pinned,
+  });
+  const { host, write, signal } = workspace;
+  return await fetchSubmodules({ guard: host.guard, contextFor, write, signal }, folder, plan.url);
 }
 
 /** Nothing would be lost with this checkout: no change, no untracked file, no stash, nothing that is not pushed. */

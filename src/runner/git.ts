@@ -16,8 +16,6 @@ export type GitContext = Pick<CommandOptions, "user" | "signal" | "timeoutMs" | 
   protocols: readonly string[];
   /** Hosts that have been checked: connections go to these addresses and no others. */
   pinned: readonly AdmittedUrl[];
-  /** Submodules name their hosts themselves, so that there is nothing a redirect could get around. */
-  followRedirects?: boolean;
 };
 
 // Nothing of the host's or the repository's configuration may start a program while content is fetched.
@@ -26,6 +24,7 @@ const SETTINGS = [
   "core.fsmonitor=false",
   "core.askPass=",
   "credential.helper=",
+  "http.followRedirects=false",
   "protocol.ext.allow=never",
   "advice.detachedHead=false",
   "gc.auto=0",
@@ -51,8 +50,7 @@ function sshCommand(pinned: readonly AdmittedUrl[]): string {
 /** Runs git with its own variables only; a failure is a result, not an exception. */
 export async function git(context: GitContext, args: readonly string[]): Promise<CommandResult> {
   const { cwd, home, environmentId, protocols, pinned, user, signal, timeoutMs, onOutput, onStart } = context;
-  const redirects = `http.followRedirects=${context.followRedirects ? "initial" : "false"}`;
-  const settings = [...SETTINGS, redirects, ...pins(pinned)].flatMap((setting) => ["-c", setting]);
+  const settings = [...SETTINGS, ...pins(pinned)].flatMap((setting) => ["-c", setting]);
   return await runCommand("git", [...settings, ...args], {
     ...{ cwd, timeoutMs, user, signal, onOutput, onStart },
     env: {

@@ -60,6 +60,7 @@ import {
   countForQuota,
   countRunningOnRunner,
   getEnvironment,
+  holdRunner,
   insertEnvironment,
   listEnvironments,
   listPosition,
@@ -178,17 +179,18 @@ async function checkQuotas(
   policies: OrganizationPolicies,
   isNew: boolean,
 ): Promise<void> {
+  if (!caller.limited) return;
   const { total, running } = await countForQuota(tx, caller.organizationId, caller.id);
   const most = Number(policies.maximumEnvironmentsPerUser);
   const mostRunning = Number(policies.maximumRunningEnvironmentsPerUser);
-  if (caller.limited && isNew && most > 0 && total >= most) {
+  if (isNew && most > 0 && total >= most) {
     throw policyRefusal(
       "resource_exhausted",
       "maximum_environments_per_user",
       `you have ${total} of at most ${most} environments`,
     );
   }
-  if (caller.limited && mostRunning > 0 && running >= mostRunning) {
+  if (mostRunning > 0 && running >= mostRunning) {
     throw policyRefusal(
       "resource_exhausted",
       "maximum_running_environments_per_user",
@@ -307,6 +309,7 @@ async function startEnvironment(app: App, caller: Caller, id: string): Promise<v
       const creator = stored.metadata.creator;
       const limited = creator?.principal === Principal.USER;
       await checkQuotas(tx, { id: creator?.id ?? "", organizationId: stored.organizationId, limited }, policies, false);
+      await holdRunner(tx, runnerId);
       await checkCapacity(tx, runnerId, runner.maxEnvironments);
     }
     if (await apply(app, tx, caller, stored, start, "Environment started")) touched(runnerId);

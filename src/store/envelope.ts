@@ -11,12 +11,12 @@ const CIPHER = "aes-256-gcm";
 type Random = (bytes: number) => Uint8Array;
 
 function encrypt(key: Uint8Array, nonce: Uint8Array, context: string, plain: Uint8Array): Buffer {
-  const cipher = createCipheriv(CIPHER, key, nonce).setAAD(Buffer.from(context));
+  const cipher = createCipheriv(CIPHER, key, nonce, { authTagLength: TAG }).setAAD(Buffer.from(context));
   return Buffer.concat([cipher.update(plain), cipher.final(), cipher.getAuthTag()]);
 }
 
 function decrypt(key: Uint8Array, nonce: Uint8Array, context: string, sealed: Uint8Array): Buffer {
-  const decipher = createDecipheriv(CIPHER, key, nonce).setAAD(Buffer.from(context));
+  const decipher = createDecipheriv(CIPHER, key, nonce, { authTagLength: TAG }).setAAD(Buffer.from(context));
   decipher.setAuthTag(sealed.subarray(sealed.length - TAG));
   return Buffer.concat([decipher.update(sealed.subarray(0, sealed.length - TAG)), decipher.final()]);
 }

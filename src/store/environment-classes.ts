@@ -88,8 +88,8 @@ export async function getClass(sql: Sql | Tx, caller: Caller, id: string, lock =
 }
 
 /**
- * As `getClass`, and its runner stays as it is until the transaction ends: it cannot go, and nobody else can add an
- * environment to it.
+ * As `getClass`, and holds its runner until the transaction ends: it cannot go, and nobody else can create or start an
+ * environment on it.
  */
 export async function getClassHoldingRunner(tx: Tx, caller: Caller, id: string): Promise<StoredClass> {
   return readClass(tx, caller, id, tx`for no key update of r`);

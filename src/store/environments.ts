@@ -372,9 +372,13 @@ export async function countForQuota(
   return row ?? { total: 0, running: 0 };
 }
 
-/** Environments that want to run on a runner, which holds back every other creation and start on it in the same way. */
-export async function countRunningOnRunner(tx: Tx, runnerId: string): Promise<number> {
+/** Holds every other creation and start on a runner back until the transaction ends. */
+export async function holdRunner(tx: Tx, runnerId: string): Promise<void> {
   await tx`select from runners where id = ${runnerId} for no key update`;
+}
+
+/** Environments that want to run on a runner, which the transaction holds. */
+export async function countRunningOnRunner(tx: Tx, runnerId: string): Promise<number> {
   const [row] = await tx<{ count: number }[]>`
     select count(*)::int as count from environments
     where runner_id = ${runnerId} and desired_phase = ${EnvironmentPhase.RUNNING} and deleted_at is null`;

@@ -8,10 +8,14 @@ import {
   killEnvironmentProcesses,
   type ProcessRef,
 } from "../../src/runner/supervisor/processes.ts";
-import { removeUser, userName } from "../../src/runner/users.ts";
+import { removeUser } from "../../src/runner/users.ts";
 import { eventually } from "./wait.ts";
 
 // What tests of whole installations ask about environments: through the API, and of the host.
+
+const DEADLINE_MS = 60_000;
+// Looking costs time on both sides that the environments could use.
+const STEP_MS = 100;
 
 /** Creates an environment with a clone of a repository; resolves with its id once the control plane has acknowledged it. */
 export async function createEnvironment(client: BerthClient, classId: string, remoteUri: string): Promise<string> {
@@ -46,12 +50,18 @@ export async function reaches(
   environmentId: string,
   phase: EnvironmentPhase,
 ): Promise<Environment> {
-  const found = await eventually(async () => {
+  const find = async () => {
     const environment = await getEnvironment(client, environmentId);
     const { status } = environment;
     if (status?.phase === phase || status?.failureMessage.length) return environment;
-    throw new Error(`it is ${EnvironmentPhase[status?.phase ?? 0]}: ${JSON.stringify(status?.machine)}`);
-  }, `environment ${environmentId} is ${EnvironmentPhase[phase]}`);
+    throw new Error(`it is ${EnvironmentPhase[status?.phase ?? 0]}`);
+  };
+  const found = await eventually(
+    find,
+    `environment ${environmentId} is ${EnvironmentPhase[phase]}`,
+    DEADLINE_MS,
+    STEP_MS,
+  );
   if (found.status?.phase !== phase || found.status.failureMessage.length > 0) {
     throw new Error(`environment ${environmentId} has failed: ${found.status?.failureMessage.join("; ")}`);
   }
@@ -78,25 +88,29 @@ export async function processesOf(environmentId: string): Promise<ProcessRef[]> 
 }
 
 async function userIdOf(environmentId: string): Promise<number | undefined> {
-  const name = userName(environmentId);
-  const line = (await readFile("/etc/passwd", "utf8")).split("\n").find((each) => each.startsWith(`${name}:`));
-  return line && process.getuid?.() === 0 ? Number(line.split(":")[2]) : undefined;
+  const lines = (await readFile("/etc/passwd", "utf8")).split("\n");
+  const fields = lines.map((line) => line.split(":")).find((each) => each[4]?.endsWith(environmentId));
+  return fields && process.getuid?.() === 0 ? Number(fields[2]) : undefined;
 }
 
-/** Waits until nothing of an environment is left on the host: no process, no folder, no user. */
+/** Waits until nothing of an environment is left on the host: no folder, no user, no process. */
 export async function isGone(runnerDataDir: string, environmentId: string): Promise<void> {
-  await eventually(async () => {
-    const left = [
-      ...(await processesOf(environmentId)).map(({ pid }) => `process ${pid}`),
-      ...((await userIdOf(environmentId)) === undefined ? [] : ["its user"]),
-    ];
-    for (const part of ["environments", "trash", "quarantine"]) {
-      const names = await readdir(join(runnerDataDir, part)).catch(() => []);
-      left.push(...names.filter((name) => name.startsWith(environmentId)).map((name) => `${part}/${name}`));
-    }
-    if (left.length > 0) throw new Error(`left: ${left.join(", ")}`);
-    return true;
-  }, `nothing is left of ${environmentId}`);
+  const what = `nothing is left of ${environmentId}`;
+  await eventually(
+    async () => {
+      for (const part of ["environments", "trash", "quarantine"]) {
+        const names = await readdir(join(runnerDataDir, part)).catch(() => []);
+        if (names.some((name) => name.startsWith(environmentId))) throw new Error(`it is in ${part}`);
+      }
+      if ((await userIdOf(environmentId)) !== undefined) throw new Error("it has a user");
+      const processes = await processesOf(environmentId);
+      if (processes.length > 0) throw new Error(`it has ${processes.length} processes`);
+      return true;
+    },
+    what,
+    DEADLINE_MS,
+    STEP_MS,
+  );
 }
 
 /** Ends and removes what the runner of a failed test has left behind; the runner itself must have ended. */

@@ -8,6 +8,7 @@ export async function eventually<T>(
   probe: () => Promise<T | undefined | false> | T | undefined | false,
   what: string,
   deadlineMs = DEADLINE_MS,
+  stepMs = STEP_MS,
 ): Promise<T> {
   const end = Date.now() + deadlineMs;
   let seen: unknown;
@@ -19,7 +20,7 @@ export async function eventually<T>(
     } catch (error) {
       seen = error;
     }
-    await delay(STEP_MS);
+    await delay(stepMs);
   }
   throw new Error(
     `${what} did not happen within ${deadlineMs} ms; last seen: ${seen instanceof Error ? seen.stack : JSON.stringify(seen)}`,
