@@ -1,4 +1,6 @@
 import { readdir } from "node:fs/promises";
+import { createServer } from "node:http";
+import type { AddressInfo } from "node:net";
 import { afterAll, beforeAll, expect, test, vi } from "vitest";
 import {
   EnvironmentStatus_ContentPhase as ContentPhase,
@@ -196,10 +198,8 @@ test.concurrent("submodules come along, theirs too; those that must not or canno
   await new Promise<void>((resolve) => closed.listen(0, "127.0.0.1", resolve));
   try {
     const { port } = closed.address() as AddressInfo;
-    const modules = await git.fileOf("whole", ".gitmodules");
     const foreign = `[submodule "foreign"]\n\tpath = sub\n\turl = http://127.0.0.1:${port}/x.git\n`;
-    await git.commit("whole", { branch: "foreign", files: { ".gitmodules": `${foreign}` } });
-    expect(modules).toContain("hidden");
+    await git.commit("whole", { branch: "foreign", files: { ".gitmodules": foreign } });
     const { id, content } = await run(fromGit(whole.url));
     expect(await runner.exec(id, "cat sub/leaf/leaf.txt")).toBe("l");
     expect(content?.warningMessage).toBe("submodule hidden could not be fetched: authentication needed for 127.0.0.1");

@@ -52,7 +52,12 @@ async function admit({ guard, signal }: SubmoduleOptions, url: string): Promise<
   }
 }
 
-async function fetchOne(options: SubmoduleOptions, folder: string, origin: string, submodule: Submodule): Promise<string> {
+async function fetchOne(
+  options: SubmoduleOptions,
+  folder: string,
+  origin: string,
+  submodule: Submodule,
+): Promise<string> {
   const { name, path } = submodule;
   const isRelative = /^\.\.?\//.test(submodule.url);
   let url = isRelative ? (URL.parse(submodule.url, `${asUrl(origin)}/`)?.href ?? "") : submodule.url;
