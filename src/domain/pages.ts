@@ -38,7 +38,8 @@ export function openPage(request: PaginationRequest | undefined, binding: unknow
   if (!request?.token) return page;
   const [mark = "", position = "", extra] = request.token.split(".");
   const after = Buffer.from(position, "base64url").toString();
-  if (extra !== undefined || !after || mark !== digest(bound, after)) {
+  const isCanonical = Buffer.from(after).toString("base64url") === position;
+  if (extra !== undefined || !after || !isCanonical || mark !== digest(bound, after)) {
     throw invalid({ field: "pagination.token", message: "is malformed or belongs to another request" });
   }
   return { ...page, after };
