@@ -20,7 +20,7 @@ import { type Db, openDb } from "./store/db.ts";
 import { type EmbeddedPostgres, startEmbeddedPostgres } from "./store/embedded-postgres.ts";
 import { EventHub } from "./store/hub.ts";
 import { isMigrated, migrate } from "./store/migrate.ts";
-import { findCaller, touchToken } from "./store/tokens.ts";
+import { findCaller, rearmExchangeToken, touchToken } from "./store/tokens.ts";
 import { runSweeps } from "./sweep/sweeps.ts";
 
 const PRIVATE_FOLDER = 0o700;
@@ -108,6 +108,17 @@ interface First {
 /** Where the embedded runner's first credential waits: a crash between the two must not leave it without one. */
 const exchangeTokenPath = (config: ServerConfig) => join(config.runner.dataDir, "exchange-token");
 
+/**
+ * The embedded runner's first credential, if it still waits. If it was used up, but what it was exchanged for has never
+ * reached the disk, the runner died in between: then it may be used once more.
+ */
+async function waitingExchangeToken(config: ServerConfig, db: Db, at: Date): Promise<string | undefined> {
+  const waiting = await readFile(exchangeTokenPath(config), "utf8").catch(() => undefined);
+  const signedIn = await stat(join(config.runner.dataDir, "credentials.json")).catch(() => undefined);
+  if (waiting && !signedIn) await rearmExchangeToken(db, waiting, at);
+  return waiting;
+}
+
 function checkAdminToken({ bootstrap: { enabled, adminToken } }: ServerConfig): void {
   if (!enabled || !adminToken || tokenKind(adminToken) === TokenKind.PERSONAL_ACCESS) return;
   throw new ConfigError(
@@ -127,7 +138,7 @@ async function stageTokenFile(path: string, token: string): Promise<string> {
 /** Makes the first organization if there is none, and finds what the embedded runner needs to sign up. */
 async function firstStart(config: ServerConfig, db: Db, log: Logger, at: Date): Promise<First> {
   const path = exchangeTokenPath(config);
-  const waiting = await readFile(path, "utf8").catch(() => undefined);
+  const waiting = await waitingExchangeToken(config, db, at);
   if (!config.bootstrap.enabled) return { runnerExchangeToken: waiting };
   const { adminToken, adminEmail, adminName, organizationName, tokenFile } = config.bootstrap;
   const token = adminToken ?? tokenText(TokenKind.PERSONAL_ACCESS, randomBytes);

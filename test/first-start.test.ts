@@ -301,6 +301,26 @@ test.concurrent("PLT-46 with a runner of its own: a LINUX_HOST runner, shared wi
   expect(usable.environmentClasses).toHaveLength(1);
 });
 
+test.concurrent("a first sign-in that died before its result was on disk can be made once more", async () => {
+  await using database = await createDatabase();
+  const env = { BERTH_DATA_DIR: await newHome(), BERTH_RUNNER: "on" };
+  const signIn = async (plane: ControlPlane) => {
+    const client = createBerthClient({ baseUrl: plane.server.url, token: "" });
+    return client.identity.exchangeToken({ exchangeToken: plane.runnerExchangeToken ?? "" });
+  };
+  const lost = await start(database, env);
+  const { accessToken } = await signIn(lost.plane);
+  await lost[Symbol.asyncDispose]();
+
+  await using again = await start(database, env);
+  const held = await signIn(again.plane);
+  const identityOf = (token: string) =>
+    createBerthClient({ baseUrl: again.plane.server.url, token }).identity.getAuthenticatedIdentity({});
+  expect((await identityOf(held.accessToken)).subject?.principal).toBe(Principal.RUNNER);
+  expect(await codeOf(identityOf(accessToken))).toBe(Code[Code.Unauthenticated]);
+  expect(await codeOf(signIn(again.plane))).toBe(Code[Code.Unauthenticated]);
+});
+
 test.concurrent("the exchange token of a first start is found again until it is used", async () => {
   await using database = await createDatabase();
   const env = { BERTH_DATA_DIR: await newHome(), BERTH_RUNNER: "on" };

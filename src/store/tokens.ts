@@ -4,8 +4,9 @@ import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { OrganizationRole } from "../../gen/gitpod/v1/organization_pb.js";
 import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
 import type { Caller } from "../domain/principal.ts";
+import { EXCHANGE_TOKEN_MS } from "../domain/runner.ts";
 import { TokenKind, tokenHash, tokenKind } from "../domain/tokens.ts";
-import type { Fragment, Sql, Tx } from "./db.ts";
+import type { Db, Fragment, Sql, Tx } from "./db.ts";
 
 /** A token about to be stored; the text itself never is. */
 export interface NewToken {
@@ -226,4 +227,16 @@ export async function purgeExpiredTokens(sql: Sql, now: Date, limit: number): Pr
       order by expires_at limit ${limit} for update skip locked
     ) returning id`;
   return rows.length;
+}
+
+/** Makes a used exchange token good for another day, and ends what it was exchanged for, which nobody holds. */
+export async function rearmExchangeToken(db: Db, text: string, now: Date): Promise<void> {
+  await db.write`
+    with rearmed as (
+      update tokens set used_at = null, expires_at = ${new Date(now.getTime() + EXCHANGE_TOKEN_MS)}
+      where hash = ${tokenHash(text)} and kind = ${TokenKind.RUNNER_EXCHANGE} and used_at is not null
+      returning runner_id
+    )
+    delete from tokens t using rearmed
+    where t.subject_id = rearmed.runner_id and t.kind = ${TokenKind.RUNNER_ACCESS} and t.last_used_at is null`;
 }
