@@ -9,7 +9,7 @@ import { percentile } from "./measure.ts";
 
 const run = promisify(execFile);
 
-export const WARM_UP_MS = 150;
+export const WARM_UP_MS = 100;
 const SLACK_MS = 20_000;
 const MAX_OUTPUT_BYTES = 4 * 1024 * 1024;
 
@@ -22,7 +22,7 @@ export interface Load {
   connections: number;
   /** Requests in flight on one connection; more than 1 only over HTTP/2. */
   streams: number;
-  /** Length of the measurement; 150 ms before it are not counted. */
+  /** Length of the measurement; 100 ms before it are not counted. */
   ms: number;
   /** Measure single requests, too. */
   latencies?: boolean;

@@ -72,7 +72,7 @@ async function run(names: readonly string[], quick: boolean): Promise<void> {
   try {
     for (const name of names) {
       if (interrupted.signal.aborted) break;
-      const bench = { rounds, quick, ms: quick ? 200 : 400, generator, stage: () => stage.open() };
+      const bench = { rounds, quick, ms: quick ? 120 : 400, generator, stage: () => stage.open() };
       rows.push(...(await runCase(name, bench)));
     }
   } finally {

@@ -20,6 +20,12 @@ export interface Row {
   note?: string;
 }
 
+// What two runs may differ by without a reason.
+const NOISE = 0.15;
+
+/** Whether a row reaches its goal; near: not quite, by no more than noise explains. */
+export type Verdict = "ok" | "near" | "short";
+
 const COLUMNS = ["operation", "floor", "figure", "ratio", "goal", "", "note"] as const;
 
 function digits(value: number): string {
@@ -40,23 +46,25 @@ function goalText(row: Row): string {
   return goal ? `${goal.bound} ${isAbsolute(row) ? quantity(goal.value, unit) : digits(goal.value)}` : "";
 }
 
-/** Whether a row reaches its goal; undefined if it has none. */
-export function reaches(row: Row): boolean | undefined {
+/** Undefined for a row without a goal. */
+export function verdict(row: Row): Verdict | undefined {
   const { goal, ratio, figure } = row;
   if (!goal) return undefined;
   const value = (isAbsolute(row) ? figure : ratio) ?? Number.NaN;
-  return goal.bound === ">=" ? value >= goal.value : value <= goal.value;
+  const reaches = (slack: number) =>
+    goal.bound === ">=" ? value >= goal.value * (1 - slack) : value <= goal.value * (1 + slack);
+  if (reaches(0)) return "ok";
+  return reaches(NOISE) ? "near" : "short";
 }
 
 function cells(row: Row): string[] {
-  const reached = reaches(row);
   return [
     row.operation,
     quantity(row.floor, row.unit),
     quantity(row.figure, row.unit),
     row.ratio === undefined ? "" : digits(row.ratio),
     goalText(row),
-    reached === undefined ? "" : reached ? "ok" : "short",
+    verdict(row) ?? "",
     row.note ?? "",
   ];
 }
@@ -75,10 +83,12 @@ export function table(rows: readonly Row[]): string {
 
 /** What to say below the table about the rows that miss their goal. */
 export function shortfalls(rows: readonly Row[]): string {
-  const short = rows.filter((row) => reaches(row) === false);
-  if (!short.length) return "Nothing falls short.";
+  const withGoal = rows.filter(({ goal }) => goal);
+  const missed = withGoal.filter((row) => verdict(row) !== "ok");
+  if (!missed.length) return "Nothing falls short.";
   const reached = (row: Row) =>
     isAbsolute(row) ? quantity(row.figure, row.unit) : `${digits(row.ratio ?? Number.NaN)} of the floor`;
-  const line = (row: Row) => `  ${row.operation}: ${reached(row)}, goal ${goalText(row)}`;
-  return [`${short.length} of ${rows.filter(({ goal }) => goal).length} goals missed:`, ...short.map(line)].join("\n");
+  const line = (row: Row) =>
+    `  ${row.operation}: ${reached(row)}, goal ${goalText(row)}${verdict(row) === "near" ? " (within noise)" : ""}`;
+  return [`${missed.length} of ${withGoal.length} goals missed:`, ...missed.map(line)].join("\n");
 }

@@ -20,7 +20,7 @@ const QUICK_STREAMS = 200;
 const STREAMS_EACH = 50;
 const PER_SECOND = 20;
 const EVENTS = 40;
-const QUICK_EVENTS = 20;
+const QUICK_EVENTS = 10;
 const DEADLINE_MS = 10_000;
 
 interface Delivery {

@@ -10,7 +10,7 @@ import type { Person, Stage } from "../stage.ts";
 
 const PAGE = 100;
 const COMMON = 20_000;
-const QUICK_COMMON = 5000;
+const QUICK_COMMON = 2000;
 const RARE = 3;
 
 const request = (token: string, creatorIds: string[] = []) => ({

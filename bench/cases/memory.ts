@@ -7,8 +7,8 @@ import { startChild } from "../child.ts";
 import { residentMb } from "../processes.ts";
 import type { Row } from "../report.ts";
 
-const SETTLE_MS = 2000;
-const LOAD_MS = 2000;
+const SETTLE_MS = 1500;
+const LOAD_MS = 1500;
 const CLIENTS = 64;
 
 /** Memory of the control plane's process, without Postgres and runner. */
