@@ -61,6 +61,7 @@ export const actorOf = (caller: Caller): Actor => ({
   id: caller.id,
   principal: caller.principal,
   tokenId: caller.tokenId,
+  issuerId: caller.issuerId,
 });
 
 /** A deadline that starts anew each time it has passed, measured by a clock that nobody sets. */

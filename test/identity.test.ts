@@ -198,7 +198,7 @@ describe("PLT-6 what is no credential is UNAUTHENTICATED", () => {
         const call = codeOf(identityOf(member.token));
         await eventually(async () => {
           const ended = await tx`select pg_terminate_backend(pid) from pg_stat_activity
-            where datname = current_database() and wait_event_type = 'Lock' and query like '%from tokens t%'`;
+            where datname = current_database() and wait_event_type = 'Lock' and query like '%t.id as token_id%'`;
           return ended.length > 0;
         }, "the lookup waits and is ended");
         expect(await call).toBe(Code[Code.Unavailable]);

@@ -1,4 +1,6 @@
 import { createHash } from "node:crypto";
+import { create } from "@bufbuild/protobuf";
+import { type CountResponse, CountResponseRelation, CountResponseSchema } from "../../gen/gitpod/v1/count_pb.js";
 import type { PaginationRequest } from "../../gen/gitpod/v1/pagination_pb.js";
 import { invalid } from "./errors.ts";
 
@@ -57,3 +59,13 @@ export function closePage<T>(
   const after = key(last);
   return { items, nextToken: `${digest(page.binding, after)}.${Buffer.from(after).toString("base64url")}` };
 }
+
+/** Most that a list counts to. */
+export const COUNT_CAP = 1000;
+
+/** A count of at most `COUNT_CAP + 1` matches as an answer: exact up to the cap, above it "at least". */
+export const countAnswer = (total: number): CountResponse =>
+  create(CountResponseSchema, {
+    value: Math.min(total, COUNT_CAP),
+    relation: total > COUNT_CAP ? CountResponseRelation.GTE : CountResponseRelation.EQ,
+  });

@@ -13,16 +13,27 @@ export interface Caller {
   orgAdmin: boolean;
   /** In a group that holds ORG_RUNNERS_ADMIN. */
   runnersAdmin: boolean;
+  /** In a group that holds ORG_PROJECTS_ADMIN. */
+  projectsAdmin: boolean;
+  /** In a group that holds ORG_GROUPS_ADMIN. */
+  groupsAdmin: boolean;
   /** In a group that holds ORG_ENVIRONMENTS_READER. */
   environmentsReader: boolean;
+  /** In a group that holds ORG_AUDIT_LOG_READER. */
+  auditReader: boolean;
   /** Kind of the credential. */
   tokenKind: TokenKind;
   /** Id of the credential, kept with audit entries. */
   tokenId: string;
+  /** Who had the credential issued, where that is somebody else: the person behind a service account's access token. */
+  issuerId?: string;
   /** The credential may only read. */
   readOnly: boolean;
-  /** Runner of an environment principal; empty otherwise. */
+  /** Runner of an environment or runner principal; empty otherwise. */
   runnerId: string;
+  /** Creator and, if it has one, project of an environment principal; empty otherwise. */
+  creatorId: string;
+  projectId: string;
   /** Display name, for defaults such as the git author. */
   name: string;
   /** Mail address of a user; empty for others. */

@@ -13,6 +13,8 @@ export const TokenKind = {
   PORT_ACCESS: 8,
   LOGS: 9,
   SCIM: 10,
+  /** A browser that is signed in; comes as a cookie, never as a bearer token. */
+  SESSION: 11,
 } as const;
 export type TokenKind = (typeof TokenKind)[keyof typeof TokenKind];
 
@@ -27,6 +29,7 @@ const PREFIXES: Record<TokenKind, string> = {
   [TokenKind.PORT_ACCESS]: "berth_prt_",
   [TokenKind.LOGS]: "berth_log_",
   [TokenKind.SCIM]: "berth_scim_",
+  [TokenKind.SESSION]: "berth_ses_",
 };
 const KIND_BY_PREFIX = new Map(Object.entries(PREFIXES).map(([kind, prefix]) => [prefix, Number(kind) as TokenKind]));
 

@@ -37,6 +37,9 @@ function refuseKind(rule: Rule, caller: Caller): void {
     const kind = Principal[caller.principal].toLowerCase().replaceAll("_", " ");
     throw new ConnectError(`a ${kind} may not call this`, Code.PermissionDenied);
   }
+  if (rule.kinds && !rule.kinds.includes(caller.tokenKind)) {
+    throw new ConnectError("this kind of token may not call this", Code.PermissionDenied);
+  }
   if (caller.readOnly && !rule.read) {
     throw actionable(Code.PermissionDenied, "AUTH_TOKEN_READ_ONLY", "this token may only read");
   }

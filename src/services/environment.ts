@@ -2,7 +2,6 @@ import { create } from "@bufbuild/protobuf";
 import { durationMs } from "@bufbuild/protobuf/wkt";
 import type { ServiceImpl } from "@connectrpc/connect";
 import { ActionableErrorDetailsSchema } from "../../gen/gitpod/v1/actionable_error_pb.js";
-import { CountResponseRelation, CountResponseSchema } from "../../gen/gitpod/v1/count_pb.js";
 import {
   AdmissionLevel,
   type CreateEnvironmentRequest,
@@ -44,7 +43,7 @@ import {
   requestUnarchive,
   type Transition,
 } from "../domain/lifecycle.ts";
-import { closePage, openPage } from "../domain/pages.ts";
+import { COUNT_CAP, closePage, countAnswer, openPage } from "../domain/pages.ts";
 import { policyRefusal } from "../domain/policies.ts";
 import type { Caller } from "../domain/principal.ts";
 import { isConnected } from "../domain/runner.ts";
@@ -73,7 +72,6 @@ import { getOwnRunner, getRunner, type StoredRunner } from "../store/runners.ts"
 import { insertToken } from "../store/tokens.ts";
 
 const ACCESS_MS = 60 * 60_000;
-const COUNT_CAP = 1000;
 const NAME_SUFFIX_BYTES = 3;
 
 const quotaApplies = (caller: Caller) => caller.principal === Principal.USER;
@@ -425,13 +423,7 @@ async function list(app: App, caller: Caller, req: ListEnvironmentsRequest) {
     wantsCount ? countEnvironments(app.db.list, caller, req.filter, COUNT_CAP + 1) : undefined,
   ]);
   const { items, nextToken } = closePage(page, rows, (state) => listPosition(req.sort, state));
-  const count =
-    total === undefined
-      ? undefined
-      : create(CountResponseSchema, {
-          value: Math.min(total, COUNT_CAP),
-          relation: total > COUNT_CAP ? CountResponseRelation.GTE : CountResponseRelation.EQ,
-        });
+  const count = total === undefined ? undefined : countAnswer(total);
   return { environments: items.map((state) => shown(caller, state)), pagination: { nextToken }, count };
 }
 

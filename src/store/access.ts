@@ -51,6 +51,29 @@ export function readsRunner(sql: Sql | Tx, caller: Caller): Fragment {
   return sql`(${here} and (r.kind = ${RunnerKind.LOCAL_CONFIGURATION} or ${usesRunner(sql, caller)}))`;
 }
 
+const PROJECT_USERS = [ResourceRole.PROJECT_ADMIN, ResourceRole.PROJECT_EDITOR, ResourceRole.PROJECT_USER];
+const PROJECT_EDITORS = [ResourceRole.PROJECT_ADMIN, ResourceRole.PROJECT_EDITOR];
+
+function holdsOnProject(sql: Sql | Tx, caller: Caller, roles: readonly ResourceRole[]): Fragment {
+  if (caller.orgAdmin || caller.projectsAdmin) return sql`true`;
+  return sql`(p.creator_id = ${caller.id} or p.id in ${sharedWith(sql, caller, ResourceType.PROJECT, roles)})`;
+}
+
+/** Condition: holds ADMIN on project `p`. */
+export const administersProject = (sql: Sql | Tx, caller: Caller): Fragment =>
+  holdsOnProject(sql, caller, [ResourceRole.PROJECT_ADMIN]);
+
+/** Condition: holds EDITOR or more on project `p`. */
+export const editsProject = (sql: Sql | Tx, caller: Caller): Fragment => holdsOnProject(sql, caller, PROJECT_EDITORS);
+
+/** Condition: may read project `p` and use it. */
+export function readsProject(sql: Sql | Tx, caller: Caller): Fragment {
+  const here = sql`p.organization_id = ${caller.organizationId}`;
+  if (caller.principal === Principal.RUNNER) return sql`false`;
+  if (caller.principal === Principal.ENVIRONMENT) return sql`(${here} and p.id = ${caller.projectId || null})`;
+  return sql`(${here} and ${holdsOnProject(sql, caller, PROJECT_USERS)})`;
+}
+
 /** Condition: may read environment `e`. */
 export function readsEnvironment(sql: Sql | Tx, caller: Caller): Fragment {
   const here = sql`e.organization_id = ${caller.organizationId}`;

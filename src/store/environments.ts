@@ -23,6 +23,7 @@ import type { Page } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
 import { TokenKind } from "../domain/tokens.ts";
 import { readsEnvironment, sharedWith } from "./access.ts";
+import { conjunction, containing, oneOf } from "./conditions.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
 import { type Actor, recorded } from "./record.ts";
 
@@ -395,16 +396,6 @@ export async function ownsSession(sql: Sql | Tx, caller: Caller, sessionId: stri
 type ListFilter = ListEnvironmentsRequest["filter"];
 
 const DEFAULT_ROLES = [EnvironmentRole.DEFAULT, EnvironmentRole.WORKFLOW];
-const escapeLike = (text: string) => text.toLowerCase().replace(/[\\%_]/g, "\\$&");
-
-/** `=` for one id: `= any` with a rare one in a large organization reads the whole index. */
-function oneOf(sql: Sql, column: Fragment, values: readonly (string | number)[]): Fragment {
-  const [first] = values;
-  // The contract lets any number through, the columns are small.
-  if (typeof first === "number") return sql`${column} = any(${values as number[]}::int[])`;
-  if (values.length === 1 && first !== undefined) return sql`${column} = ${first}`;
-  return sql`${column} = any(${values as string[]})`;
-}
 
 function filterConditions(sql: Sql, caller: Caller, filter: ListFilter): Fragment[] {
   const conditions: Fragment[] = [readsEnvironment(sql, caller)];
@@ -430,7 +421,7 @@ function filterConditions(sql: Sql, caller: Caller, filter: ListFilter): Fragmen
   if (archival === ArchivalStatus.ACTIVE) conditions.push(sql`(e.archived_at is null or e.deleted_at is not null)`);
   if (filter?.createdBefore) conditions.push(sql`e.created_at < ${timestampDate(filter.createdBefore)}`);
   if (filter?.lockdownBefore) conditions.push(sql`e.lockdown_at < ${timestampDate(filter.lockdownBefore)}`);
-  if (filter?.search) conditions.push(sql`e.search like ${`%${escapeLike(filter.search)}%`}`);
+  if (filter?.search) conditions.push(sql`e.search like ${containing(filter.search)}`);
   return conditions;
 }
 
@@ -466,8 +457,6 @@ export function listPosition(sort: ListEnvironmentsRequest["sort"], state: Store
   if (sort?.field !== SortField.ARCHIVED_AT) return state.id;
   return `${date(state.metadata.archivedAt)?.getTime() ?? ""}/${state.id}`;
 }
-
-const conjunction = (sql: Sql, conditions: Fragment[]) => conditions.reduce((all, each) => sql`${all} and ${each}`);
 
 /** Environments that the caller may read, one more than the page holds. */
 export async function listEnvironments(

@@ -8,6 +8,8 @@ export interface Actor {
   id: string | null;
   principal: Principal;
   tokenId: string | null;
+  /** Who had the credential issued, where that is somebody else. */
+  issuerId?: string;
 }
 
 /** A change of one resource, told to watchers and, with an `action`, to the audit log. */
@@ -40,8 +42,8 @@ export function recorded(sql: Sql | Tx, change: Change): Fragment {
   const entry = change.audit;
   if (!entry) return event;
   return sql`${event}, audit as (
-    insert into audit_log (id, organization_id, actor_id, actor_principal, credential_id, subject_id, subject_type, kind, action, created_at)
-    values (${entry.id}, ${change.organizationId}, ${entry.actor.id}, ${entry.actor.principal}, ${entry.actor.tokenId},
+    insert into audit_log (id, organization_id, actor_id, actor_principal, credential_id, issuer_id, subject_id, subject_type, kind, action, created_at)
+    values (${entry.id}, ${change.organizationId}, ${entry.actor.id}, ${entry.actor.principal}, ${entry.actor.tokenId}, ${entry.actor.issuerId},
       ${change.resourceId}, ${change.resourceType}, ${entry.kind ?? AuditLogEntryKind.RESOURCE_CHANGE}, ${entry.action}, ${change.at})
   )`;
 }
@@ -65,7 +67,7 @@ export async function recordAccess(
   },
 ): Promise<void> {
   await sql`
-    insert into audit_log (id, organization_id, actor_id, actor_principal, credential_id, subject_id, subject_type, kind, action, created_at)
-    values (${entry.id}, ${entry.organizationId}, ${entry.actor.id}, ${entry.actor.principal}, ${entry.actor.tokenId},
+    insert into audit_log (id, organization_id, actor_id, actor_principal, credential_id, issuer_id, subject_id, subject_type, kind, action, created_at)
+    values (${entry.id}, ${entry.organizationId}, ${entry.actor.id}, ${entry.actor.principal}, ${entry.actor.tokenId}, ${entry.actor.issuerId},
       ${entry.subjectId}, ${entry.subjectType}, ${AuditLogEntryKind.CREDENTIAL_ACCESS}, ${entry.action}, ${entry.at})`;
 }

@@ -20,6 +20,8 @@ export interface NewToken {
   expiresAt?: Date;
   environmentId?: string;
   runnerId?: string;
+  /** Who had it issued, where that is not its subject. */
+  issuerId?: string;
   port?: number;
   readOnly?: boolean;
   description?: string;
@@ -44,10 +46,10 @@ const RUNNER_KINDS: readonly TokenKind[] = [
 
 export async function insertToken(sql: Sql | Tx, token: NewToken): Promise<void> {
   await sql`
-    insert into tokens (id, hash, kind, organization_id, subject_id, subject_principal, environment_id, runner_id, port,
+    insert into tokens (id, hash, kind, organization_id, subject_id, subject_principal, environment_id, runner_id, issuer_id, port,
       read_only, description, created_at, expires_at)
     values (${token.id}, ${tokenHash(token.text)}, ${token.kind}, ${token.organizationId}, ${token.subjectId},
-      ${token.subjectPrincipal}, ${token.environmentId}, ${token.runnerId}, ${token.port}, ${token.readOnly ?? false},
+      ${token.subjectPrincipal}, ${token.environmentId}, ${token.runnerId}, ${token.issuerId}, ${token.port}, ${token.readOnly ?? false},
       ${token.description ?? ""}, ${token.createdAt}, ${token.expiresAt})`;
 }
 
@@ -64,6 +66,9 @@ interface CallerRow {
   org_admin: boolean;
   org_roles: number[];
   runner_id: string | null;
+  creator_id: string | null;
+  project_id: string | null;
+  issuer_id: string | null;
   name: string;
   email: string;
 }
@@ -88,7 +93,7 @@ async function lookUp(sql: Sql, which: Fragment, now: Date): Promise<CallerRow |
       array(select share.resource_role from group_members member
         join role_assignments share on share.group_id = member.group_id
         where member.member_id = t.subject_id and share.resource_id = t.organization_id) as org_roles,
-      coalesce(e.runner_id, r.id) as runner_id,
+      coalesce(e.runner_id, r.id) as runner_id, e.creator_id, e.project_id, t.issuer_id,
       coalesce(a.name, s.name, r.name, '') as name, coalesce(a.email, '') as email
     from tokens t
       left join users u on t.subject_principal = ${Principal.USER} and u.id = t.subject_id
@@ -107,11 +112,17 @@ function toCaller(row: CallerRow): Caller {
     organizationId: row.organization_id,
     orgAdmin: row.org_admin || row.org_roles.includes(ResourceRole.ORG_ADMIN),
     runnersAdmin: row.org_roles.includes(ResourceRole.ORG_RUNNERS_ADMIN),
+    projectsAdmin: row.org_roles.includes(ResourceRole.ORG_PROJECTS_ADMIN),
+    groupsAdmin: row.org_roles.includes(ResourceRole.ORG_GROUPS_ADMIN),
     environmentsReader: row.org_roles.includes(ResourceRole.ORG_ENVIRONMENTS_READER),
+    auditReader: row.org_roles.includes(ResourceRole.ORG_AUDIT_LOG_READER),
     tokenKind: row.kind,
     tokenId: row.token_id,
+    issuerId: row.issuer_id ?? undefined,
     readOnly: row.read_only,
     runnerId: row.runner_id ?? "",
+    creatorId: row.creator_id ?? "",
+    projectId: row.project_id ?? "",
     name: row.name,
     email: row.email,
   };
