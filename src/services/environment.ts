@@ -1,14 +1,9 @@
 import { create } from "@bufbuild/protobuf";
-import { durationMs } from "@bufbuild/protobuf/wkt";
 import type { ServiceImpl } from "@connectrpc/connect";
 import { ActionableErrorDetailsSchema } from "../../gen/gitpod/v1/actionable_error_pb.js";
 import {
-  AdmissionLevel,
-  type CreateEnvironmentRequest,
   EnvironmentPhase,
   EnvironmentService,
-  type EnvironmentSpec,
-  EnvironmentSpecSchema,
   type ListEnvironmentsRequest,
 } from "../../gen/gitpod/v1/environment_pb.js";
 import { ResourceType } from "../../gen/gitpod/v1/event_pb.js";
@@ -18,21 +13,10 @@ import {
   type OrganizationPolicies,
   PolicyEnforcedFailedPreconditionDetailsSchema,
 } from "../../gen/gitpod/v1/organization_pb.js";
-import { RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase } from "../../gen/gitpod/v1/runner_pb.js";
 import { type App, actorOf, newTokenText, transact } from "../app.ts";
-import {
-  environmentMessage,
-  goalProblems,
-  newEnvironment,
-  requiredKernelControls,
-  specProblems,
-  strengthened,
-  type ViewerRelation,
-  visibleEnvironment,
-  weakenedPolicies,
-} from "../domain/environment.ts";
-import { denied, notFound, precondition, Refusal, refuseProblems } from "../domain/errors.ts";
+import { requiredKernelControls, strengthened } from "../domain/environment.ts";
+import { denied, precondition, Refusal } from "../domain/errors.ts";
 import {
   isLockedDown,
   markActive,
@@ -46,226 +30,32 @@ import {
 import { COUNT_CAP, closePage, countAnswer, openPage } from "../domain/pages.ts";
 import { policyRefusal } from "../domain/policies.ts";
 import type { Caller } from "../domain/principal.ts";
-import { isConnected } from "../domain/runner.ts";
 import { TokenKind } from "../domain/tokens.ts";
 import { withPending } from "../pending.ts";
 import { principal } from "../rpc/authenticate.ts";
-import { initializerProblems, repositoryName } from "../scm/initializer.ts";
 import type { Tx } from "../store/db.ts";
-import { getClass, getClassHoldingRunner, type StoredClass } from "../store/environment-classes.ts";
 import {
   advanceEnvironment,
   countEnvironments,
   countForQuota,
-  countRunningOnRunner,
   getEnvironment,
   holdRunner,
-  insertEnvironment,
   listEnvironments,
   listPosition,
-  ownsSession,
   type StoredEnvironment,
 } from "../store/environments.ts";
 import { readPolicies } from "../store/organizations.ts";
 import { recordAccess } from "../store/record.ts";
 import { getOwnRunner, getRunner, type StoredRunner } from "../store/runners.ts";
 import { insertToken } from "../store/tokens.ts";
+import { createEnvironment } from "./environment/create.ts";
+import { checkCapacity, checkQuotas, checkRunner } from "./environment/limits.ts";
+import { shown } from "./environment/view.ts";
 
 const ACCESS_MS = 60 * 60_000;
-const NAME_SUFFIX_BYTES = 3;
-
-const quotaApplies = (caller: Caller) => caller.principal === Principal.USER;
-
-function viewer(caller: Caller, { relation }: StoredEnvironment): ViewerRelation {
-  if (relation.self) return "self";
-  if (relation.runner) return "runner";
-  if (relation.owner) return "owner";
-  if (caller.orgAdmin) return "org_admin";
-  return relation.user ? "user" : "viewer";
-}
-
-const shown = (caller: Caller, state: StoredEnvironment) =>
-  visibleEnvironment(environmentMessage(state.id, state), viewer(caller, state));
 
 function allow(allowed: boolean, action: string): void {
   if (!allowed) throw denied(`you may see this environment, but not ${action} it`);
-}
-
-// What a new environment has to respect, in the order in which a caller is told.
-
-function checkSource(caller: Caller, policies: OrganizationPolicies, spec: EnvironmentSpec | undefined): void {
-  if (caller.orgAdmin) return;
-  if (policies.membersRequireProjects) {
-    throw policyRefusal("permission_denied", "members_require_projects", "environments must be created from a project");
-  }
-  if (policies.disableFromScratch && !spec?.content?.initializer?.specs.length) {
-    throw policyRefusal("permission_denied", "disable_from_scratch", "environments must be created from a repository");
-  }
-}
-
-function checkClass(stored: StoredClass): void {
-  if (!stored.message.enabled) throw precondition("the environment class is disabled");
-  if (!stored.uses) throw denied("creating environments on this runner needs the role user on it");
-}
-
-/** Whether the runner of a class can take a new environment of it now. */
-function checkUsable(stored: StoredClass, localRunners: boolean): void {
-  checkRunner({ kind: stored.runnerKind, phase: stored.runnerPhase }, localRunners);
-  if (!stored.fits) throw precondition("the environment class no longer fits the configuration of its runner");
-}
-
-function checkRunner(runner: { kind: RunnerKind; phase: StoredRunner["phase"] }, localRunners: boolean): void {
-  if (runner.kind === RunnerKind.LOCAL && !localRunners) {
-    throw policyRefusal(
-      "failed_precondition",
-      "allow_local_runners",
-      "local runners are switched off in this organization",
-    );
-  }
-  if (!isConnected(runner.phase)) throw precondition("runner is not connected");
-}
-
-const ADMISSION_ORDER = [
-  AdmissionLevel.UNSPECIFIED,
-  AdmissionLevel.OWNER_ONLY,
-  AdmissionLevel.CREATOR_ONLY,
-  AdmissionLevel.ORGANIZATION,
-  AdmissionLevel.EVERYONE,
-];
-const ADMISSION_RANK = new Map(ADMISSION_ORDER.map((level, rank) => [level, rank]));
-const rank = (level: AdmissionLevel) => ADMISSION_RANK.get(level) ?? 0;
-
-function checkPolicies(policies: OrganizationPolicies, spec: EnvironmentSpec): void {
-  const longest = policies.maximumEnvironmentTimeout ? durationMs(policies.maximumEnvironmentTimeout) : 0;
-  const wanted = spec.timeout?.disconnected && durationMs(spec.timeout.disconnected);
-  if (longest > 0 && wanted !== undefined && (wanted <= 0 || wanted > longest)) {
-    throw policyRefusal(
-      "failed_precondition",
-      "maximum_environment_timeout",
-      `the timeout must be between 1 and ${longest / 1000} seconds`,
-    );
-  }
-  if (spec.ports.length && policies.portSharingDisabled) {
-    throw policyRefusal(
-      "failed_precondition",
-      "port_sharing_disabled",
-      "sharing ports is switched off in this organization",
-    );
-  }
-  const cap = policies.maxPortAdmissionLevel;
-  if (cap !== AdmissionLevel.UNSPECIFIED && spec.ports.some((port) => rank(port.admission) > rank(cap))) {
-    throw policyRefusal(
-      "failed_precondition",
-      "max_port_admission_level",
-      "the admission of a port is wider than the organization allows",
-    );
-  }
-  const [weakened] = spec.kernelControlsConfig
-    ? weakenedPolicies(spec.kernelControlsConfig, requiredKernelControls(policies))
-    : [];
-  if (weakened)
-    throw policyRefusal(
-      "failed_precondition",
-      weakened,
-      "the kernel controls are weaker than the organization asks for",
-    );
-}
-
-async function checkQuotas(
-  tx: Tx,
-  caller: { id: string; organizationId: string; limited: boolean },
-  policies: OrganizationPolicies,
-  isNew: boolean,
-): Promise<void> {
-  if (!caller.limited) return;
-  const { total, running } = await countForQuota(tx, caller.organizationId, caller.id);
-  const most = Number(policies.maximumEnvironmentsPerUser);
-  const mostRunning = Number(policies.maximumRunningEnvironmentsPerUser);
-  if (isNew && most > 0 && total >= most) {
-    throw policyRefusal(
-      "resource_exhausted",
-      "maximum_environments_per_user",
-      `you have ${total} of at most ${most} environments`,
-    );
-  }
-  if (mostRunning > 0 && running >= mostRunning) {
-    throw policyRefusal(
-      "resource_exhausted",
-      "maximum_running_environments_per_user",
-      `you have ${running} of at most ${mostRunning} running environments`,
-    );
-  }
-}
-
-async function checkCapacity(tx: Tx, runnerId: string, maxEnvironments: number | undefined): Promise<void> {
-  if (maxEnvironments === undefined) return;
-  const running = await countRunningOnRunner(tx, runnerId);
-  if (running >= maxEnvironments)
-    throw new Refusal("resource_exhausted", `the runner runs ${running} of at most ${maxEnvironments} environments`);
-}
-
-async function createEnvironment(app: App, caller: Caller, request: CreateEnvironmentRequest) {
-  const { policies, localRunners } = await readPolicies(app.db.point, caller.organizationId);
-  checkSource(caller, policies, request.spec);
-  refuseProblems(goalProblems(request.spec));
-  const spec = request.spec ?? create(EnvironmentSpecSchema);
-  const stored = await getClass(app.db.point, caller, spec.machine?.class ?? "");
-  checkClass(stored);
-  const schemes = app.config.scm.schemes;
-  const problems = initializerProblems(spec.content?.initializer, { schemes, field: "spec.content.initializer" });
-  refuseProblems([...problems, ...specProblems(spec, request.annotations)]);
-  if (request.sessionId && !(await ownsSession(app.db.point, caller, request.sessionId))) {
-    throw notFound("session", request.sessionId);
-  }
-  checkUsable(stored, localRunners);
-  checkPolicies(policies, spec);
-
-  const now = app.now();
-  const id = app.newId();
-  const [primary] = spec.content?.initializer?.specs ?? [];
-  const state = newEnvironment({
-    id,
-    spec,
-    name: request.name ?? "",
-    annotations: request.annotations,
-    nameSuffix: Buffer.from(app.random(NAME_SUFFIX_BYTES)).toString("hex"),
-    repositoryName: repositoryName(primary),
-    sessionId: request.sessionId.toLowerCase() || app.newId(),
-    sessions: { machine: app.newId(), content: app.newId(), devcontainer: app.newId(), automationsFile: app.newId() },
-    creator: caller,
-    environmentClass: stored.message,
-    projectId: "",
-    secrets: [],
-    defaults: {
-      dotfilesRepository: "",
-      devcontainerImage: policies.defaultEnvironmentImage,
-      kernelControls: requiredKernelControls(policies),
-      maximumLifetimeMs: policies.maximumEnvironmentLifetime ? durationMs(policies.maximumEnvironmentLifetime) : 0,
-    },
-    now,
-  });
-  const environment: StoredEnvironment = {
-    ...state,
-    organizationId: caller.organizationId,
-    reportEpoch: 0,
-    reportSeq: 0,
-    relation: { owner: true, user: false, self: false, runner: false },
-  };
-  await transact(app, async (tx, touched) => {
-    await checkQuotas(
-      tx,
-      { id: caller.id, organizationId: caller.organizationId, limited: quotaApplies(caller) },
-      policies,
-      true,
-    );
-    const current = await getClassHoldingRunner(tx, caller, stored.message.id);
-    checkClass(current);
-    checkUsable(current, localRunners);
-    await checkCapacity(tx, stored.message.runnerId, current.maxEnvironments);
-    await insertEnvironment(tx, environment, actorOf(caller), app.newId(), now);
-    touched(stored.message.runnerId);
-  });
-  return shown(caller, environment);
 }
 
 /**

@@ -1,0 +1,112 @@
+import { create } from "@bufbuild/protobuf";
+import { durationMs } from "@bufbuild/protobuf/wkt";
+import {
+  type CreateEnvironmentRequest,
+  type EnvironmentSpec,
+  EnvironmentSpecSchema,
+} from "../../../gen/gitpod/v1/environment_pb.js";
+import { Principal } from "../../../gen/gitpod/v1/identity_pb.js";
+import type { OrganizationPolicies } from "../../../gen/gitpod/v1/organization_pb.js";
+import { type App, actorOf, transact } from "../../app.ts";
+import { goalProblems, newEnvironment, requiredKernelControls, specProblems } from "../../domain/environment.ts";
+import { denied, notFound, precondition, refuseProblems } from "../../domain/errors.ts";
+import { policyRefusal } from "../../domain/policies.ts";
+import type { Caller } from "../../domain/principal.ts";
+import { initializerProblems, repositoryName } from "../../scm/initializer.ts";
+import { getClass, getClassHoldingRunner, type StoredClass } from "../../store/environment-classes.ts";
+import { insertEnvironment, ownsSession, type StoredEnvironment } from "../../store/environments.ts";
+import { readPolicies } from "../../store/organizations.ts";
+import { checkCapacity, checkPolicies, checkQuotas, checkRunner } from "./limits.ts";
+import { shown } from "./view.ts";
+
+const NAME_SUFFIX_BYTES = 3;
+
+const quotaApplies = (caller: Caller) => caller.principal === Principal.USER;
+
+// What a new environment has to respect, in the order in which a caller is told.
+
+function checkSource(caller: Caller, policies: OrganizationPolicies, spec: EnvironmentSpec | undefined): void {
+  if (caller.orgAdmin) return;
+  if (policies.membersRequireProjects) {
+    throw policyRefusal("permission_denied", "members_require_projects", "environments must be created from a project");
+  }
+  if (policies.disableFromScratch && !spec?.content?.initializer?.specs.length) {
+    throw policyRefusal("permission_denied", "disable_from_scratch", "environments must be created from a repository");
+  }
+}
+
+function checkClass(stored: StoredClass): void {
+  if (!stored.message.enabled) throw precondition("the environment class is disabled");
+  if (!stored.uses) throw denied("creating environments on this runner needs the role user on it");
+}
+
+/** Whether the runner of a class can take a new environment of it now. */
+function checkUsable(stored: StoredClass, localRunners: boolean): void {
+  checkRunner({ kind: stored.runnerKind, phase: stored.runnerPhase }, localRunners);
+  if (!stored.fits) throw precondition("the environment class no longer fits the configuration of its runner");
+}
+
+/** CreateEnvironment: makes an environment and wants it to run. */
+export async function createEnvironment(app: App, caller: Caller, request: CreateEnvironmentRequest) {
+  const { policies, localRunners } = await readPolicies(app.db.point, caller.organizationId);
+  checkSource(caller, policies, request.spec);
+  refuseProblems(goalProblems(request.spec));
+  const spec = request.spec ?? create(EnvironmentSpecSchema);
+  const stored = await getClass(app.db.point, caller, spec.machine?.class ?? "");
+  checkClass(stored);
+  const schemes = app.config.scm.schemes;
+  const problems = initializerProblems(spec.content?.initializer, { schemes, field: "spec.content.initializer" });
+  refuseProblems([...problems, ...specProblems(spec, request.annotations)]);
+  if (request.sessionId && !(await ownsSession(app.db.point, caller, request.sessionId))) {
+    throw notFound("session", request.sessionId);
+  }
+  checkUsable(stored, localRunners);
+  checkPolicies(policies, spec);
+
+  const now = app.now();
+  const id = app.newId();
+  const [primary] = spec.content?.initializer?.specs ?? [];
+  const state = newEnvironment({
+    id,
+    spec,
+    name: request.name ?? "",
+    annotations: request.annotations,
+    nameSuffix: Buffer.from(app.random(NAME_SUFFIX_BYTES)).toString("hex"),
+    repositoryName: repositoryName(primary),
+    sessionId: request.sessionId.toLowerCase() || app.newId(),
+    sessions: { machine: app.newId(), content: app.newId(), devcontainer: app.newId(), automationsFile: app.newId() },
+    creator: caller,
+    environmentClass: stored.message,
+    projectId: "",
+    secrets: [],
+    defaults: {
+      dotfilesRepository: "",
+      devcontainerImage: policies.defaultEnvironmentImage,
+      kernelControls: requiredKernelControls(policies),
+      maximumLifetimeMs: policies.maximumEnvironmentLifetime ? durationMs(policies.maximumEnvironmentLifetime) : 0,
+    },
+    now,
+  });
+  const environment: StoredEnvironment = {
+    ...state,
+    organizationId: caller.organizationId,
+    reportEpoch: 0,
+    reportSeq: 0,
+    relation: { owner: true, user: false, self: false, runner: false },
+  };
+  await transact(app, async (tx, touched) => {
+    await checkQuotas(
+      tx,
+      { id: caller.id, organizationId: caller.organizationId, limited: quotaApplies(caller) },
+      policies,
+      true,
+    );
+    const current = await getClassHoldingRunner(tx, caller, stored.message.id);
+    checkClass(current);
+    checkUsable(current, localRunners);
+    await checkCapacity(tx, stored.message.runnerId, current.maxEnvironments);
+    await insertEnvironment(tx, environment, actorOf(caller), app.newId(), now);
+    touched(stored.message.runnerId);
+  });
+  return shown(caller, environment);
+}

@@ -1,0 +1,103 @@
+import { durationMs } from "@bufbuild/protobuf/wkt";
+import { AdmissionLevel, type EnvironmentSpec } from "../../../gen/gitpod/v1/environment_pb.js";
+import type { OrganizationPolicies } from "../../../gen/gitpod/v1/organization_pb.js";
+import { RunnerKind } from "../../../gen/gitpod/v1/runner_configuration_pb.js";
+import { requiredKernelControls, weakenedPolicies } from "../../domain/environment.ts";
+import { precondition, Refusal } from "../../domain/errors.ts";
+import { policyRefusal } from "../../domain/policies.ts";
+import { isConnected } from "../../domain/runner.ts";
+import type { Tx } from "../../store/db.ts";
+import { countForQuota, countRunningOnRunner } from "../../store/environments.ts";
+import type { StoredRunner } from "../../store/runners.ts";
+
+// What every environment has to respect, whichever RPC creates, starts or changes it.
+
+export function checkRunner(runner: { kind: RunnerKind; phase: StoredRunner["phase"] }, localRunners: boolean): void {
+  if (runner.kind === RunnerKind.LOCAL && !localRunners) {
+    throw policyRefusal(
+      "failed_precondition",
+      "allow_local_runners",
+      "local runners are switched off in this organization",
+    );
+  }
+  if (!isConnected(runner.phase)) throw precondition("runner is not connected");
+}
+
+const ADMISSION_ORDER = [
+  AdmissionLevel.UNSPECIFIED,
+  AdmissionLevel.OWNER_ONLY,
+  AdmissionLevel.CREATOR_ONLY,
+  AdmissionLevel.ORGANIZATION,
+  AdmissionLevel.EVERYONE,
+];
+const ADMISSION_RANK = new Map(ADMISSION_ORDER.map((level, rank) => [level, rank]));
+const rank = (level: AdmissionLevel) => ADMISSION_RANK.get(level) ?? 0;
+
+export function checkPolicies(policies: OrganizationPolicies, spec: EnvironmentSpec): void {
+  const longest = policies.maximumEnvironmentTimeout ? durationMs(policies.maximumEnvironmentTimeout) : 0;
+  const wanted = spec.timeout?.disconnected && durationMs(spec.timeout.disconnected);
+  if (longest > 0 && wanted !== undefined && (wanted <= 0 || wanted > longest)) {
+    throw policyRefusal(
+      "failed_precondition",
+      "maximum_environment_timeout",
+      `the timeout must be between 1 and ${longest / 1000} seconds`,
+    );
+  }
+  if (spec.ports.length && policies.portSharingDisabled) {
+    throw policyRefusal(
+      "failed_precondition",
+      "port_sharing_disabled",
+      "sharing ports is switched off in this organization",
+    );
+  }
+  const cap = policies.maxPortAdmissionLevel;
+  if (cap !== AdmissionLevel.UNSPECIFIED && spec.ports.some((port) => rank(port.admission) > rank(cap))) {
+    throw policyRefusal(
+      "failed_precondition",
+      "max_port_admission_level",
+      "the admission of a port is wider than the organization allows",
+    );
+  }
+  const [weakened] = spec.kernelControlsConfig
+    ? weakenedPolicies(spec.kernelControlsConfig, requiredKernelControls(policies))
+    : [];
+  if (weakened)
+    throw policyRefusal(
+      "failed_precondition",
+      weakened,
+      "the kernel controls are weaker than the organization asks for",
+    );
+}
+
+export async function checkQuotas(
+  tx: Tx,
+  caller: { id: string; organizationId: string; limited: boolean },
+  policies: OrganizationPolicies,
+  isNew: boolean,
+): Promise<void> {
+  if (!caller.limited) return;
+  const { total, running } = await countForQuota(tx, caller.organizationId, caller.id);
+  const most = Number(policies.maximumEnvironmentsPerUser);
+  const mostRunning = Number(policies.maximumRunningEnvironmentsPerUser);
+  if (isNew && most > 0 && total >= most) {
+    throw policyRefusal(
+      "resource_exhausted",
+      "maximum_environments_per_user",
+      `you have ${total} of at most ${most} environments`,
+    );
+  }
+  if (mostRunning > 0 && running >= mostRunning) {
+    throw policyRefusal(
+      "resource_exhausted",
+      "maximum_running_environments_per_user",
+      `you have ${running} of at most ${mostRunning} running environments`,
+    );
+  }
+}
+
+export async function checkCapacity(tx: Tx, runnerId: string, maxEnvironments: number | undefined): Promise<void> {
+  if (maxEnvironments === undefined) return;
+  const running = await countRunningOnRunner(tx, runnerId);
+  if (running >= maxEnvironments)
+    throw new Refusal("resource_exhausted", `the runner runs ${running} of at most ${maxEnvironments} environments`);
+}
