@@ -8,7 +8,6 @@ import type { Environment } from "../gen/gitpod/v1/environment_pb.js";
 import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase } from "../gen/gitpod/v1/runner_pb.js";
 import type { BerthClient } from "../src/client.ts";
-import { EDITORS } from "../src/domain/editors.ts";
 import { TokenKind } from "../src/domain/tokens.ts";
 import { routes } from "../src/routes.ts";
 import { policy } from "../src/rpc/policy.ts";
@@ -58,7 +57,6 @@ const OUTCOMES: Record<string, string> = {
 
 /** What the callers see and act on. */
 interface World {
-  organizationId: string;
   environmentId: string;
   runnerId: string;
   classId: string;
@@ -87,16 +85,12 @@ const EXPECTED = `
   EnvironmentService.archiveEnvironment                     U U N N D ✓ ✓ N D D D D
   EnvironmentService.unarchiveEnvironment                   U U N N D ✓ ✓ N D D D D
   EnvironmentService.deleteEnvironment                      U U N N D ✓ ✓ N D D D D
-  EnvironmentService.updateEnvironment                      U U i i D i i i D D i i
+  EnvironmentService.updateEnvironment                      U U N N D ✓ ✓ N D D D N
   EnvironmentService.markEnvironmentActive                  U U N N D ✓ D N D D ✓ N
   EnvironmentService.createEnvironmentLogsToken             U U N N D ✓ D N D D ✓ N
   EnvironmentService.createEnvironmentAccessToken           U U N N D ✓ D N D D D D
-  EnvironmentService.createPortAccessToken                  U U i i D i i i D D D D
-  EnvironmentService.allowPortAccess                        U U i i D i i i D D D D
-  EditorService.listEditors                                 U U ✓ ✓ ✓ ✓ ✓ ✓ D D ✓ ✓
-  EditorService.getEditor                                   U U ✓ ✓ ✓ ✓ ✓ ✓ D D ✓ ✓
-  EditorService.resolveEditorURL                            U U N N D F D N D D D D
-  GatewayService.listGateways                               U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
+  EnvironmentService.createPortAccessToken                  U U N N D F F N D D D D
+  EnvironmentService.allowPortAccess                        U U N N D ✓ ✓ N D D D D
   EventService.watchEvents                                  U U N N ✓ ✓ ✓ N D D ✓ N
   EventService.listAuditLogs                                U U i i i i i i D D D D
   EventService.getAuditLog                                  U U i i i i i i D D D D
@@ -161,11 +155,6 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "EnvironmentService.createEnvironmentAccessToken": onEnvironment,
   "EnvironmentService.createPortAccessToken": ({ environmentId }) => ({ environmentId, port: 3000 }),
   "EnvironmentService.allowPortAccess": ({ environmentId }) => ({ environmentId, port: 3000 }),
-  "EditorService.getEditor": () => ({ id: "vscode" }),
-  // It is not running.
-  "EditorService.resolveEditorURL": ({ environmentId, organizationId }) => ({
-    ...{ editorId: EDITORS[0]?.id, environmentId, organizationId },
-  }),
   "EventService.watchEvents": ({ environmentId }) => ({ scope: { case: "environmentId", value: environmentId } }),
   "EventService.getAuditLog": ({ unknownId }) => ({ auditLogEntryId: unknownId }),
   "IdentityService.exchangeToken": ({ exchangeToken }) => ({ exchangeToken }),
@@ -250,11 +239,7 @@ beforeAll(async () => {
   const readOnly = { kind: TokenKind.PERSONAL_ACCESS, subjectId: creator.id, readOnly: true };
   const { linkId, id: runnerId } = runner;
   const { exchangeToken } = await plane.admin.runners.createRunnerToken({ runnerId });
-  const { organizationId } = plane;
-  world = {
-    ...{ organizationId, environmentId: own.id, runnerId, classId: shared.classId, linkId },
-    ...{ exchangeToken, unknownId: uuidv7() },
-  };
+  world = { environmentId: own.id, runnerId, classId: shared.classId, linkId, exchangeToken, unknownId: uuidv7() };
   tokens = {
     ...{ nobody: "", exchange: exchangeToken, creator: creator.token, admin: plane.adminToken },
     ...{ runner: runner.token, otherRunner: otherRunner.token, environment: own.token, otherEnvironment: other.token },
@@ -321,6 +306,8 @@ const WITHOUT_ROWS: ReadonlySet<string> = new Set([
   "ServiceAccountService",
   "ProjectService",
   "SecretService",
+  "EditorService",
+  "GatewayService",
   "UsageService",
   "OrganizationService",
 ]);

@@ -619,12 +619,18 @@ export function overdueAt({ status, facts }: EnvironmentState): Date | null {
   return status.phase === EnvironmentPhase.DELETING ? new Date(since + DELETE_OVERDUE_MS) : null;
 }
 
-/** When a stopped environment is archived by itself, `afterMs` being the policy or its default; null if never. */
-export function archiveDeadline(state: EnvironmentState, afterMs: number): Date | null {
+/** Since when an environment has been waiting for its archival; null if it never archives by itself as it is. */
+export function archivableSince(state: EnvironmentState): Date | null {
   const { metadata, status, facts } = state;
   if (metadata.role !== EnvironmentRole.DEFAULT || status.phase !== EnvironmentPhase.STOPPED) return null;
   if (isArchived(state) || !facts.stoppedAt) return null;
-  return new Date(later(facts.stoppedAt.getTime(), facts.unarchivedAt) + afterMs);
+  return new Date(later(facts.stoppedAt.getTime(), facts.unarchivedAt));
+}
+
+/** When a stopped environment is archived by itself, `afterMs` being the policy or its default; null if never. */
+export function archiveDeadline(state: EnvironmentState, afterMs: number): Date | null {
+  const since = archivableSince(state);
+  return since && new Date(since.getTime() + afterMs);
 }
 
 /** When an archived environment is deleted by itself; `afterMs` is the policy, 0 means never. */

@@ -1,12 +1,7 @@
 import { create } from "@bufbuild/protobuf";
 import type { ServiceImpl } from "@connectrpc/connect";
 import { ActionableErrorDetailsSchema } from "../../gen/gitpod/v1/actionable_error_pb.js";
-import {
-  EnvironmentPhase,
-  EnvironmentService,
-  type ListEnvironmentsRequest,
-} from "../../gen/gitpod/v1/environment_pb.js";
-import { ResourceType } from "../../gen/gitpod/v1/event_pb.js";
+import { EnvironmentService, type ListEnvironmentsRequest } from "../../gen/gitpod/v1/environment_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import {
   EnvironmentMaxLifetimeExceededDetailsSchema,
@@ -14,7 +9,7 @@ import {
   PolicyEnforcedFailedPreconditionDetailsSchema,
 } from "../../gen/gitpod/v1/organization_pb.js";
 import { RunnerPhase } from "../../gen/gitpod/v1/runner_pb.js";
-import { type App, actorOf, newTokenText, transact } from "../app.ts";
+import { type App, transact } from "../app.ts";
 import { requiredKernelControls, strengthened } from "../domain/environment.ts";
 import { denied, precondition, Refusal } from "../domain/errors.ts";
 import {
@@ -35,7 +30,6 @@ import { withPending } from "../pending.ts";
 import { principal } from "../rpc/authenticate.ts";
 import type { Tx } from "../store/db.ts";
 import {
-  advanceEnvironment,
   countEnvironments,
   countForQuota,
   getEnvironment,
@@ -45,38 +39,13 @@ import {
   type StoredEnvironment,
 } from "../store/environments.ts";
 import { readPolicies } from "../store/organizations.ts";
-import { recordAccess } from "../store/record.ts";
 import { getOwnRunner, getRunner, type StoredRunner } from "../store/runners.ts";
-import { insertToken } from "../store/tokens.ts";
 import { createEnvironment } from "./environment/create.ts";
 import { checkCapacity, checkQuotas, checkRunner } from "./environment/limits.ts";
+import { allow, apply } from "./environment/move.ts";
+import { issuePortToken, issueToken, mayReachPort } from "./environment/tokens.ts";
+import { updateEnvironment } from "./environment/update.ts";
 import { shown } from "./environment/view.ts";
-
-const ACCESS_MS = 60 * 60_000;
-
-function allow(allowed: boolean, action: string): void {
-  if (!allowed) throw denied(`you may see this environment, but not ${action} it`);
-}
-
-/**
- * Applies a transition that a caller asked for to an environment that the transaction holds locked. True if its runner
- * has to look at it.
- */
-async function apply(
-  app: App,
-  tx: Tx,
-  caller: Caller,
-  stored: StoredEnvironment,
-  transition: Transition,
-  action?: string,
-): Promise<boolean> {
-  if (transition.kind === "refused") throw precondition(transition.reason);
-  if (transition.kind === "noop") return false;
-  const { next } = transition;
-  const by = { actor: actorOf(caller), newId: app.newId, action, at: app.now() };
-  await advanceEnvironment(tx, stored, next, by);
-  return next.changed.spec || next.status.phase === EnvironmentPhase.DELETED;
-}
 
 async function startEnvironment(app: App, caller: Caller, id: string): Promise<void> {
   const { policies, localRunners } = await readPolicies(app.db.point, caller.organizationId);
@@ -168,43 +137,6 @@ async function unarchiveEnvironment(app: App, caller: Caller, id: string): Promi
   });
 }
 
-/** A token that the runner's endpoints accept for one environment, for an hour. */
-async function issueToken(app: App, caller: Caller, id: string, kind: TokenKind, what: string): Promise<string> {
-  const text = newTokenText(app, kind);
-  const at = app.now();
-  await transact(app, async (tx) => {
-    const stored = await getEnvironment(tx, caller, id, true);
-    const self = stored.relation.self && kind === TokenKind.LOGS;
-    allow(stored.relation.owner || stored.relation.user || self, "enter");
-    const closed = [
-      EnvironmentPhase.DELETED,
-      ...(kind === TokenKind.ENVIRONMENT_ACCESS ? [EnvironmentPhase.DELETING] : []),
-    ];
-    if (closed.includes(stored.status.phase)) throw precondition("the environment is deleted or being deleted");
-    await insertToken(tx, {
-      id: app.newId(),
-      text,
-      kind,
-      organizationId: stored.organizationId,
-      subjectId: caller.id,
-      subjectPrincipal: caller.principal,
-      environmentId: id,
-      createdAt: at,
-      expiresAt: new Date(at.getTime() + ACCESS_MS),
-    });
-    await recordAccess(tx, {
-      id: app.newId(),
-      organizationId: stored.organizationId,
-      actor: actorOf(caller),
-      subjectId: id,
-      subjectType: ResourceType.ENVIRONMENT,
-      action: `${what} issued`,
-      at,
-    });
-  });
-  return text;
-}
-
 async function list(app: App, caller: Caller, req: ListEnvironmentsRequest) {
   const page = openPage(req.pagination, ["environments", caller.id, req.filter, req.sort]);
   const wantsCount = req.count?.include === true && !page.after;
@@ -225,89 +157,86 @@ export function environmentService(
   app: App,
   listEnvironmentClasses: ServiceImpl<typeof EnvironmentService>["listEnvironmentClasses"],
 ): ServiceImpl<typeof EnvironmentService> {
-  return withPending(
-    EnvironmentService,
-    ["createEnvironmentFromProject", "updateEnvironment", "createPortAccessToken", "allowPortAccess"],
-    {
-      async getEnvironment(req, context) {
-        const caller = principal(context);
-        return { environment: shown(caller, await getEnvironment(app.db.point, caller, req.environmentId)) };
-      },
-      listEnvironments: (req, context) => list(app, principal(context), req),
-      listEnvironmentClasses,
-      async createEnvironment(req, context) {
-        return { environment: await createEnvironment(app, principal(context), req) };
-      },
-      async startEnvironment(req, context) {
-        await startEnvironment(app, principal(context), req.environmentId);
-        return {};
-      },
-      stopEnvironment(req, context) {
-        const caller = principal(context);
-        const may = ({ relation }: StoredEnvironment) => relation.owner || relation.self || caller.orgAdmin;
-        return request(
-          app,
-          caller,
-          req.environmentId,
-          may,
-          "stop",
-          (state) => requestStop(state, app.now()),
-          "Environment stop requested",
-        );
-      },
-      archiveEnvironment(req, context) {
-        const caller = principal(context);
-        const may = ({ relation }: StoredEnvironment) => relation.owner || caller.orgAdmin;
-        return request(
-          app,
-          caller,
-          req.environmentId,
-          may,
-          "archive",
-          (state) => requestArchive(state, app.now()),
-          "Environment archived",
-        );
-      },
-      async unarchiveEnvironment(req, context) {
-        await unarchiveEnvironment(app, principal(context), req.environmentId);
-        return {};
-      },
-      deleteEnvironment(req, context) {
-        const caller = principal(context);
-        const may = ({ relation }: StoredEnvironment) => relation.owner || caller.orgAdmin;
-        const action = req.force ? "Environment deleted by force" : "Environment deletion requested";
-        return request(
-          app,
-          caller,
-          req.environmentId,
-          may,
-          "delete",
-          (state) => requestDelete(state, req.force, app.now()),
-          action,
-        );
-      },
-      markEnvironmentActive(req, context) {
-        const may = ({ relation }: StoredEnvironment) => relation.owner || relation.user || relation.self;
-        return request(app, principal(context), req.environmentId, may, "use", (state) =>
-          markActive(state, req.activitySignal, app.now()),
-        );
-      },
-      async createEnvironmentLogsToken(req, context) {
-        return {
-          accessToken: await issueToken(app, principal(context), req.environmentId, TokenKind.LOGS, "Logs token"),
-        };
-      },
-      async createEnvironmentAccessToken(req, context) {
-        return {
-          accessToken: await issueToken(
-            app,
-            principal(context),
-            req.environmentId,
-            TokenKind.ENVIRONMENT_ACCESS,
-            "Access token",
-          ),
-        };
-      },
+  return withPending(EnvironmentService, ["createEnvironmentFromProject"], {
+    async getEnvironment(req, context) {
+      const caller = principal(context);
+      return { environment: shown(caller, await getEnvironment(app.db.point, caller, req.environmentId)) };
     },
-  );
+    listEnvironments: (req, context) => list(app, principal(context), req),
+    listEnvironmentClasses,
+    async createEnvironment(req, context) {
+      return { environment: await createEnvironment(app, principal(context), req) };
+    },
+    async startEnvironment(req, context) {
+      await startEnvironment(app, principal(context), req.environmentId);
+      return {};
+    },
+    stopEnvironment(req, context) {
+      const caller = principal(context);
+      const may = ({ relation }: StoredEnvironment) => relation.owner || relation.self || caller.orgAdmin;
+      return request(
+        app,
+        caller,
+        req.environmentId,
+        may,
+        "stop",
+        (state) => requestStop(state, app.now()),
+        "Environment stop requested",
+      );
+    },
+    archiveEnvironment(req, context) {
+      const caller = principal(context);
+      const may = ({ relation }: StoredEnvironment) => relation.owner || caller.orgAdmin;
+      return request(
+        app,
+        caller,
+        req.environmentId,
+        may,
+        "archive",
+        (state) => requestArchive(state, app.now()),
+        "Environment archived",
+      );
+    },
+    async unarchiveEnvironment(req, context) {
+      await unarchiveEnvironment(app, principal(context), req.environmentId);
+      return {};
+    },
+    deleteEnvironment(req, context) {
+      const caller = principal(context);
+      const may = ({ relation }: StoredEnvironment) => relation.owner || caller.orgAdmin;
+      const action = req.force ? "Environment deleted by force" : "Environment deletion requested";
+      return request(
+        app,
+        caller,
+        req.environmentId,
+        may,
+        "delete",
+        (state) => requestDelete(state, req.force, app.now()),
+        action,
+      );
+    },
+    markEnvironmentActive(req, context) {
+      const may = ({ relation }: StoredEnvironment) => relation.owner || relation.user || relation.self;
+      return request(app, principal(context), req.environmentId, may, "use", (state) =>
+        markActive(state, req.activitySignal, app.now()),
+      );
+    },
+    async updateEnvironment(req, context) {
+      await updateEnvironment(app, principal(context), req);
+      return {};
+    },
+    async createEnvironmentLogsToken(req, context) {
+      return { accessToken: await issueToken(app, principal(context), req.environmentId, TokenKind.LOGS) };
+    },
+    async createEnvironmentAccessToken(req, context) {
+      const kind = TokenKind.ENVIRONMENT_ACCESS;
+      return { accessToken: await issueToken(app, principal(context), req.environmentId, kind) };
+    },
+    async createPortAccessToken(req, context) {
+      return { accessToken: await issuePortToken(app, principal(context), req.environmentId, req.port) };
+    },
+    async allowPortAccess(req, context) {
+      return { allowed: await mayReachPort(app, principal(context), req.environmentId, req.port) };
+    },
+  });
 }

@@ -18,15 +18,20 @@ import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { SortOrder } from "../../gen/gitpod/v1/pagination_pb.js";
 import { invalid, notFound } from "../domain/errors.ts";
-import { type EnvironmentFacts, type EnvironmentState, nextDeadline, tombstoneEnd } from "../domain/lifecycle.ts";
+import {
+  archivableSince,
+  type EnvironmentFacts,
+  type EnvironmentState,
+  nextDeadline,
+  tombstoneEnd,
+} from "../domain/lifecycle.ts";
 import type { Page } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
 import { TokenKind } from "../domain/tokens.ts";
 import { readsEnvironment, sharedWith } from "./access.ts";
 import { conjunction, containing, oneOf } from "./conditions.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
-import { type Actor, type Attribution, recorded } from "./record.ts";
-import { revised } from "./runners.ts";
+import { type Actor, recorded } from "./record.ts";
 
 /** An environment with the facts that are not on the wire and what the caller is to it. */
 export interface StoredEnvironment extends EnvironmentState {
@@ -173,30 +178,44 @@ export async function insertEnvironment(
   };
   await tx`
     with ${recorded(tx, change)},
-    ${revised(tx, metadata.runnerId, { kind: ObjectKind.ENVIRONMENT, objectId: id }, at)},
+    head as (update runners set head_revision = head_revision + 1 where id = ${metadata.runnerId} returning id, head_revision),
+    revision as (
+      insert into runner_revisions (runner_id, revision, object_kind, object_id, created_at)
+      select id, head_revision, ${ObjectKind.ENVIRONMENT}, ${id}, ${at} from head
+    ),
     session as (
       insert into environment_sessions (id, organization_id, creator_id, creator_principal)
       values (${metadata.sessionId}, ${organizationId}, ${creator?.id}, ${creator?.principal}) on conflict do nothing
     )
     insert into environments (id, organization_id, creator_id, creator_principal, runner_id, class_id, project_id, session_id, role,
-      phase, desired_phase, admission, created_at, lockdown_at, search, metadata, spec, status, facts, due_at)
+      phase, desired_phase, admission, created_at, lockdown_at, search, metadata, spec, status, facts, due_at,
+      archivable_since)
     values (${id}, ${organizationId}, ${creator?.id}, ${creator?.principal}, ${metadata.runnerId}, ${spec.machine?.class},
       ${metadata.projectId || null}, ${metadata.sessionId}, ${metadata.role}, ${status.phase}, ${spec.desiredPhase}, ${spec.admission},
       ${at}, ${date(metadata.lockdownAt)}, ${searchText(id, state)}, ${toBinary(EnvironmentMetadataSchema, metadata)},
       ${toBinary(EnvironmentSpecSchema, spec)}, ${toBinary(EnvironmentStatusSchema, status)}, ${encodeFacts(state.facts)},
-      ${nextDueAt(state)})`;
+      ${nextDueAt(state)}, ${archivableSince(state)})`;
+}
+
+/** How a change of an environment is told: to whom it is put down, and what to call it. */
+export interface Attribution {
+  actor: Actor;
+  /** Id of the audit entry, used if one is written. */
+  auditId: string;
+  /** Text for people; without it an entry is written only when the overall phase changes. */
+  action?: string;
+  at: Date;
 }
 
 /**
  * Writes the next state of an environment that this transaction holds locked, with its event, its audit entry and, if
- * the runner has to act, the runner's revision. Nothing is written when nothing changed. `action` is the audit text for
- * people; without it an entry is written only when the overall phase changes.
+ * the runner has to act, the runner's revision. Nothing is written when nothing changed.
  */
 export async function advanceEnvironment(
   tx: Tx,
   before: StoredEnvironment,
   next: EnvironmentState & { reportEpoch?: number; reportSeq?: number },
-  by: Attribution & { action?: string },
+  by: Attribution,
 ): Promise<boolean> {
   const { id, organizationId } = before;
   const { metadata, spec, status } = next;
@@ -227,12 +246,16 @@ export async function advanceEnvironment(
     environmentId: id,
     runnerId: metadata.runnerId,
     at: by.at,
-    audit: action ? { id: by.newId(), actor: by.actor, action } : undefined,
+    audit: action ? { id: by.auditId, actor: by.actor, action } : undefined,
   };
   const told = silent ? tx`quiet as (select)` : recorded(tx, change);
   const runnerMustAct = specChanged || deleted;
   const revision = runnerMustAct
-    ? tx`, ${revised(tx, metadata.runnerId, { kind: ObjectKind.ENVIRONMENT, objectId: id, removed: deleted }, by.at)}`
+    ? tx`, head as (update runners set head_revision = head_revision + 1 where id = ${metadata.runnerId} returning id, head_revision),
+      revision as (
+        insert into runner_revisions (runner_id, revision, object_kind, object_id, removed, created_at)
+        select id, head_revision, ${ObjectKind.ENVIRONMENT}, ${id}, ${deleted}, ${by.at} from head
+      )`
     : tx``;
   const tokens = deleted
     ? tx`, tokens_gone as (delete from tokens where environment_id = ${id} or subject_id = ${id}),
@@ -246,7 +269,7 @@ export async function advanceEnvironment(
       archived_at = ${date(metadata.archivedAt)}, lockdown_at = ${date(metadata.lockdownAt)}, search = ${searchText(id, next)},
       metadata = ${metadataBytes}, spec = ${specBytes}, status = ${toBinary(EnvironmentStatusSchema, status)}, facts = ${facts},
       report_epoch = ${next.reportEpoch ?? before.reportEpoch}, report_seq = ${next.reportSeq ?? before.reportSeq},
-      due_at = ${nextDueAt(next)},
+      due_at = ${nextDueAt(next)}, archivable_since = ${archivableSince(next)},
       deleted_at = ${status.phase === EnvironmentPhase.DELETED ? tx`coalesce(deleted_at, ${by.at})` : tx`null`}
     where id = ${id}`;
   return true;
@@ -273,6 +296,18 @@ export async function getEnvironment(
     where e.id = ${id} and ${readsEnvironment(sql, caller)} ${lock ? sql`for update` : sql``}`;
   if (!row) throw notFound("environment", id);
   return toEnvironment(row, relationOf(row, caller));
+}
+
+/** An environment of the caller's organization, for questions that do not need the right to read it. */
+export async function findEnvironment(
+  sql: Sql | Tx,
+  caller: Caller,
+  id: string,
+): Promise<(StoredEnvironment & { readable: boolean }) | undefined> {
+  const [row] = await sql<(EnvironmentRow & { readable: boolean })[]>`
+    select ${columns(sql)}, ${relations(sql, caller)}, ${readsEnvironment(sql, caller)} as readable from environments e
+    where e.id = ${id} and e.organization_id = ${caller.organizationId}`;
+  return row && { ...toEnvironment(row, relationOf(row, caller)), readable: row.readable };
 }
 
 /** An environment read for the system's own work; undefined if there is none. */
@@ -318,6 +353,32 @@ export async function environmentIdsOfRunner(sql: Sql | Tx, runnerId: string): P
 export async function dueEnvironmentIds(sql: Sql, now: Date, limit: number): Promise<string[]> {
   const rows = await sql<{ id: string }[]>`
     select id from environments where due_at <= ${now} order by due_at limit ${limit}`;
+  return rows.map((row) => row.id);
+}
+
+/** A moment for each organization; what happened before it is due. */
+type Cutoffs = readonly { organizationId: string; before: Date }[];
+
+const unnested = (sql: Sql, cutoffs: Cutoffs) => sql`unnest(${cutoffs.map((each) => each.organizationId)}::uuid[],
+    ${cutoffs.map((each) => each.before.toISOString())}::text[]::timestamptz[]) as due (organization_id, before)`;
+
+/** Environments that have been stopped since before the cutoff of their organization, at most `limit` of each. */
+export async function archivableEnvironmentIds(sql: Sql, cutoffs: Cutoffs, limit: number): Promise<string[]> {
+  const rows = await sql<{ id: string }[]>`
+    select e.id from ${unnested(sql, cutoffs)} cross join lateral (
+      select id from environments where organization_id = due.organization_id and archivable_since <= due.before
+      order by archivable_since limit ${limit}
+    ) e limit ${limit}`;
+  return rows.map((row) => row.id);
+}
+
+/** Environments that have been archived since before the cutoff of their organization, at most `limit` of each. */
+export async function deletableEnvironmentIds(sql: Sql, cutoffs: Cutoffs, limit: number): Promise<string[]> {
+  const rows = await sql<{ id: string }[]>`
+    select e.id from ${unnested(sql, cutoffs)} cross join lateral (
+      select id from environments where organization_id = due.organization_id and archived_at <= due.before
+        and desired_phase <> 80 order by archived_at limit ${limit}
+    ) e limit ${limit}`;
   return rows.map((row) => row.id);
 }
 

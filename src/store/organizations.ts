@@ -103,6 +103,15 @@ export async function shareRunnerWithMembers(
   });
 }
 
+/** The policies of every organization. */
+export async function allPolicies(sql: Sql): Promise<{ organizationId: string; policies: OrganizationPolicies }[]> {
+  const rows = await sql<{ id: string; policies: Uint8Array }[]>`select id, policies from organizations order by id`;
+  return rows.map((row) => ({
+    organizationId: row.id,
+    policies: fromBinary(OrganizationPoliciesSchema, row.policies),
+  }));
+}
+
 /** What limits the members of an organization, and whether its LOCAL runners are switched on. */
 export async function readPolicies(
   sql: Sql | Tx,

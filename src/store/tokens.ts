@@ -1,8 +1,10 @@
-import { AdmissionLevel } from "../../gen/gitpod/v1/environment_pb.js";
+import { fromBinary } from "@bufbuild/protobuf";
+import { AdmissionLevel, EnvironmentSpecSchema } from "../../gen/gitpod/v1/environment_pb.js";
 import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { OrganizationRole } from "../../gen/gitpod/v1/organization_pb.js";
 import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
+import { admits, portOf } from "../domain/environment-ports.ts";
 import type { Caller } from "../domain/principal.ts";
 import { EXCHANGE_TOKEN_MS } from "../domain/runner.ts";
 import { TokenKind, tokenHash, tokenKind } from "../domain/tokens.ts";
@@ -23,6 +25,8 @@ export interface NewToken {
   /** Who had it issued, where that is not its subject. */
   issuerId?: string;
   port?: number;
+  /** Nonce that the port had. */
+  authNonce?: bigint;
   readOnly?: boolean;
   description?: string;
 }
@@ -46,10 +50,11 @@ const RUNNER_KINDS: readonly TokenKind[] = [
 
 export async function insertToken(sql: Sql | Tx, token: NewToken): Promise<void> {
   await sql`
-    insert into tokens (id, hash, kind, organization_id, subject_id, subject_principal, environment_id, runner_id, issuer_id, port,
+    insert into tokens (id, hash, kind, organization_id, subject_id, subject_principal, environment_id, runner_id, issuer_id, port, auth_nonce,
       read_only, description, created_at, expires_at)
     values (${token.id}, ${tokenHash(token.text)}, ${token.kind}, ${token.organizationId}, ${token.subjectId},
-      ${token.subjectPrincipal}, ${token.environmentId}, ${token.runnerId}, ${token.issuerId}, ${token.port}, ${token.readOnly ?? false},
+      ${token.subjectPrincipal}, ${token.environmentId}, ${token.runnerId}, ${token.issuerId}, ${token.port},
+      ${token.authNonce === undefined ? null : String(token.authNonce)}, ${token.readOnly ?? false},
       ${token.description ?? ""}, ${token.createdAt}, ${token.expiresAt})`;
 }
 
@@ -166,6 +171,16 @@ export async function redeemExchangeToken(tx: Tx, text: string, now: Date): Prom
   return row?.runner_id;
 }
 
+/** A port token opens its port as long as it is open the same way, for whom it admits. */
+function opensPort(
+  spec: Uint8Array,
+  token: { port: number | null; auth_nonce: number | null; creator_id: string | null; subject_id: string },
+): boolean {
+  const port = portOf(fromBinary(EnvironmentSpecSchema, spec), token.port ?? 0);
+  if (!port || Number(port.authNonce) !== token.auth_nonce) return false;
+  return admits(port, token.creator_id ?? undefined, token.subject_id);
+}
+
 /** A token that somebody presented to a runner. */
 export interface RunnerToken {
   kind: TokenKind;
@@ -196,9 +211,13 @@ export async function findRunnerToken(
       subject_id: string;
       subject_principal: Principal;
       expires_at: Date | null;
+      auth_nonce: number | null;
+      creator_id: string | null;
+      spec: Uint8Array | null;
     }[]
   >`
-    select t.kind, t.environment_id, t.port, t.subject_id, t.subject_principal, t.expires_at
+    select t.kind, t.environment_id, t.port, t.subject_id, t.subject_principal, t.expires_at, t.auth_nonce, e.creator_id,
+      case when t.kind = ${TokenKind.PORT_ACCESS} then e.spec end as spec
     from tokens t
       left join environments e on e.id = t.environment_id
       left join users u on t.subject_principal = ${Principal.USER} and u.id = t.subject_id
@@ -209,12 +228,12 @@ export async function findRunnerToken(
         when ${Principal.USER} then u.status = ${UserStatus.ACTIVE}
         when ${Principal.SERVICE_ACCOUNT} then not s.suspended and coalesce(s.valid_until > ${now}, true)
         else true end
-      and (t.kind = ${TokenKind.ENVIRONMENT} or t.environment_id is null or t.subject_id = e.id or t.subject_id = e.creator_id
+      and (t.kind = any(${[TokenKind.ENVIRONMENT, TokenKind.PORT_ACCESS] as number[]}) or t.environment_id is null or t.subject_id = e.id or t.subject_id = e.creator_id
         or e.admission = any(${[AdmissionLevel.ORGANIZATION, AdmissionLevel.EVERYONE] as number[]})
         or exists (select from group_members member join role_assignments share on share.group_id = member.group_id
           where member.member_id = t.subject_id and share.resource_id = e.id
             and share.resource_role = any(${[ResourceRole.ENVIRONMENT_ADMIN, ResourceRole.ENVIRONMENT_USER] as number[]})))`;
-  if (!row) return undefined;
+  if (!row || (row.spec && !opensPort(row.spec, row))) return undefined;
   return {
     kind: row.kind,
     environmentId: row.environment_id ?? undefined,

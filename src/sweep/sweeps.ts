@@ -32,20 +32,13 @@ import {
   setRunnerStatus,
 } from "../store/runners.ts";
 import { purgeExpiredTokens } from "../store/tokens.ts";
+import { dueArchives, dueDeletions } from "./archive.ts";
+import { alone, BATCH, type Sweep } from "./sweep.ts";
 
-const BATCH = 50;
 const RETENTION_BATCH = 5_000;
 const KEPT_REVISIONS = 10_000;
 const DAY_MS = 24 * 60 * 60_000;
 const RETRY_MS = 60_000;
-
-/** A piece of clock-driven work. It takes due rows under a lock, so that any number of replicas may run it at once. */
-export interface Sweep {
-  name: string;
-  everyMs: number;
-  /** Does at most one batch; true if there may be more. */
-  run(app: App): Promise<boolean>;
-}
 
 async function advanceDue(app: App, tx: Tx, stored: StoredEnvironment): Promise<boolean> {
   const now = app.now();
@@ -55,23 +48,12 @@ async function advanceDue(app: App, tx: Tx, stored: StoredEnvironment): Promise<
     return false;
   }
   const move = end ? undefined : runTimers(stored, now);
-  const by = { actor: SYSTEM, newId: app.newId, at: now };
+  const by = { actor: SYSTEM, auditId: app.newId(), at: now };
   if (move?.kind === "changed" && (await advanceEnvironment(tx, stored, move.next, by))) return true;
   const next = end ?? nextDeadline(stored);
   // A deadline that has passed without a move would come up at every look.
   await postpone(tx, stored.id, next && next <= now ? new Date(now.getTime() + RETRY_MS) : next);
   return false;
-}
-
-/** Does a piece of work by itself: its failure is logged and holds up nothing else. True if it went well. */
-async function alone(app: App, what: Record<string, string>, work: () => Promise<unknown>): Promise<boolean> {
-  try {
-    await work();
-    return true;
-  } catch (error) {
-    app.log.error({ err: error, ...what }, "part of a sweep failed and will be tried again");
-    return false;
-  }
 }
 
 /** Start deadlines, idle timeouts, warnings that fall due, and the end of tombstones. */
@@ -113,7 +95,7 @@ async function showReachability(app: App, environmentId: string, runnerId: strin
     const lost = await lostSince(tx, runnerId);
     if (!stored || stored.status.phase === EnvironmentPhase.DELETED) return !lost;
     const shown = lost ? runnerUnreachable(stored, lost, app.now()) : runnerReturned(stored, app.now());
-    const by = { actor: SYSTEM, newId: app.newId, at: app.now() };
+    const by = { actor: SYSTEM, auditId: app.newId(), at: app.now() };
     if (shown.kind === "changed") await advanceEnvironment(tx, stored, shown.next, by);
     return !lost;
   });
@@ -192,6 +174,8 @@ export const sweeps: readonly Sweep[] = [
   dueEnvironments,
   lostRunners,
   silentDeletions,
+  dueArchives,
+  dueDeletions,
   retention("expired tokens", (app, limit) => purgeExpiredTokens(app.db.write, app.now(), limit)),
   retention("old events", (app, limit) => purgeEvents(app.db.write, daysAgo(app, 1), limit)),
   retention("old revisions", (app, limit) => purgeRevisions(app.db.write, daysAgo(app, 1), limit)),

@@ -1,8 +1,13 @@
 import { durationMs } from "@bufbuild/protobuf/wkt";
-import { AdmissionLevel, type EnvironmentSpec } from "../../../gen/gitpod/v1/environment_pb.js";
+import {
+  AdmissionLevel,
+  type EnvironmentSpec,
+  type UpdateEnvironmentRequest_Spec,
+} from "../../../gen/gitpod/v1/environment_pb.js";
 import type { OrganizationPolicies } from "../../../gen/gitpod/v1/organization_pb.js";
 import { RunnerKind } from "../../../gen/gitpod/v1/runner_configuration_pb.js";
 import { requiredKernelControls, weakenedPolicies } from "../../domain/environment.ts";
+import { isWider } from "../../domain/environment-ports.ts";
 import { precondition, Refusal } from "../../domain/errors.ts";
 import { policyRefusal } from "../../domain/policies.ts";
 import { isConnected } from "../../domain/runner.ts";
@@ -23,17 +28,10 @@ export function checkRunner(runner: { kind: RunnerKind; phase: StoredRunner["pha
   if (!isConnected(runner.phase)) throw precondition("runner is not connected");
 }
 
-const ADMISSION_ORDER = [
-  AdmissionLevel.UNSPECIFIED,
-  AdmissionLevel.OWNER_ONLY,
-  AdmissionLevel.CREATOR_ONLY,
-  AdmissionLevel.ORGANIZATION,
-  AdmissionLevel.EVERYONE,
-];
-const ADMISSION_RANK = new Map(ADMISSION_ORDER.map((level, rank) => [level, rank]));
-const rank = (level: AdmissionLevel) => ADMISSION_RANK.get(level) ?? 0;
+type Limited = Pick<EnvironmentSpec | UpdateEnvironmentRequest_Spec, "ports" | "timeout" | "kernelControlsConfig">;
 
-export function checkPolicies(policies: OrganizationPolicies, spec: EnvironmentSpec): void {
+/** What the organization allows to nobody: timeouts, open ports and kernel controls of a spec or of changes to one. */
+export function checkPolicies(policies: OrganizationPolicies, spec: Limited): void {
   const longest = policies.maximumEnvironmentTimeout ? durationMs(policies.maximumEnvironmentTimeout) : 0;
   const wanted = spec.timeout?.disconnected && durationMs(spec.timeout.disconnected);
   if (longest > 0 && wanted !== undefined && (wanted <= 0 || wanted > longest)) {
@@ -51,7 +49,7 @@ export function checkPolicies(policies: OrganizationPolicies, spec: EnvironmentS
     );
   }
   const cap = policies.maxPortAdmissionLevel;
-  if (cap !== AdmissionLevel.UNSPECIFIED && spec.ports.some((port) => rank(port.admission) > rank(cap))) {
+  if (cap !== AdmissionLevel.UNSPECIFIED && spec.ports.some((port) => isWider(port.admission, cap))) {
     throw policyRefusal(
       "failed_precondition",
       "max_port_admission_level",
