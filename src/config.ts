@@ -26,6 +26,8 @@ export interface ServerConfig {
   masterKey?: Uint8Array;
   bootstrap: BootstrapConfig;
   metricsToken?: string;
+  /** Base of help links in errors, without a slash at its end. */
+  docsUrl?: string;
   logLevel: LogLevel;
   /** Calls per second and caller; 0 turns the limit off. */
   rateLimit: number;
@@ -85,6 +87,7 @@ const VARIABLES = new Set([
   "BERTH_RATE_LIMIT",
   "BERTH_TRUSTED_PROXIES",
   "BERTH_METRICS_TOKEN",
+  "BERTH_DOCS_URL",
   "BERTH_LOG_LEVEL",
   "BERTH_SCM_FALLBACK",
   "BERTH_SCM_ALLOW_HOSTS",
@@ -294,6 +297,7 @@ export function readServerConfig(env: Environment): ServerConfig {
       tokenFile: read.optional("BERTH_BOOTSTRAP_TOKEN_FILE"),
     },
     metricsToken: read.optional("BERTH_METRICS_TOKEN"),
+    docsUrl: read.optional("BERTH_DOCS_URL") && read.url("BERTH_DOCS_URL", ""),
     logLevel: logLevel(read),
     rateLimit: read.integer("BERTH_RATE_LIMIT", 50, 0, 1_000_000),
     trustedProxies: read.list("BERTH_TRUSTED_PROXIES", isNetwork, "IP addresses and networks"),

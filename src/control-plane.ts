@@ -9,7 +9,7 @@ import { linuxHostSchema } from "./domain/environment-class.ts";
 import { TokenKind, tokenKind, tokenText } from "./domain/tokens.ts";
 import { routes, services } from "./routes.ts";
 import { authentication, callerOf } from "./rpc/authenticate.ts";
-import { refusals } from "./rpc/errors.ts";
+import { refusals, refusingGate } from "./rpc/errors.ts";
 import { observe } from "./rpc/observe.ts";
 import { rateLimit } from "./rpc/rate-limit.ts";
 import { validation, warmValidation } from "./rpc/validate.ts";
@@ -230,11 +230,11 @@ export async function startControlPlane(
       host: config.host,
       port: config.port,
       routes: routes(app),
-      gate: async (request) => {
+      gate: refusingGate(async (request) => {
         await authenticate(request);
         limit(request);
-      },
-      interceptors: [observe({ log, callerOf }), refusals, validation()],
+      }, config.docsUrl),
+      interceptors: [observe({ log, callerOf }), refusals(config.docsUrl), validation()],
       metricsToken: config.metricsToken,
       trustedProxies: config.trustedProxies,
       ready: async () => {

@@ -167,6 +167,7 @@ const VARIABLES: Record<string, Variable> = {
     good: [["s3cret", "s3cret"]],
     bad: [],
   },
+  BERTH_DOCS_URL: url((config) => config.docsUrl, undefined),
   BERTH_LOG_LEVEL: {
     read: (config) => config.logLevel,
     unset: "info",
@@ -254,7 +255,7 @@ test.each([...Object.keys(VARIABLES).filter((name) => name.startsWith("BERTH_"))
   },
 );
 
-test.each(["BERTH_DOCS_URL", "BERTH_GATEWAYS", "BERTH_OIDC_PROVIDERS", "BERTH_SESSION_IDLE", "BERTH_RUNNER_SSH_PORTS"])(
+test.each(["BERTH_GATEWAYS", "BERTH_OIDC_PROVIDERS", "BERTH_SESSION_IDLE", "BERTH_RUNNER_SSH_PORTS"])(
   "%s, which has no effect yet, is refused rather than ignored",
   (name) => {
     expect(refusal(() => readServerConfig({ [name]: "x" }))).toContain(name);

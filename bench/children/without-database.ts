@@ -26,7 +26,7 @@ serve<ServerSettings, ServerApi>(async (settings) => {
     host: "127.0.0.1",
     port: 0,
     routes: (router) => router.rpc(EnvironmentService.method.getEnvironment, () => ({ environment })),
-    interceptors: [observe({ log, callerOf }), refusals, validation()],
+    interceptors: [observe({ log, callerOf }), refusals(), validation()],
     ready: async () => ({ ok: true }),
     log,
   });

@@ -1,4 +1,5 @@
 import type { DescMessage, MessageInitShape } from "@bufbuild/protobuf";
+import { ActionableErrorDetailsSchema } from "../../gen/gitpod/v1/actionable_error_pb.js";
 
 /** What a caller can act on; one table in rpc/errors.ts turns it into status codes. */
 export type RefusalKind =
@@ -53,6 +54,21 @@ export const denied = (message: string) => new Refusal("permission_denied", mess
 export const precondition = (message: string, details: RefusalDetail[] = []) =>
   new Refusal("failed_precondition", message, { details });
 
+/**
+ * A refusal that a person can do something about. Clients tell it by `errorCode`, COMPONENT_CATEGORY_SPECIFIC or the
+ * field name of a policy; `message` is one sentence to show, `metadata` holds ids alone.
+ */
+export function actionable(
+  kind: RefusalKind,
+  errorCode: string,
+  message: string,
+  metadata: Record<string, string> = {},
+  details: RefusalDetail[] = [],
+): Refusal {
+  const detail = { desc: ActionableErrorDetailsSchema, value: { errorCode, userMessage: message, metadata } };
+  return new Refusal(kind, message, { details: [detail, ...details] });
+}
+
 /** INVALID_ARGUMENT for one or more fields; the message names the first. */
 export function invalid(...problems: [FieldProblem, ...FieldProblem[]]): Refusal {
   const [first] = problems;
@@ -73,6 +89,10 @@ const codeOf = (error: unknown): string => {
   const code = error instanceof Error && "code" in error ? error.code : undefined;
   return typeof code === "string" ? code : "";
 };
+
+/** A row with the same key exists already: which key is told by the name of its index. */
+export const isDuplicate = (error: unknown, index: string) =>
+  codeOf(error) === "23505" && error instanceof Error && "constraint_name" in error && error.constraint_name === index;
 
 /** Two transactions got in each other's way; the same one, run again, may well succeed. */
 export const isConflict = (error: unknown) => CONFLICTS.has(codeOf(error));

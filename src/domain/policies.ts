@@ -1,5 +1,4 @@
 import { create } from "@bufbuild/protobuf";
-import { ActionableErrorDetailsSchema } from "../../gen/gitpod/v1/actionable_error_pb.js";
 import { AdmissionLevel } from "../../gen/gitpod/v1/environment_pb.js";
 import {
   ConversationSharingPolicy,
@@ -7,7 +6,7 @@ import {
   OrganizationPoliciesSchema,
   PolicyEnforcedFailedPreconditionDetailsSchema,
 } from "../../gen/gitpod/v1/organization_pb.js";
-import { Refusal, type RefusalDetail } from "./errors.ts";
+import { actionable, type Refusal } from "./errors.ts";
 
 const DAY_S = 86_400n;
 
@@ -51,11 +50,6 @@ export function policyRefusal(
   policyName: PolicyName,
   message: string,
 ): Refusal {
-  const details: RefusalDetail[] = [
-    { desc: ActionableErrorDetailsSchema, value: { errorCode: policyName, userMessage: message } },
-  ];
-  if (kind === "failed_precondition") {
-    details.push({ desc: PolicyEnforcedFailedPreconditionDetailsSchema, value: { message, policyName } });
-  }
-  return new Refusal(kind, message, { details });
+  const enforced = { desc: PolicyEnforcedFailedPreconditionDetailsSchema, value: { message, policyName } };
+  return actionable(kind, policyName, message, {}, kind === "failed_precondition" ? [enforced] : []);
 }

@@ -1,7 +1,6 @@
 import { Code, ConnectError, type ContextValues, createContextKey } from "@connectrpc/connect";
-import { ActionableErrorDetailsSchema } from "../../gen/gitpod/v1/actionable_error_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
-import { databaseRefusal } from "../domain/errors.ts";
+import { actionable, databaseRefusal } from "../domain/errors.ts";
 import type { Caller } from "../domain/principal.ts";
 import type { Credential } from "../store/tokens.ts";
 import type { Entering } from "./call.ts";
@@ -26,12 +25,6 @@ function bearer(header: string | null): string {
 
 const unauthenticated = (message: string) => new ConnectError(message, Code.Unauthenticated);
 
-/** A refusal that a person can do something about. */
-function actionable(code: Code, errorCode: string, message: string): ConnectError {
-  const detail = { desc: ActionableErrorDetailsSchema, value: { errorCode, userMessage: message } };
-  return new ConnectError(message, code, undefined, [detail]);
-}
-
 function refuseKind(rule: Rule, caller: Caller): void {
   if (!rule.principals.includes(caller.principal)) {
     const kind = Principal[caller.principal].toLowerCase().replaceAll("_", " ");
@@ -41,7 +34,7 @@ function refuseKind(rule: Rule, caller: Caller): void {
     throw new ConnectError("this kind of token may not call this", Code.PermissionDenied);
   }
   if (caller.readOnly && !rule.read) {
-    throw actionable(Code.PermissionDenied, "AUTH_TOKEN_READ_ONLY", "this token may only read");
+    throw actionable("permission_denied", "AUTH_TOKEN_READ_ONLY", "this token may only read");
   }
 }
 
@@ -62,7 +55,7 @@ export function authentication(deps: {
       throw databaseRefusal(error) ?? error;
     });
     if (credential.state === "expired") {
-      throw actionable(Code.Unauthenticated, "AUTH_TOKEN_EXPIRED", "the token has expired");
+      throw actionable("unauthenticated", "AUTH_TOKEN_EXPIRED", "the token has expired");
     }
     if (credential.state !== "ok") throw unauthenticated("the token is not valid");
     if (credential.stale) deps.touch(credential.caller.tokenId);

@@ -1,7 +1,8 @@
 import { create } from "@bufbuild/protobuf";
 import { Code, ConnectError, type Interceptor } from "@connectrpc/connect";
 import { FieldPathSchema, ViolationsSchema } from "../../gen/buf/validate/validate_pb.js";
-import { databaseRefusal, type FieldProblem, Refusal, type RefusalKind } from "../domain/errors.ts";
+import { type ActionableErrorDetails, ActionableErrorDetailsSchema } from "../../gen/gitpod/v1/actionable_error_pb.js";
+import { databaseRefusal, type FieldProblem, Refusal, type RefusalDetail, type RefusalKind } from "../domain/errors.ts";
 
 const CODES: Record<RefusalKind, Code> = {
   invalid_argument: Code.InvalidArgument,
@@ -35,30 +36,54 @@ function violations(problems: readonly FieldProblem[]) {
   };
 }
 
-export function toConnectError(refusal: Refusal): ConnectError {
-  const details = [...refusal.details, ...(refusal.problems.length ? [violations(refusal.problems)] : [])];
+/** What can be done about it: for now, to read the operator's page about errors of this code. */
+function withHelp(detail: RefusalDetail, docsUrl: string): RefusalDetail {
+  if (detail.desc !== ActionableErrorDetailsSchema) return detail;
+  const value = detail.value as Partial<ActionableErrorDetails>;
+  const page = `${docsUrl}/errors#${value.errorCode?.toLowerCase()}`;
+  const action = { actionId: "read_docs", label: "Read about it", target: { case: "externalUrl", value: page } };
+  return { desc: detail.desc, value: { ...value, actions: [action] } };
+}
+
+export function toConnectError(refusal: Refusal, docsUrl?: string): ConnectError {
+  const given = docsUrl ? refusal.details.map((detail) => withHelp(detail, docsUrl)) : refusal.details;
+  const details = [...given, ...(refusal.problems.length ? [violations(refusal.problems)] : [])];
   return new ConnectError(refusal.message, CODES[refusal.kind], undefined, details, refusal);
 }
 
-function translate(error: unknown): unknown {
+function translate(error: unknown, docsUrl?: string): unknown {
   const refusal = error instanceof Refusal ? error : databaseRefusal(error);
-  return refusal ? toConnectError(refusal) : error;
+  return refusal ? toConnectError(refusal, docsUrl) : error;
 }
 
-async function* translated<T>(messages: AsyncIterable<T>): AsyncIterable<T> {
+async function* translated<T>(messages: AsyncIterable<T>, docsUrl?: string): AsyncIterable<T> {
   try {
     yield* messages;
   } catch (error) {
-    throw translate(error);
+    throw translate(error, docsUrl);
   }
 }
 
-/** Turns refusals of rules and stores into status codes, for unary calls and inside streams. */
-export const refusals: Interceptor = (next) => async (request) => {
-  try {
-    const response = await next(request);
-    return response.stream ? { ...response, message: translated(response.message) } : response;
-  } catch (error) {
-    throw translate(error);
-  }
-};
+/**
+ * Turns refusals of rules and stores into status codes, for unary calls and inside streams. Links to help begin with
+ * `docsUrl`; without it there are none.
+ */
+export const refusals =
+  (docsUrl?: string): Interceptor =>
+  (next) =>
+  async (request) => {
+    try {
+      const response = await next(request);
+      return response.stream ? { ...response, message: translated(response.message, docsUrl) } : response;
+    } catch (error) {
+      throw translate(error, docsUrl);
+    }
+  };
+
+/** As `refusals`, for what is settled before the message is read. */
+export const refusingGate =
+  <T>(gate: (request: T) => Promise<void>, docsUrl?: string) =>
+  (request: T): Promise<void> =>
+    gate(request).catch((error: unknown) => {
+      throw translate(error, docsUrl);
+    });
