@@ -92,8 +92,8 @@ const EXPECTED = `
   EnvironmentService.createPortAccessToken                  U U N N D F F N D D D D
   EnvironmentService.allowPortAccess                        U U N N D ✓ ✓ N D D D D
   EventService.watchEvents                                  U U N N ✓ ✓ ✓ N D D ✓ N
-  EventService.listAuditLogs                                U U i i i i i i D D D D
-  EventService.getAuditLog                                  U U i i i i i i D D D D
+  EventService.listAuditLogs                                U U D D D D ✓ D D D D D
+  EventService.getAuditLog                                  U U D D D D N D D D D D
   IdentityService.exchangeToken                             ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
   IdentityService.getIDToken                                U U i i D i i i i i i i
   IdentityService.getAuthenticatedIdentity                  U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓

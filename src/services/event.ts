@@ -1,7 +1,7 @@
 import { create } from "@bufbuild/protobuf";
 import type { HandlerContext, ServiceImpl } from "@connectrpc/connect";
 import {
-  EventService,
+  type EventService,
   type WatchEventsRequest_ResourceTypeFilter as Filter,
   ResourceOperation,
   ResourceType,
@@ -13,13 +13,13 @@ import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { type App, pacer } from "../app.ts";
 import { denied, invalid, notFound, Refusal } from "../domain/errors.ts";
 import type { Caller } from "../domain/principal.ts";
-import { withPending } from "../pending.ts";
 import { principal } from "../rpc/authenticate.ts";
 import { streamOpened } from "../rpc/call.ts";
 import { getEnvironment } from "../store/environments.ts";
 import { Latch, type OutboxEvent } from "../store/hub.ts";
 import { refreshCaller } from "../store/tokens.ts";
 import { openingEvents, PARTS_OF_ENVIRONMENT, visibleEvents } from "../store/visibility.ts";
+import { auditLog } from "./event/audit-log.ts";
 
 const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
 const { CREATE, UPDATE, UPDATE_STATUS, DELETE } = ResourceOperation;
@@ -196,7 +196,7 @@ async function stillValid(app: App, caller: Caller): Promise<Caller> {
   return now;
 }
 
-/** EventService, as far as it is built. */
+/** EventService. */
 export function eventService(app: App): ServiceImpl<typeof EventService> {
   const { streamsPerPrincipal } = app.limits;
   const streams = new Map<string, number>();
@@ -206,7 +206,8 @@ export function eventService(app: App): ServiceImpl<typeof EventService> {
     else streams.delete(id);
     return next;
   };
-  return withPending(EventService, ["listAuditLogs", "getAuditLog"], {
+  return {
+    ...auditLog(app),
     async *watchEvents(request, context) {
       const caller = principal(context);
       try {
@@ -218,5 +219,5 @@ export function eventService(app: App): ServiceImpl<typeof EventService> {
         count(caller.id, -1);
       }
     },
-  });
+  };
 }
