@@ -11,7 +11,7 @@ import { type EventHub, runnerTopic, Topic } from "./store/hub.ts";
 import type { Actor, Change } from "./store/record.ts";
 import type { StoredRunner } from "./store/runners.ts";
 
-/** Bounds of streams and relayed calls; times in milliseconds. Tests make them small. */
+/** Bounds of streams, relayed calls and what one may have many of; times in milliseconds. Tests make them small. */
 export interface Limits {
   /** Silence after which a stream of events shows a sign of life. */
   eventHeartbeatMs: number;
@@ -23,6 +23,10 @@ export interface Limits {
   pendingEvents: number;
   /** Streams of events of one principal on this replica. */
   streamsPerPrincipal: number;
+  /** Unexpired personal access tokens of one user. */
+  personalAccessTokens: number;
+  /** Preferences of one user. */
+  preferences: number;
 }
 
 export const LIMITS: Limits = {
@@ -31,6 +35,8 @@ export const LIMITS: Limits = {
   runnerCallMs: 20_000,
   pendingEvents: 10_000,
   streamsPerPrincipal: 50,
+  personalAccessTokens: 100,
+  preferences: 500,
 };
 
 /** What handlers and jobs work with. Time, ids and randomness come in here so that tests can hold them still. */

@@ -61,6 +61,9 @@ interface World {
   runnerId: string;
   classId: string;
   linkId: string;
+  /** The creator of the environment, and the first of its tokens. */
+  userId: string;
+  tokenId: string;
   /** Another exchange token each time. */
   exchangeToken: string;
   unknownId: string;
@@ -71,6 +74,7 @@ const onEnvironment = ({ environmentId }: World) => ({ environmentId });
 const onRunner = ({ runnerId }: World) => ({ runnerId });
 const onClass = ({ classId }: World) => ({ environmentClassId: classId });
 const onGroup = ({ runnerId, unknownId }: World) => ({ runnerId, groupId: unknownId, role: 1 });
+const onUser = ({ userId }: World) => ({ userId });
 const onUnknown = ({ unknownId }: World) => ({ id: unknownId });
 
 /** How each RPC answers the callers, a letter for each in the order above. */
@@ -129,6 +133,20 @@ const EXPECTED = `
   RunnerConfigurationService.updateSCMIntegration           U U i i D i i i D D D D
   RunnerConfigurationService.deleteSCMIntegration           U U i i D i i i D D D D
   RunnerConfigurationService.validateRunnerConfiguration    U U i i D i i i D D D D
+  UserService.getAuthenticatedUser                          U U ✓ ✓ ✓ ✓ ✓ D D D D D
+  UserService.getUser                                       U U N ✓ ✓ ✓ ✓ ✓ D D ✓ N
+  UserService.setSuspended                                  U U i i D i i D D D D D
+  UserService.deleteUser                                    U U i i D i i D D D D D
+  UserService.createPersonalAccessToken                     U U N D D ✓ D D D D D D
+  UserService.getPersonalAccessToken                        U U N N ✓ ✓ ✓ D D D D D
+  UserService.listPersonalAccessTokens                      U U ✓ ✓ ✓ ✓ ✓ D D D D D
+  UserService.deletePersonalAccessToken                     U U N N D N N D D D D D
+  UserService.setPreference                                 U U ✓ ✓ D ✓ ✓ D D D D D
+  UserService.getPreference                                 U U N N N N N D D D D D
+  UserService.listPreferences                               U U ✓ ✓ ✓ ✓ ✓ D D D D D
+  UserService.deletePreference                              U U N N D N N D D D D D
+  UserService.getDotfilesConfiguration                      U U ✓ ✓ ✓ ✓ ✓ D D D D D
+  UserService.setDotfilesConfiguration                      U U ✓ ✓ D ✓ ✓ D D D D D
   RunnerControlService.register                             U U D D D D D D F F D D
   RunnerControlService.heartbeat                            U U D D D D D D ✓ A D D
   RunnerControlService.watch                                U U D D D D D D ✓ A D D
@@ -197,6 +215,15 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "RunnerConfigurationService.updateSCMIntegration": onUnknown,
   "RunnerConfigurationService.deleteSCMIntegration": onUnknown,
   "RunnerConfigurationService.validateRunnerConfiguration": onRunner,
+  "UserService.getUser": onUser,
+  "UserService.setSuspended": onUser,
+  "UserService.deleteUser": onUser,
+  "UserService.createPersonalAccessToken": onUser,
+  "UserService.getPersonalAccessToken": ({ tokenId }) => ({ personalAccessTokenId: tokenId }),
+  "UserService.deletePersonalAccessToken": ({ unknownId }) => ({ personalAccessTokenId: unknownId }),
+  "UserService.setPreference": () => ({ key: "theme", value: "dark" }),
+  "UserService.getPreference": ({ unknownId }) => ({ preference: { case: "preferenceId", value: unknownId } }),
+  "UserService.deletePreference": ({ unknownId }) => ({ userPreferenceId: unknownId }),
   // Of an older protocol, or the link of the test would end.
   "RunnerControlService.register": () => ({ instanceId: "x", protocolVersion: 0, maxEnvironments: 1, status: STATUS }),
   "RunnerControlService.heartbeat": ({ linkId }) => ({ linkId, status: STATUS }),
@@ -239,7 +266,11 @@ beforeAll(async () => {
   const readOnly = { kind: TokenKind.PERSONAL_ACCESS, subjectId: creator.id, readOnly: true };
   const { linkId, id: runnerId } = runner;
   const { exchangeToken } = await plane.admin.runners.createRunnerToken({ runnerId });
-  world = { environmentId: own.id, runnerId, classId: shared.classId, linkId, exchangeToken, unknownId: uuidv7() };
+  const { personalAccessTokens } = await creator.client.users.listPersonalAccessTokens({});
+  world = {
+    ...{ environmentId: own.id, runnerId, classId: shared.classId, linkId, exchangeToken, unknownId: uuidv7() },
+    ...{ userId: creator.id, tokenId: personalAccessTokens[0]?.id ?? "" },
+  };
   tokens = {
     ...{ nobody: "", exchange: exchangeToken, creator: creator.token, admin: plane.adminToken },
     ...{ runner: runner.token, otherRunner: otherRunner.token, environment: own.token, otherEnvironment: other.token },
@@ -301,7 +332,6 @@ async function outcome(method: DescMethod, request: Record<string, unknown>, tok
 /** Services whose rows have not been written yet. */
 const WITHOUT_ROWS: ReadonlySet<string> = new Set([
   "AccountService",
-  "UserService",
   "GroupService",
   "ServiceAccountService",
   "ProjectService",

@@ -41,6 +41,7 @@ import { Principal, SubjectSchema } from "../../gen/gitpod/v1/identity_pb.js";
 import type { OrganizationPolicies } from "../../gen/gitpod/v1/organization_pb.js";
 import type { EnvironmentClass } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import type { FieldProblem } from "./errors.ts";
+import { isUuid } from "./ids.ts";
 import { type EnvironmentState, isLeaving, newFacts, type Transition, transition } from "./lifecycle.ts";
 import type { Caller } from "./principal.ts";
 
@@ -58,7 +59,6 @@ const TEXT_LENGTH = 1024;
 /** Sessions are opaque, but runners name files after them. */
 const SESSION = /^[^\p{Cc}/\\]{0,128}$/u;
 
-const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/i;
 const CONTROL_CHARACTERS = /\p{Cc}/u;
 const BASE64 = /^[A-Za-z0-9+/]+={0,2}$/;
 
@@ -220,7 +220,7 @@ export function goalProblems(spec: EnvironmentSpec | undefined): FieldProblem[] 
   const machineClass = spec?.machine?.class ?? "";
   return [
     ...(starts ? [] : [{ field: "spec.desired_phase", message: "must be unset or RUNNING" }]),
-    ...(UUID.test(machineClass)
+    ...(isUuid(machineClass)
       ? []
       : [{ field: "spec.machine.class", message: "must be the id of an environment class" }]),
   ];

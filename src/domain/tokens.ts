@@ -1,5 +1,6 @@
 import { createHash } from "node:crypto";
 import { crc32 } from "node:zlib";
+import type { FieldProblem } from "./errors.ts";
 
 /** Kinds of opaque tokens; the numbers are stored. */
 export const TokenKind = {
@@ -32,6 +33,20 @@ const PREFIXES: Record<TokenKind, string> = {
   [TokenKind.SESSION]: "berth_ses_",
 };
 const KIND_BY_PREFIX = new Map(Object.entries(PREFIXES).map(([kind, prefix]) => [prefix, Number(kind) as TokenKind]));
+
+const DAY_MS = 24 * 60 * 60_000;
+/** Lifetimes that nobody asked for otherwise, in milliseconds. */
+export const PERSONAL_ACCESS_MS = 30 * DAY_MS;
+/** How long the list of somebody's tokens shows one after its end. */
+export const SHOWN_AFTER_END_MS = 30 * DAY_MS;
+
+const DESCRIPTION_LENGTH = 255;
+
+/** What is wrong with the description of a token; none at all is fine. */
+export const descriptionProblems = (description: string): FieldProblem[] =>
+  [...description].length <= DESCRIPTION_LENGTH
+    ? []
+    : [{ field: "description", message: `must have at most ${DESCRIPTION_LENGTH} characters` }];
 
 const BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 const SECRET_BYTES = 32;

@@ -12,6 +12,7 @@ import {
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { type App, pacer } from "../app.ts";
 import { denied, invalid, notFound, Refusal } from "../domain/errors.ts";
+import { isUuid } from "../domain/ids.ts";
 import type { Caller } from "../domain/principal.ts";
 import { principal } from "../rpc/authenticate.ts";
 import { streamOpened } from "../rpc/call.ts";
@@ -21,7 +22,6 @@ import { refreshCaller } from "../store/tokens.ts";
 import { openingEvents, PARTS_OF_ENVIRONMENT, visibleEvents } from "../store/visibility.ts";
 import { auditLog } from "./event/audit-log.ts";
 
-const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
 const { CREATE, UPDATE, UPDATE_STATUS, DELETE } = ResourceOperation;
 
 /** DELETE absorbs everything, CREATE and UPDATE absorb status changes: the newest picture is what counts. */
@@ -149,7 +149,7 @@ async function scopeOf(app: App, caller: Caller, request: WatchEventsRequest): P
   if (request.resourceTypeFilters.length) {
     throw invalid({ field: "resource_type_filters", message: "cannot be combined with the scope of an environment" });
   }
-  if (!UUID.test(environmentId)) throw notFound("environment", environmentId);
+  if (!isUuid(environmentId)) throw notFound("environment", environmentId);
   return (await getEnvironment(app.db.point, caller, environmentId)).id;
 }
 

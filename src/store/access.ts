@@ -84,3 +84,11 @@ export function readsEnvironment(sql: Sql | Tx, caller: Caller): Fragment {
     or e.admission = any(${[AdmissionLevel.ORGANIZATION, AdmissionLevel.EVERYONE] as number[]})
     or e.id in ${sharedWith(sql, caller, ResourceType.ENVIRONMENT, ENVIRONMENT_ROLES)}))`;
 }
+
+/** Condition: may read user `u`, whatever its status. An environment knows its creator alone. */
+export function readsUser(sql: Sql | Tx, caller: Caller): Fragment {
+  const here = sql`u.organization_id = ${caller.organizationId}`;
+  if (caller.principal === Principal.RUNNER) return sql`false`;
+  if (caller.principal === Principal.ENVIRONMENT) return sql`(${here} and u.id = ${caller.creatorId})`;
+  return here;
+}

@@ -7,7 +7,7 @@ import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
 import { admits, portOf } from "../domain/environment-ports.ts";
 import type { Caller } from "../domain/principal.ts";
 import { EXCHANGE_TOKEN_MS } from "../domain/runner.ts";
-import { TokenKind, tokenHash, tokenKind } from "../domain/tokens.ts";
+import { SHOWN_AFTER_END_MS, TokenKind, tokenHash, tokenKind } from "../domain/tokens.ts";
 import type { Db, Fragment, Sql, Tx } from "./db.ts";
 
 /** A token about to be stored; the text itself never is. */
@@ -249,11 +249,17 @@ export async function revokeEnvironmentToken(tx: Tx, environmentId: string): Pro
   await tx`delete from tokens where environment_id = ${environmentId} and kind = ${TokenKind.ENVIRONMENT}`;
 }
 
-/** Removes tokens whose end is a day past, at most `limit`; returns how many. */
+/** Kinds that their owners see for a while after their end. */
+const SHOWN_KINDS: readonly TokenKind[] = [TokenKind.PERSONAL_ACCESS, TokenKind.SERVICE_ACCOUNT];
+
+/**
+ * Removes tokens whose end is a day past, or as long as they are shown after it, at most `limit`; returns how many.
+ */
 export async function purgeExpiredTokens(sql: Sql, now: Date, limit: number): Promise<number> {
   const rows = await sql`
     delete from tokens where id in (
-      select id from tokens where expires_at < ${now}::timestamptz - interval '1 day' and kind <> ${TokenKind.PERSONAL_ACCESS}
+      select id from tokens where expires_at < ${now}::timestamptz - interval '1 day'
+        and (kind <> all(${SHOWN_KINDS as number[]}) or expires_at < ${new Date(now.getTime() - SHOWN_AFTER_END_MS)})
       order by expires_at limit ${limit} for update skip locked
     ) returning id`;
   return rows.length;

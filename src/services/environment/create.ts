@@ -16,6 +16,7 @@ import { initializerProblems, repositoryName } from "../../scm/initializer.ts";
 import { getClass, getClassHoldingRunner, type StoredClass } from "../../store/environment-classes.ts";
 import { insertEnvironment, ownsSession, type StoredEnvironment } from "../../store/environments.ts";
 import { readPolicies } from "../../store/organizations.ts";
+import { findDotfiles } from "../../store/users.ts";
 import { checkCapacity, checkPolicies, checkQuotas, checkRunner } from "./limits.ts";
 import { shown } from "./view.ts";
 
@@ -48,7 +49,10 @@ function checkUsable(stored: StoredClass, localRunners: boolean): void {
 
 /** CreateEnvironment: makes an environment and wants it to run. */
 export async function createEnvironment(app: App, caller: Caller, request: CreateEnvironmentRequest) {
-  const { policies, localRunners } = await readPolicies(app.db.point, caller.organizationId);
+  const [{ policies, localRunners }, dotfilesRepository] = await Promise.all([
+    readPolicies(app.db.point, caller.organizationId),
+    findDotfiles(app.db.point, caller.id),
+  ]);
   checkSource(caller, policies, request.spec);
   refuseProblems(goalProblems(request.spec));
   const spec = request.spec ?? create(EnvironmentSpecSchema);
@@ -80,7 +84,7 @@ export async function createEnvironment(app: App, caller: Caller, request: Creat
     projectId: "",
     secrets: [],
     defaults: {
-      dotfilesRepository: "",
+      dotfilesRepository,
       devcontainerImage: policies.defaultEnvironmentImage,
       kernelControls: requiredKernelControls(policies),
       maximumLifetimeMs: policies.maximumEnvironmentLifetime ? durationMs(policies.maximumEnvironmentLifetime) : 0,

@@ -1,0 +1,101 @@
+import { create } from "@bufbuild/protobuf";
+import { timestampFromDate } from "@bufbuild/protobuf/wkt";
+import type { OrganizationRole } from "../../gen/gitpod/v1/organization_pb.js";
+import { type User, UserSchema, UserStatus } from "../../gen/gitpod/v1/user_pb.js";
+import { notFound, Refusal } from "../domain/errors.ts";
+import type { Caller } from "../domain/principal.ts";
+import { readsUser } from "./access.ts";
+import type { Sql, Tx } from "./db.ts";
+
+/** A user with what it shows of its account, which may be gone. */
+export interface StoredUser {
+  id: string;
+  organizationId: string;
+  accountId?: string;
+  role: OrganizationRole;
+  status: UserStatus;
+  /** Never empty: the local part of the address stands in for a name. */
+  fullName: string;
+  email: string;
+  avatarUrl: string;
+  loginProvider: string;
+  createdAt: Date;
+  /** When the person joined or last rejoined. */
+  memberSince: Date;
+}
+
+interface UserRow {
+  id: string;
+  organization_id: string;
+  account_id: string | null;
+  role: OrganizationRole;
+  status: UserStatus;
+  full_name: string;
+  email: string;
+  avatar_url: string;
+  login_provider: string;
+  created_at: Date;
+  member_since: Date;
+}
+
+const columns = (sql: Sql | Tx) => sql`u.id, u.organization_id, u.account_id, u.role, u.status, u.full_name, u.email,
+  u.avatar_url, u.login_provider, u.created_at, u.member_since`;
+
+const toUser = (row: UserRow): StoredUser => ({
+  id: row.id,
+  organizationId: row.organization_id,
+  accountId: row.account_id ?? undefined,
+  role: row.role,
+  status: row.status,
+  fullName: row.full_name,
+  email: row.email,
+  avatarUrl: row.avatar_url,
+  loginProvider: row.login_provider,
+  createdAt: row.created_at,
+  memberSince: row.member_since,
+});
+
+/** The wire message of a stored user. */
+export function userMessage(user: StoredUser): User {
+  return create(UserSchema, {
+    id: user.id,
+    organizationId: user.organizationId,
+    name: user.fullName,
+    avatarUrl: user.avatarUrl,
+    createdAt: timestampFromDate(user.createdAt),
+    status: user.status,
+    email: user.email,
+  });
+}
+
+/** A user that the caller may read, also one who has left; NOT_FOUND otherwise. */
+export async function getUser(sql: Sql | Tx, caller: Caller, id: string): Promise<StoredUser> {
+  const [row] = await sql<UserRow[]>`
+    select ${columns(sql)} from users u where u.id = ${id} and ${readsUser(sql, caller)}`;
+  if (!row) throw notFound("user", id);
+  return toUser(row);
+}
+
+/**
+ * Keeps the calling user as it is until the transaction ends: what is counted or issued under it can neither exceed a
+ * limit nor outlive a suspension. UNAUTHENTICATED if the user has been suspended or removed since the call was let in.
+ */
+export async function holdCaller(tx: Tx, caller: Caller): Promise<void> {
+  const rows = await tx`
+    select from users where id = ${caller.id} and status = ${UserStatus.ACTIVE} for no key update`;
+  if (!rows.length) throw new Refusal("unauthenticated", "the token is no longer valid");
+}
+
+/** Repository of a user's dotfiles; empty without one, and for whoever is no user. */
+export async function findDotfiles(sql: Sql | Tx, userId: string): Promise<string> {
+  const [row] = await sql<{ dotfiles_repository: string }[]>`
+    select dotfiles_repository from users where id = ${userId}`;
+  return row?.dotfiles_repository ?? "";
+}
+
+/** Sets or, with an empty text, removes a user's dotfiles; false if that is what they were. */
+export async function setDotfiles(tx: Tx, userId: string, repository: string): Promise<boolean> {
+  const { count } = await tx`update users set dotfiles_repository = ${repository}
+    where id = ${userId} and dotfiles_repository <> ${repository}`;
+  return count > 0;
+}
