@@ -16,6 +16,13 @@ export interface BootstrapConfig {
   tokenFile?: string;
 }
 
+/** An entry point that the operator tells clients about. */
+export interface GatewayConfig {
+  name: string;
+  url: string;
+  region: string;
+}
+
 /** Settings of the control plane. */
 export interface ServerConfig {
   host: string;
@@ -25,6 +32,8 @@ export interface ServerConfig {
   databaseUrl?: string;
   masterKey?: Uint8Array;
   bootstrap: BootstrapConfig;
+  /** In the order of their names; at least one. */
+  gateways: readonly GatewayConfig[];
   metricsToken?: string;
   /** Base of help links in errors, without a slash at its end. */
   docsUrl?: string;
@@ -83,6 +92,7 @@ const VARIABLES = new Set([
   "BERTH_BOOTSTRAP_ADMIN_TOKEN",
   "BERTH_BOOTSTRAP_ADMIN_TOKEN_FILE",
   "BERTH_BOOTSTRAP_TOKEN_FILE",
+  "BERTH_GATEWAYS",
   "BERTH_AUDIT_RETENTION_DAYS",
   "BERTH_RATE_LIMIT",
   "BERTH_TRUSTED_PROXIES",
@@ -110,6 +120,7 @@ const OF_OTHERS = new Set(["BERTH_TOKEN", "BERTH_ENVIRONMENT_ID"]);
 const HOST = /^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$/;
 const KEY_BYTES = 32;
 const KEY = /^[A-Za-z0-9+/]{43}=$/;
+const MAX_OBJECTS = 100;
 const MAX_SECRET_BYTES = 64 * 1024;
 const NAME_LENGTH = { min: 3, max: 255 };
 
@@ -154,12 +165,11 @@ class Reader {
   }
 
   url(name: string, fallback: string): string {
-    const value = this.text(name, fallback);
-    const url = URL.parse(value);
-    if (!url || !/^https?:$/.test(url.protocol) || /[?#@\s]/.test(value)) {
+    const url = plainUrl(this.text(name, fallback));
+    if (url === undefined) {
       throw new ConfigError(`${name} must be an http or https URL without query, fragment or credentials`);
     }
-    return value.replace(/\/+$/, "");
+    return url;
   }
 
   host(name: string, fallback: string): string {
@@ -179,6 +189,21 @@ class Reader {
     return items;
   }
 
+  /** A JSON list of objects that hold these texts and nothing else; undefined if it is not set. */
+  objects<const K extends string>(name: string, keys: readonly K[]): Partial<Record<K, string>>[] | undefined {
+    const text = this.optional(name);
+    if (text === undefined) return undefined;
+    const shape = `${name} must be a JSON list of objects with the texts ${keys.join(", ")}`;
+    const items = parseJson(text);
+    if (!Array.isArray(items) || items.length > MAX_OBJECTS) throw new ConfigError(shape);
+    for (const item of items) {
+      const isObject = typeof item === "object" && item !== null && !Array.isArray(item);
+      const fits = ([key, value]: [string, unknown]) => keys.includes(key as K) && typeof value === "string";
+      if (!isObject || !Object.entries(item).every(fits)) throw new ConfigError(shape);
+    }
+    return items;
+  }
+
   /** A secret given as a variable or as a file; both at once is a mistake. */
   secret(name: string): string | undefined {
     const file = this.optional(`${name}_FILE`);
@@ -190,6 +215,21 @@ class Reader {
     // An empty file is one that somebody has yet to fill, and not the wish for a value of our own making.
     if (!content) throw new ConfigError(`${name}_FILE names an empty file`);
     return content;
+  }
+}
+
+/** An http(s) URL without query, fragment, credentials and trailing slash; undefined for any other text. */
+function plainUrl(text: string): string | undefined {
+  const url = URL.parse(text);
+  if (!url || !/^https?:$/.test(url.protocol) || /[?#@\s]/.test(text)) return undefined;
+  return text.replace(/\/+$/, "");
+}
+
+function parseJson(text: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return undefined;
   }
 }
 
@@ -237,6 +277,22 @@ function dataDir(read: Reader): string {
   return resolve(read.text("BERTH_DATA_DIR", own));
 }
 
+function gateways(read: Reader, publicUrl: string): GatewayConfig[] {
+  const given = read.objects("BERTH_GATEWAYS", ["name", "url", "region"]);
+  if (!given) return [{ name: "default", url: publicUrl, region: "local" }];
+  const found = given.map(({ name = "", url = "", region = "" }) => {
+    const address = plainUrl(url);
+    if (!name.trim() || address === undefined) {
+      throw new ConfigError("BERTH_GATEWAYS must give each gateway a name and an http or https url");
+    }
+    return { name: name.trim(), url: address, region };
+  });
+  if (found.length === 0) throw new ConfigError("BERTH_GATEWAYS must name at least one gateway");
+  if (new Set(found.map(({ name }) => name)).size < found.length)
+    throw new ConfigError("BERTH_GATEWAYS must not name a gateway twice");
+  return found.sort((a, b) => (a.name < b.name ? -1 : 1));
+}
+
 function scmConfig(read: Reader): ScmConfig {
   const schemes = ["file", "http", "git"];
   return {
@@ -281,10 +337,11 @@ export function readServerConfig(env: Environment): ServerConfig {
   if (databaseUrl && !/^postgres(ql)?:$/.test(URL.parse(databaseUrl)?.protocol ?? "")) {
     throw new ConfigError("DATABASE_URL must be a postgres:// URL");
   }
+  const publicUrl = read.url("BERTH_PUBLIC_URL", `http://127.0.0.1:${port}`);
   return {
     host: read.host("BERTH_HOST", "127.0.0.1"),
     port,
-    publicUrl: read.url("BERTH_PUBLIC_URL", `http://127.0.0.1:${port}`),
+    publicUrl,
     dataDir: home,
     databaseUrl,
     masterKey: masterKey(read),
@@ -296,6 +353,7 @@ export function readServerConfig(env: Environment): ServerConfig {
       adminToken: read.secret("BERTH_BOOTSTRAP_ADMIN_TOKEN"),
       tokenFile: read.optional("BERTH_BOOTSTRAP_TOKEN_FILE"),
     },
+    gateways: gateways(read, publicUrl),
     metricsToken: read.optional("BERTH_METRICS_TOKEN"),
     docsUrl: read.optional("BERTH_DOCS_URL") && read.url("BERTH_DOCS_URL", ""),
     logLevel: logLevel(read),

@@ -8,6 +8,7 @@ import type { Environment } from "../gen/gitpod/v1/environment_pb.js";
 import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase } from "../gen/gitpod/v1/runner_pb.js";
 import type { BerthClient } from "../src/client.ts";
+import { EDITORS } from "../src/domain/editors.ts";
 import { TokenKind } from "../src/domain/tokens.ts";
 import { routes } from "../src/routes.ts";
 import { policy } from "../src/rpc/policy.ts";
@@ -57,6 +58,7 @@ const OUTCOMES: Record<string, string> = {
 
 /** What the callers see and act on. */
 interface World {
+  organizationId: string;
   environmentId: string;
   runnerId: string;
   classId: string;
@@ -95,6 +97,10 @@ const EXPECTED = `
   EnvironmentService.createEnvironmentAccessToken           U U N N D ✓ D N D D D D
   EnvironmentService.createPortAccessToken                  U U N N D F F N D D D D
   EnvironmentService.allowPortAccess                        U U N N D ✓ ✓ N D D D D
+  EditorService.listEditors                                 U U ✓ ✓ ✓ ✓ ✓ ✓ D D ✓ ✓
+  EditorService.getEditor                                   U U ✓ ✓ ✓ ✓ ✓ ✓ D D ✓ ✓
+  EditorService.resolveEditorURL                            U U N N D F D N D D D D
+  GatewayService.listGateways                               U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
   EventService.watchEvents                                  U U N N ✓ ✓ ✓ N D D ✓ N
   EventService.listAuditLogs                                U U D D D D ✓ D D D D D
   EventService.getAuditLog                                  U U D D D D N D D D D D
@@ -173,6 +179,11 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "EnvironmentService.createEnvironmentAccessToken": onEnvironment,
   "EnvironmentService.createPortAccessToken": ({ environmentId }) => ({ environmentId, port: 3000 }),
   "EnvironmentService.allowPortAccess": ({ environmentId }) => ({ environmentId, port: 3000 }),
+  "EditorService.getEditor": () => ({ id: "vscode" }),
+  // It is not running.
+  "EditorService.resolveEditorURL": ({ environmentId, organizationId }) => ({
+    ...{ editorId: EDITORS[0]?.id, environmentId, organizationId },
+  }),
   "EventService.watchEvents": ({ environmentId }) => ({ scope: { case: "environmentId", value: environmentId } }),
   "EventService.getAuditLog": ({ unknownId }) => ({ auditLogEntryId: unknownId }),
   "IdentityService.exchangeToken": ({ exchangeToken }) => ({ exchangeToken }),
@@ -266,10 +277,11 @@ beforeAll(async () => {
   const readOnly = { kind: TokenKind.PERSONAL_ACCESS, subjectId: creator.id, readOnly: true };
   const { linkId, id: runnerId } = runner;
   const { exchangeToken } = await plane.admin.runners.createRunnerToken({ runnerId });
+  const { organizationId } = plane;
   const { personalAccessTokens } = await creator.client.users.listPersonalAccessTokens({});
   world = {
-    ...{ environmentId: own.id, runnerId, classId: shared.classId, linkId, exchangeToken, unknownId: uuidv7() },
-    ...{ userId: creator.id, tokenId: personalAccessTokens[0]?.id ?? "" },
+    ...{ organizationId, environmentId: own.id, runnerId, classId: shared.classId, linkId },
+    ...{ exchangeToken, unknownId: uuidv7(), userId: creator.id, tokenId: personalAccessTokens[0]?.id ?? "" },
   };
   tokens = {
     ...{ nobody: "", exchange: exchangeToken, creator: creator.token, admin: plane.adminToken },
@@ -336,8 +348,6 @@ const WITHOUT_ROWS: ReadonlySet<string> = new Set([
   "ServiceAccountService",
   "ProjectService",
   "SecretService",
-  "EditorService",
-  "GatewayService",
   "UsageService",
   "OrganizationService",
 ]);

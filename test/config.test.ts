@@ -153,6 +153,33 @@ const VARIABLES: Record<string, Variable> = {
     good: [["/run/token", "/run/token"]],
     bad: [],
   },
+  BERTH_GATEWAYS: {
+    read: (config) => config.gateways,
+    unset: [{ name: "default", url: "http://127.0.0.1:8080", region: "local" }],
+    good: [
+      [
+        '[{"name":"west","url":"https://w.example.org/","region":"us"},{"name":" east ","url":"https://e.example.org"}]',
+        [
+          { name: "east", url: "https://e.example.org", region: "" },
+          { name: "west", url: "https://w.example.org", region: "us" },
+        ],
+      ],
+    ],
+    bad: [
+      "default",
+      "{}",
+      "[]",
+      "[null]",
+      '["x"]',
+      '[{"name":"a"}]',
+      '[{"url":"https://a"}]',
+      '[{"name":" ","url":"https://a"}]',
+      '[{"name":"a","url":"ftp://a"}]',
+      '[{"name":"a","url":"https://a","region":1}]',
+      '[{"name":"a","url":"https://a","extra":"x"}]',
+      '[{"name":"a","url":"https://a"},{"name":"a","url":"https://b"}]',
+    ],
+  },
   BERTH_AUDIT_RETENTION_DAYS: integer((config) => config.auditRetentionDays, 400, [0, 100_000]),
   BERTH_RATE_LIMIT: integer((config) => config.rateLimit, 50, [0, 1_000_000]),
   BERTH_TRUSTED_PROXIES: {
@@ -255,7 +282,7 @@ test.each([...Object.keys(VARIABLES).filter((name) => name.startsWith("BERTH_"))
   },
 );
 
-test.each(["BERTH_GATEWAYS", "BERTH_OIDC_PROVIDERS", "BERTH_SESSION_IDLE", "BERTH_RUNNER_SSH_PORTS"])(
+test.each(["BERTH_OIDC_PROVIDERS", "BERTH_SESSION_IDLE", "BERTH_RUNNER_SSH_PORTS"])(
   "%s, which has no effect yet, is refused rather than ignored",
   (name) => {
     expect(refusal(() => readServerConfig({ [name]: "x" }))).toContain(name);

@@ -30,7 +30,9 @@ export function defaultPolicies(organizationId: string): OrganizationPolicies {
 /** Name of the field of OrganizationPolicies that a refusal is about. */
 export type PolicyName =
   | "allow_local_runners"
+  | "allowed_editor_ids"
   | "disable_from_scratch"
+  | "editor_version_restrictions"
   | "max_port_admission_level"
   | "maximum_environment_lifetime_strict"
   | "maximum_environment_timeout"

@@ -399,7 +399,7 @@ async function reportEnvironment(
     const { result, next } = applyReport(stored, report.status ?? create(EnvironmentStatusSchema), app.now());
     if (result === "not_assigned") return answer(Outcome.NOT_ASSIGNED);
     if (result === "rejected") return answer(Outcome.REJECTED, stored);
-    const by = { actor: actorOf(caller), auditId: app.newId(), at: app.now() };
+    const by = { actor: actorOf(caller), newId: app.newId, at: app.now() };
     const advanced = await advanceEnvironment(tx, stored, { ...next, reportEpoch: epoch, reportSeq: seq }, by);
     // The order counts even where the content is the same: an older report may still be on its way.
     if (!advanced) await noteReport(tx, stored.id, epoch, seq);

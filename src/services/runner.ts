@@ -151,7 +151,7 @@ async function forceDeleteEnvironments(app: App, tx: Tx, caller: Caller, runnerI
     const end = requestDelete(environment, true, app.now());
     if (end.kind !== "changed") continue;
     const action = "Environment deleted with its runner";
-    const by = { actor: actorOf(caller), auditId: app.newId(), action, at: app.now() };
+    const by = { actor: actorOf(caller), newId: app.newId, action, at: app.now() };
     await advanceEnvironment(tx, environment, end.next, by);
   }
 }

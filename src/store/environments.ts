@@ -31,7 +31,8 @@ import { TokenKind } from "../domain/tokens.ts";
 import { readsEnvironment, sharedWith } from "./access.ts";
 import { conjunction, containing, oneOf } from "./conditions.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
-import { type Actor, recorded } from "./record.ts";
+import { type Actor, type Attribution, recorded } from "./record.ts";
+import { revised } from "./runners.ts";
 
 /** An environment with the facts that are not on the wire and what the caller is to it. */
 export interface StoredEnvironment extends EnvironmentState {
@@ -178,11 +179,7 @@ export async function insertEnvironment(
   };
   await tx`
     with ${recorded(tx, change)},
-    head as (update runners set head_revision = head_revision + 1 where id = ${metadata.runnerId} returning id, head_revision),
-    revision as (
-      insert into runner_revisions (runner_id, revision, object_kind, object_id, created_at)
-      select id, head_revision, ${ObjectKind.ENVIRONMENT}, ${id}, ${at} from head
-    ),
+    ${revised(tx, metadata.runnerId, { kind: ObjectKind.ENVIRONMENT, objectId: id }, at)},
     session as (
       insert into environment_sessions (id, organization_id, creator_id, creator_principal)
       values (${metadata.sessionId}, ${organizationId}, ${creator?.id}, ${creator?.principal}) on conflict do nothing
@@ -197,25 +194,16 @@ export async function insertEnvironment(
       ${nextDueAt(state)}, ${archivableSince(state)})`;
 }
 
-/** How a change of an environment is told: to whom it is put down, and what to call it. */
-export interface Attribution {
-  actor: Actor;
-  /** Id of the audit entry, used if one is written. */
-  auditId: string;
-  /** Text for people; without it an entry is written only when the overall phase changes. */
-  action?: string;
-  at: Date;
-}
-
 /**
  * Writes the next state of an environment that this transaction holds locked, with its event, its audit entry and, if
- * the runner has to act, the runner's revision. Nothing is written when nothing changed.
+ * the runner has to act, the runner's revision. Nothing is written when nothing changed. `action` is the audit text for
+ * people; without it an entry is written only when the overall phase changes.
  */
 export async function advanceEnvironment(
   tx: Tx,
   before: StoredEnvironment,
   next: EnvironmentState & { reportEpoch?: number; reportSeq?: number },
-  by: Attribution,
+  by: Attribution & { action?: string },
 ): Promise<boolean> {
   const { id, organizationId } = before;
   const { metadata, spec, status } = next;
@@ -246,16 +234,12 @@ export async function advanceEnvironment(
     environmentId: id,
     runnerId: metadata.runnerId,
     at: by.at,
-    audit: action ? { id: by.auditId, actor: by.actor, action } : undefined,
+    audit: action ? { id: by.newId(), actor: by.actor, action } : undefined,
   };
   const told = silent ? tx`quiet as (select)` : recorded(tx, change);
   const runnerMustAct = specChanged || deleted;
   const revision = runnerMustAct
-    ? tx`, head as (update runners set head_revision = head_revision + 1 where id = ${metadata.runnerId} returning id, head_revision),
-      revision as (
-        insert into runner_revisions (runner_id, revision, object_kind, object_id, removed, created_at)
-        select id, head_revision, ${ObjectKind.ENVIRONMENT}, ${id}, ${deleted}, ${by.at} from head
-      )`
+    ? tx`, ${revised(tx, metadata.runnerId, { kind: ObjectKind.ENVIRONMENT, objectId: id, removed: deleted }, by.at)}`
     : tx``;
   const tokens = deleted
     ? tx`, tokens_gone as (delete from tokens where environment_id = ${id} or subject_id = ${id}),

@@ -12,6 +12,14 @@ export interface Actor {
   issuerId?: string;
 }
 
+/** To whom changes are put down, when, and where the ids of their audit entries come from. */
+export interface Attribution {
+  actor: Actor;
+  /** Makes ids; later ones sort after earlier ones. */
+  newId(): string;
+  at: Date;
+}
+
 /** A change of one resource, told to watchers and, with an `action`, to the audit log. */
 export interface Change {
   organizationId: string;

@@ -213,9 +213,24 @@ export async function connectedRunners(sql: Sql, caller: Caller): Promise<Stored
 }
 
 /**
- * Tells a runner that an object changed: bumps its revision and appends to its log. The row lock on the runner makes
- * commit order equal revision order, so a reader never skips one.
+ * CTEs `head` and `revision`, which tell a runner that an object changed: they bump its revision and append to its log.
+ * The row lock on the runner makes commit order equal revision order, so a reader never skips one.
  */
+export function revised(
+  tx: Tx,
+  runnerId: string,
+  { kind, objectId, removed = false }: Omit<Revision, "revision" | "removed"> & { removed?: boolean },
+  at: Date,
+): Fragment {
+  return tx`head as (
+    update runners set head_revision = head_revision + 1 where id = ${runnerId} returning id, head_revision
+  ), revision as (
+    insert into runner_revisions (runner_id, revision, object_kind, object_id, removed, created_at)
+    select id, head_revision, ${kind}, ${objectId}, ${removed}, ${at} from head
+  )`;
+}
+
+/** Tells a runner of a change that the transaction has already made. */
 export async function bumpRevision(
   tx: Tx,
   runnerId: string,
@@ -224,10 +239,7 @@ export async function bumpRevision(
   at: Date,
   removed = false,
 ): Promise<void> {
-  await tx`
-    with head as (update runners set head_revision = head_revision + 1 where id = ${runnerId} returning head_revision)
-    insert into runner_revisions (runner_id, revision, object_kind, object_id, removed, created_at)
-    select ${runnerId}, head_revision, ${kind}, ${objectId}, ${removed}, ${at} from head`;
+  await tx`with ${revised(tx, runnerId, { kind, objectId, removed }, at)} select`;
 }
 
 /** Starts a new link: epoch + 1, lease, published facts. */

@@ -50,7 +50,7 @@ async function applyRule(app: App, rule: Rule, environmentId: string): Promise<v
     const deadline = delayMs > 0 ? rule.deadline(stored, delayMs) : null;
     if (!deadline || deadline > now) return;
     const move = rule.move(stored, now);
-    const by = { actor: SYSTEM, auditId: app.newId(), action: rule.action, at: now };
+    const by = { actor: SYSTEM, newId: app.newId, action: rule.action, at: now };
     if (move.kind === "changed" && (await advanceEnvironment(tx, stored, move.next, by)))
       touched(stored.metadata.runnerId);
   });

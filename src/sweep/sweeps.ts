@@ -48,7 +48,7 @@ async function advanceDue(app: App, tx: Tx, stored: StoredEnvironment): Promise<
     return false;
   }
   const move = end ? undefined : runTimers(stored, now);
-  const by = { actor: SYSTEM, auditId: app.newId(), at: now };
+  const by = { actor: SYSTEM, newId: app.newId, at: now };
   if (move?.kind === "changed" && (await advanceEnvironment(tx, stored, move.next, by))) return true;
   const next = end ?? nextDeadline(stored);
   // A deadline that has passed without a move would come up at every look.
@@ -95,7 +95,7 @@ async function showReachability(app: App, environmentId: string, runnerId: strin
     const lost = await lostSince(tx, runnerId);
     if (!stored || stored.status.phase === EnvironmentPhase.DELETED) return !lost;
     const shown = lost ? runnerUnreachable(stored, lost, app.now()) : runnerReturned(stored, app.now());
-    const by = { actor: SYSTEM, auditId: app.newId(), at: app.now() };
+    const by = { actor: SYSTEM, newId: app.newId, at: app.now() };
     if (shown.kind === "changed") await advanceEnvironment(tx, stored, shown.next, by);
     return !lost;
   });

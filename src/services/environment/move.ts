@@ -26,7 +26,7 @@ export async function apply(
   if (transition.kind === "refused") throw precondition(transition.reason);
   if (transition.kind === "noop") return false;
   const { next } = transition;
-  const by = { actor: actorOf(caller), auditId: app.newId(), action, at: app.now() };
+  const by = { actor: actorOf(caller), newId: app.newId, action, at: app.now() };
   await advanceEnvironment(tx, stored, next, by);
   return next.changed.spec || next.status.phase === EnvironmentPhase.DELETED;
 }
