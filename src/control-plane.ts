@@ -7,6 +7,7 @@ import { type App, LIMITS, type Limits } from "./app.ts";
 import { ConfigError, parseMasterKey, type ServerConfig } from "./config.ts";
 import { linuxHostSchema } from "./domain/environment-class.ts";
 import { TokenKind, tokenKind, tokenText } from "./domain/tokens.ts";
+import { wellKnown } from "./http/well-known.ts";
 import { routes, services } from "./routes.ts";
 import { authentication, callerOf } from "./rpc/authenticate.ts";
 import { refusals, refusingGate } from "./rpc/errors.ts";
@@ -15,6 +16,7 @@ import { rateLimit } from "./rpc/rate-limit.ts";
 import { validation, warmValidation } from "./rpc/validate.ts";
 import { createGuard } from "./scm/guard.ts";
 import { type Server, startServer } from "./server.ts";
+import { createSigner } from "./signing.ts";
 import { bootstrap, claimInstallation, hasOrganization } from "./store/bootstrap.ts";
 import { type Db, openDb } from "./store/db.ts";
 import { type EmbeddedPostgres, startEmbeddedPostgres } from "./store/embedded-postgres.ts";
@@ -235,6 +237,7 @@ export async function startControlPlane(
         limit(request);
       }, config.docsUrl),
       interceptors: [observe({ log, callerOf }), refusals(config.docsUrl), validation()],
+      http: wellKnown(config.publicUrl, createSigner(app).publicKeys),
       metricsToken: config.metricsToken,
       trustedProxies: config.trustedProxies,
       ready: async () => {

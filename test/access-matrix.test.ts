@@ -105,7 +105,7 @@ const EXPECTED = `
   EventService.listAuditLogs                                U U D D D D ✓ D D D D D
   EventService.getAuditLog                                  U U D D D D N D D D D D
   IdentityService.exchangeToken                             ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
-  IdentityService.getIDToken                                U U i i D i i i i i i i
+  IdentityService.getIDToken                                U U ✓ ✓ D ✓ ✓ ✓ ✓ ✓ ✓ ✓
   IdentityService.getAuthenticatedIdentity                  U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
   RunnerService.createRunner                                U U D D D D ✓ D D D D D
   RunnerService.getRunner                                   U U N ✓ ✓ ✓ ✓ ✓ ✓ N ✓ N

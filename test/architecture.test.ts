@@ -11,7 +11,7 @@ const ROOT = join(import.meta.dirname, "..");
 // What a folder or top-level file may import: others by name, "store/tokens" for one file of a folder. Of packages,
 // "protobuf", "connect", "postgres" and "node" stand for themselves and "library" for all the rest.
 const EVERYONE = ["gen", "config", "pending", "protobuf"];
-const CODE = ["app", "client", "control-plane", "routes", "server"];
+const CODE = ["app", "client", "control-plane", "routes", "server", "signing"];
 const FOLDERS = ["cli", "domain", "http", "rpc", "runner", "scm", "services", "store", "sweep"];
 const PACKAGES = ["connect", "postgres", "node", "library"];
 const EVERYTHING = [...CODE, ...FOLDERS, ...PACKAGES];
@@ -21,8 +21,8 @@ const TABLE: Record<string, readonly string[]> = {
   // The insides of server.ts: how bytes become calls.
   http: ["domain", "http", "rpc", "connect", "node", "library"],
   rpc: ["domain", "rpc", "store/tokens", "connect", "node", "library"],
-  services: ["app", "domain", "rpc", "scm", "store", "connect", "node", "library"],
-  sweep: ["app", "domain", "store", "sweep", "node", "library"],
+  services: ["app", "domain", "rpc", "scm", "signing", "store", "connect", "node", "library"],
+  sweep: ["app", "domain", "signing", "store", "sweep", "node", "library"],
   scm: ["domain", "scm", "node", "library"],
   runner: [
     "client",
@@ -41,6 +41,7 @@ const TABLE: Record<string, readonly string[]> = {
   client: ["client", "connect", "node", "library"],
   config: ["node"],
   pending: ["connect"],
+  signing: ["app", "domain", "store", "library"],
   routes: EVERYTHING,
   server: EVERYTHING,
   "control-plane": EVERYTHING,

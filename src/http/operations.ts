@@ -1,17 +1,10 @@
 import { createHash, timingSafeEqual } from "node:crypto";
 import { collectDefaultMetrics, register } from "prom-client";
 import { answerJson, type HttpHandler, type HttpRequest, type HttpResponse } from "./exchange.ts";
+import { onlyGet } from "./methods.ts";
 import type { Readiness } from "./readiness.ts";
 
 const digest = (text: string) => createHash("sha256").update(text).digest();
-
-function onlyGet(serve: HttpHandler): HttpHandler {
-  return (request, response) => {
-    request.resume();
-    if (request.method === "GET" || request.method === "HEAD") return serve(request, response);
-    answerJson(response, 405, { message: "use GET" }, { allow: "GET, HEAD" });
-  };
-}
 
 function metrics(token: string | undefined): HttpHandler {
   if (!register.getSingleMetric("process_cpu_seconds_total")) collectDefaultMetrics();

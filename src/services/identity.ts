@@ -1,21 +1,26 @@
 import { timestampFromDate } from "@bufbuild/protobuf/wkt";
 import type { ServiceImpl } from "@connectrpc/connect";
 import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
-import { IdentityService, Principal } from "../../gen/gitpod/v1/identity_pb.js";
+import { type IdentityService, Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { RunnerPhase } from "../../gen/gitpod/v1/runner_pb.js";
-import { type App, newTokenText, runnerChange, transact } from "../app.ts";
-import { invalid, Refusal } from "../domain/errors.ts";
+import { type App, actorOf, newTokenText, runnerChange, transact } from "../app.ts";
+import { type FieldProblem, invalid, Refusal, refuseProblems } from "../domain/errors.ts";
+import { idTokenClaims } from "../domain/id-tokens.ts";
+import type { Caller } from "../domain/principal.ts";
 import { ACCESS_TOKEN_MS, acceptStatus } from "../domain/runner.ts";
 import { TokenKind } from "../domain/tokens.ts";
-import { withPending } from "../pending.ts";
 import { principal } from "../rpc/authenticate.ts";
+import { createSigner, type Signer } from "../signing.ts";
 import type { Tx } from "../store/db.ts";
+import { readIdTokenSubject } from "../store/id-tokens.ts";
 import { record, recordAccess } from "../store/record.ts";
 import { getOwnRunner, type StoredRunner, setRunnerStatus } from "../store/runners.ts";
 import { insertToken, redeemExchangeToken } from "../store/tokens.ts";
 
 // Every feature is on in a self-hosted installation.
 const TIER = "enterprise";
+const MAX_AUDIENCES = 16;
+const MAX_AUDIENCE_LENGTH = 512;
 
 /** CREATED means never signed up; the first exchange is the sign-up. */
 async function signUp(app: App, tx: Tx, runner: StoredRunner, at: Date): Promise<void> {
@@ -67,9 +72,45 @@ async function exchange(app: App, exchangeToken: string): Promise<string> {
   return text;
 }
 
-/** IdentityService, as far as it is built. */
+const SUBJECT_TYPES: Partial<Record<Principal, ResourceType>> = {
+  [Principal.USER]: ResourceType.USER,
+  [Principal.SERVICE_ACCOUNT]: ResourceType.SERVICE_ACCOUNT,
+  [Principal.ENVIRONMENT]: ResourceType.ENVIRONMENT,
+  [Principal.RUNNER]: ResourceType.RUNNER,
+};
+
+function audienceProblems(audience: readonly string[]): FieldProblem[] {
+  if (audience.length > MAX_AUDIENCES) return [{ field: "audience", message: `must be at most ${MAX_AUDIENCES}` }];
+  return audience.flatMap((each, index) =>
+    each.length >= 1 && each.length <= MAX_AUDIENCE_LENGTH
+      ? []
+      : [{ field: `audience[${index}]`, message: `must have 1 to ${MAX_AUDIENCE_LENGTH} characters` }],
+  );
+}
+
+/** A signed statement of who the caller is; that it was made goes to the audit log first. */
+async function issueIdToken(app: App, signer: Signer, caller: Caller, audience: string[]): Promise<string> {
+  refuseProblems(audienceProblems(audience));
+  const { config, subject } = await readIdTokenSubject(app.db.point, caller);
+  await recordAccess(app.db.write, {
+    id: app.newId(),
+    organizationId: caller.organizationId,
+    actor: actorOf(caller),
+    subjectId: caller.id,
+    subjectType: SUBJECT_TYPES[caller.principal] ?? ResourceType.UNSPECIFIED,
+    action: "ID token issued",
+    at: app.now(),
+  });
+  return signer.sign({ ...idTokenClaims(config, subject), aud: audience });
+}
+
+/** IdentityService. */
 export function identityService(app: App): ServiceImpl<typeof IdentityService> {
-  return withPending(IdentityService, ["getIDToken"], {
+  const signer = createSigner(app);
+  return {
+    async getIDToken({ audience }, context) {
+      return { token: await issueIdToken(app, signer, principal(context), audience) };
+    },
     async exchangeToken(request) {
       if (!request.exchangeToken) throw invalid({ field: "exchange_token", message: "is required" });
       return { accessToken: await exchange(app, request.exchangeToken) };
@@ -82,5 +123,5 @@ export function identityService(app: App): ServiceImpl<typeof IdentityService> {
         organizationTier: TIER,
       };
     },
-  });
+  };
 }

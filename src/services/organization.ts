@@ -2,9 +2,10 @@ import type { ServiceImpl } from "@connectrpc/connect";
 import { OrganizationService } from "../../gen/gitpod/v1/organization_pb.js";
 import type { App } from "../app.ts";
 import { withPending } from "../pending.ts";
+import { oidcConfig } from "./organization/oidc-config.ts";
 
 /** OrganizationService, as far as it is built. */
-export function organizationService(_app: App): ServiceImpl<typeof OrganizationService> {
+export function organizationService(app: App): ServiceImpl<typeof OrganizationService> {
   return withPending(
     OrganizationService,
     [
@@ -37,8 +38,6 @@ export function organizationService(_app: App): ServiceImpl<typeof OrganizationS
       "deleteDomainVerification",
       "getOrganizationPolicies",
       "updateOrganizationPolicies",
-      "getOIDCConfig",
-      "updateOIDCConfig",
       "getAnnouncementBanner",
       "updateAnnouncementBanner",
       "createCustomDomain",
@@ -46,6 +45,6 @@ export function organizationService(_app: App): ServiceImpl<typeof OrganizationS
       "updateCustomDomain",
       "deleteCustomDomain",
     ],
-    {},
+    oidcConfig(app),
   );
 }

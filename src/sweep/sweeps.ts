@@ -7,6 +7,7 @@ import { type App, runnerChange, transact } from "../app.ts";
 import { nextDeadline, runnerReturned, runnerUnreachable, runTimers, tombstoneEnd } from "../domain/lifecycle.ts";
 import { SYSTEM } from "../domain/principal.ts";
 import { DELETE_DEADLINE_MS } from "../domain/runner.ts";
+import { rotateSigningKeys } from "../signing.ts";
 import type { Tx } from "../store/db.ts";
 import {
   advanceEnvironment,
@@ -156,6 +157,9 @@ const silentDeletions: Sweep = {
     }),
 };
 
+/** A new key pair for ID tokens every 90 days, and the end of old ones. */
+const signingKeys: Sweep = { name: "signing keys", everyMs: 10 * 60_000, run: rotateSigningKeys };
+
 /** A sweep of rows that are kept for a time, or up to a number, only. */
 const retention = (name: string, purge: (app: App, limit: number) => Promise<number>): Sweep => ({
   name,
@@ -176,6 +180,7 @@ export const sweeps: readonly Sweep[] = [
   silentDeletions,
   dueArchives,
   dueDeletions,
+  signingKeys,
   retention("expired tokens", (app, limit) => purgeExpiredTokens(app.db.write, app.now(), limit)),
   retention("old events", (app, limit) => purgeEvents(app.db.write, daysAgo(app, 1), limit)),
   retention("old revisions", (app, limit) => purgeRevisions(app.db.write, daysAgo(app, 1), limit)),
