@@ -62,6 +62,8 @@ export interface RunnerHostConfig {
   publicUrl: string;
   dataDir: string;
   maxEnvironments: number;
+  /** Domain below which each port of an environment has a host of its own. */
+  portDomain?: string;
   allowUnenforced: boolean;
   hostDevcontainer: "run" | "skip" | "fail";
   scm: ScmConfig;
@@ -106,6 +108,7 @@ const VARIABLES = new Set([
   "BERTH_RUNNER_HOST",
   "BERTH_RUNNER_PORT",
   "BERTH_RUNNER_PUBLIC_URL",
+  "BERTH_RUNNER_PORT_DOMAIN",
   "BERTH_RUNNER_DATA_DIR",
   "BERTH_RUNNER_MAX_ENVIRONMENTS",
   "BERTH_RUNNER_ALLOW_UNENFORCED",
@@ -304,6 +307,13 @@ function scmConfig(read: Reader): ScmConfig {
 
 const logLevel = (read: Reader) => read.oneOf("BERTH_LOG_LEVEL", ["debug", "info", "warn", "error"], "info");
 
+function portDomain(read: Reader): string | undefined {
+  const domain = read.optional("BERTH_RUNNER_PORT_DOMAIN")?.toLowerCase();
+  if (domain && (!HOST.test(domain) || !domain.includes(".")))
+    throw new ConfigError("BERTH_RUNNER_PORT_DOMAIN must be a domain without its wildcard");
+  return domain;
+}
+
 function runnerHost(read: Reader, home: string): RunnerHostConfig {
   const host = read.host("BERTH_RUNNER_HOST", "127.0.0.1");
   const port = read.integer("BERTH_RUNNER_PORT", 8081, 0, 65_535);
@@ -314,6 +324,7 @@ function runnerHost(read: Reader, home: string): RunnerHostConfig {
     publicUrl: read.url("BERTH_RUNNER_PUBLIC_URL", `http://127.0.0.1:${port}`),
     dataDir: resolve(read.text("BERTH_RUNNER_DATA_DIR", join(home, "runner"))),
     maxEnvironments: read.integer("BERTH_RUNNER_MAX_ENVIRONMENTS", 10, 1, 10_000),
+    portDomain: portDomain(read),
     allowUnenforced: read.flag("BERTH_RUNNER_ALLOW_UNENFORCED", false),
     hostDevcontainer: read.oneOf("BERTH_RUNNER_HOST_DEVCONTAINER", ["run", "skip", "fail"], "run"),
     scm: scmConfig(read),

@@ -225,6 +225,12 @@ const VARIABLES: Record<string, Variable> = {
   BERTH_RUNNER_HOST: host((config) => config.runner.host),
   BERTH_RUNNER_PORT: integer((config) => config.runner.port, 8081, [0, 65_535]),
   BERTH_RUNNER_PUBLIC_URL: url((config) => config.runner.publicUrl, "http://127.0.0.1:8081"),
+  BERTH_RUNNER_PORT_DOMAIN: {
+    read: (config) => config.runner.portDomain,
+    unset: undefined,
+    good: [["Ports.example.org", "ports.example.org"]],
+    bad: ["*.example.org", "ports", "https://ports.example.org"],
+  },
   BERTH_RUNNER_DATA_DIR: {
     read: (config) => config.runner.dataDir,
     unset: join(asRoot ? "/var/lib/berth" : "/home/somebody/state/berth", "runner"),

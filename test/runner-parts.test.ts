@@ -231,7 +231,14 @@ describe("tokens presented to the runner", () => {
     const token = tokenText(TokenKind.LOGS, randomBytes);
     const { controlPlane: plane } = controlPlane(() => ({ active: false }));
     const access = new Access(plane);
-    const grant = { kind: Kind.ENVIRONMENT_LOGS, environmentId: "e", expiresAt: Date.now() + 60_000 };
+    const grant = {
+      kind: Kind.ENVIRONMENT_LOGS,
+      environmentId: "e",
+      port: 0,
+      authNonce: 0n,
+      subjectId: "",
+      expiresAt: Date.now() + 60_000,
+    };
     expect(await access.isWithdrawn(token, grant)).toBe(true);
     vi.advanceTimersByTime(61_000);
     expect(await access.isWithdrawn(token, grant)).toBe(false);

@@ -25,5 +25,8 @@ export const portOf = (spec: EnvironmentSpec, port: number): EnvironmentSpec_Env
   spec.ports.find((each) => each.port === port);
 
 /** Whether an active member of the organization may reach a port; a narrow one lets in the creator and nobody else. */
-export const admits = (port: EnvironmentSpec_EnvironmentPort, creatorId: string | undefined, memberId: string) =>
-  OPEN_TO_MEMBERS.has(port.admission) || memberId === creatorId;
+export const admits = (
+  port: Pick<EnvironmentSpec_EnvironmentPort, "admission">,
+  creatorId: string | undefined,
+  memberId: string,
+) => OPEN_TO_MEMBERS.has(port.admission) || memberId === creatorId;

@@ -1,6 +1,7 @@
-import { createServer, type Server as Http1Server } from "node:http";
+import { createServer, type Server as Http1Server, type IncomingMessage } from "node:http";
 import { createServer as createHttp2Server, type Http2Server, type ServerHttp2Session } from "node:http2";
 import type { AddressInfo, Socket } from "node:net";
+import type { Duplex } from "node:stream";
 import type { HttpRequest, HttpResponse, Limits } from "./exchange.ts";
 
 const PREFACE = Buffer.from("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
@@ -65,10 +66,12 @@ function closeIdle(session: ServerHttp2Session, idleMs: number): void {
 /**
  * Opens one port for HTTP/1.1 and HTTP/2 without TLS. The HTTP/1.1 server owns the port, because Node enforces its
  * timeouts only on a server that listens itself; connections that begin with the HTTP/2 preface go to the other one.
+ * Without `upgrade`, requests to change the protocol of a connection are served like any other.
  */
 export async function listen(
   options: { host: string; port: number; limits: Limits },
   serve: (request: HttpRequest, response: HttpResponse) => void,
+  upgrade?: (request: IncomingMessage, socket: Duplex, head: Buffer) => void,
 ): Promise<Listener> {
   const { host, port, limits } = options;
   const http1: Http1Server = createServer({
@@ -87,6 +90,7 @@ export async function listen(
   });
   http1.maxConnections = limits.connections;
   http1.on("request", serve);
+  if (upgrade) http1.on("upgrade", upgrade);
   http2.on("request", (request, response) => serve(request, response as unknown as HttpResponse));
 
   const sockets = new Set<Socket>();

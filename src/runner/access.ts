@@ -23,6 +23,12 @@ const INTROSPECTED: ReadonlySet<TokenKind> = new Set([
 export interface Grant {
   kind: Kind;
   environmentId: string;
+  /** The only port that it opens; 0 if it is not for one port. */
+  port: number;
+  /** Nonce that the port had then. */
+  authNonce: bigint;
+  /** Who asked for the token. */
+  subjectId: string;
   /** Milliseconds since the epoch; undefined if it lives as long as what it was made for. */
   expiresAt: number | undefined;
 }
@@ -87,8 +93,11 @@ export class Access {
   }
 
   async #ask(token: string): Promise<Grant | undefined> {
-    const { active, kind, environmentId, expiresAt } = await this.#controlPlane.control.introspectToken({ token });
-    return active ? { kind, environmentId, expiresAt: expiresAt && timestampMs(expiresAt) } : undefined;
+    const { active, ...found } = await this.#controlPlane.control.introspectToken({ token });
+    if (!active) return undefined;
+    const { kind, environmentId, port, authNonce, subject, expiresAt } = found;
+    const subjectId = subject?.id ?? "";
+    return { kind, environmentId, port, authNonce, subjectId, expiresAt: expiresAt && timestampMs(expiresAt) };
   }
 
   #prune(now: number): void {

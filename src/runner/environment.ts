@@ -7,11 +7,13 @@ import {
   EnvironmentStatus_RunnerACK_StatusCode as AckCode,
   EnvironmentPhase,
   type EnvironmentSpec,
+  type EnvironmentSpec_EnvironmentPort,
   type EnvironmentStatus,
   EnvironmentStatus_MachineSchema,
   EnvironmentStatusSchema,
   EnvironmentStatus_Machine_Phase as MachinePhase,
 } from "../../gen/gitpod/v1/environment_pb.js";
+import { portOf } from "../domain/environment-ports.ts";
 import { classSettings } from "./classes.ts";
 import { initializerProblem } from "./clone-plan.ts";
 import { keepContent, keepRepositoryFiles, observeFiles } from "./content-steps.ts";
@@ -22,6 +24,7 @@ import type { EnvironmentLog } from "./logs.ts";
 import { eraseEnvironment, quarantine } from "./machine.ts";
 import { adopt, beginStart, keepMachine } from "./machine-steps.ts";
 import { environmentPaths } from "./paths.ts";
+import { portUrl } from "./ports/route.ts";
 import { type EnvironmentRecord, readRecord } from "./record.ts";
 import { EnvironmentSite, textOf } from "./site.ts";
 import {
@@ -35,6 +38,7 @@ import {
 } from "./status.ts";
 import type { SupervisorClient } from "./supervisor/client.ts";
 import type { SupervisorState } from "./supervisor/private-http.ts";
+import type { EnvironmentSelector } from "./supervisor/processes.ts";
 
 /** What is to become of an environment. `halt` ends its processes and keeps everything else as it is. */
 export type Goal =
@@ -42,6 +46,14 @@ export type Goal =
   | { kind: "halt" }
   | { kind: "erase" }
   | { kind: "quarantine" };
+
+/** A port that clients may reach. */
+export interface OpenPort {
+  entry: EnvironmentSpec_EnvironmentPort;
+  creatorId: string;
+  /** Whose processes may answer. */
+  owner: EnvironmentSelector;
+}
 
 /** Whom an environment tells. */
 export interface EnvironmentEvents {
@@ -135,6 +147,15 @@ export class ManagedEnvironment {
     return this.#isServing ? this.#site.supervision.client : undefined;
   }
 
+  /** A port that the specification lists, while the environment runs. */
+  openPort(number: number): OpenPort | undefined {
+    const environment = this.#goal?.kind === "keep" ? this.#goal.desired.environment : undefined;
+    const entry = environment?.spec && portOf(environment.spec, number);
+    if (!entry || !this.#isServing) return undefined;
+    const owner = { environmentId: this.id, uid: this.ownUid };
+    return { entry, creatorId: environment.metadata?.creator?.id ?? "", owner };
+  }
+
   setGoal(goal: Goal): void {
     // A removal is final; what arrives later about the same id was sent before.
     if (this.#closed || this.#goal?.kind === "erase") return;
@@ -159,8 +180,12 @@ export class ManagedEnvironment {
   /** Reports the present state once more. */
   publish(): void {
     if (this.#goal?.kind !== "keep" || this.#closed) return;
-    const base = environmentUrl(this.#host.config.publicUrl, this.id);
-    this.#events.report(this.id, reportOf(this.#site.status, base, this.#isServing));
+    const { publicUrl, portDomain } = this.#host.config;
+    const base = environmentUrl(publicUrl, this.id);
+    const ports = (this.#goal.desired.environment?.spec?.ports ?? []).map(({ port }) => ({
+      ...{ port, url: portUrl(publicUrl, portDomain, this.id, port) },
+    }));
+    this.#events.report(this.id, reportOf(this.#site.status, base, this.#isServing, ports));
   }
 
   /** A report has been judged. Readers of the log end once the control plane knows of the stop. */

@@ -94,6 +94,9 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
   const server = await startRunnerServer({
     ...{ host: config.host, port: config.port, environments, log },
     access: new Access(host.controlPlane),
+    publicUrl: () => config.publicUrl,
+    portDomain: config.portDomain,
+    signInUrl: publicApiUrl,
     connected: () => link?.connected ?? false,
   }).catch(async (error: unknown) => {
     await environments.close();
@@ -107,7 +110,7 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
     phase: RunnerPhase.ACTIVE,
     version: program.version,
     systemDetails: `${hostname()}: ${systemDetails(facts)}`,
-    capabilities: [RunnerCapability.ALLOW_ENV_TOKEN_POPULATION],
+    capabilities: [RunnerCapability.ALLOW_ENV_TOKEN_POPULATION, RunnerCapability.PORT_AUTHENTICATION],
     additionalInfo: [{ key: "max_environments", value: String(config.maxEnvironments) }],
     publicKey: credentials.publicKey,
   });

@@ -1,3 +1,5 @@
+import type { IncomingMessage } from "node:http";
+import type { Duplex } from "node:stream";
 import { Code, ConnectError, createContextKey, createContextValues, type Interceptor } from "@connectrpc/connect";
 import { connectNodeAdapter } from "@connectrpc/connect-node";
 import type { Logger } from "pino";
@@ -11,6 +13,9 @@ import { type Access, bearerToken, type Grant } from "./access.ts";
 import type { ManagedEnvironment } from "./environment.ts";
 import type { Environments } from "./environments.ts";
 import type { EnvironmentLog } from "./logs.ts";
+import { refuseUpgrade } from "./ports/proxy.ts";
+import { portRoute } from "./ports/route.ts";
+import { portServer } from "./ports/server.ts";
 import { forwardOps } from "./supervisor/forward.ts";
 import { MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES } from "./supervisor/ops.ts";
 
@@ -20,6 +25,12 @@ export interface ServerDeps {
   port: number;
   environments: Environments;
   access: Access;
+  /** Public base URL of this runner. */
+  publicUrl(): string;
+  /** Domain below which each port has a host of its own. */
+  portDomain: string | undefined;
+  /** Base URL of the control plane for browsers. */
+  signInUrl: string;
   /** The link to the control plane is in force. */
   connected(): boolean;
   log: Logger;
@@ -238,7 +249,12 @@ function operationsHandler(deps: ServerDeps) {
 export async function startRunnerServer(deps: ServerDeps): Promise<Listener> {
   const serveOperation = operationsHandler(deps);
   const registry = metrics(deps);
+  const ports = portServer({ ...deps, domain: deps.portDomain });
+  const portRouteOf = ({ headers, url = "" }: HttpRequest) =>
+    portRoute(String(headers.host ?? headers[":authority"] ?? ""), url, deps.portDomain);
   const serve = async (request: HttpRequest, response: HttpResponse): Promise<void> => {
+    const route = portRouteOf(request);
+    if (route) return await ports.serve(route, request, response);
     const [path = ""] = (request.url ?? "").split("?", 1);
     const [, environmentId = "", part = ""] = PATH.exec(path) ?? [];
     if (environmentId && request.method === "OPTIONS") {
@@ -261,12 +277,28 @@ export async function startRunnerServer(deps: ServerDeps): Promise<Listener> {
         return answerText(response, 404, "not found\n");
     }
   };
-  return await listen({ host: deps.host, port: deps.port, limits: LIMITS }, (request, response) => {
-    response.on("error", () => undefined);
-    serve(request, response).catch((error: unknown) => {
-      deps.log.error({ err: error }, "a request failed");
-      if (response.headersSent || response.destroyed) response.destroy();
-      else answerText(response, 500, "internal error\n");
-    });
-  });
+  const upgrade = async (request: IncomingMessage, socket: Duplex, head: Buffer): Promise<void> => {
+    const route = portRouteOf(request);
+    if (route) return await ports.upgrade(route, request, socket, head);
+    refuseUpgrade(socket, 404, "not found");
+  };
+  const failed = (error: unknown) => deps.log.error({ err: error }, "a request failed");
+  return await listen(
+    { host: deps.host, port: deps.port, limits: LIMITS },
+    (request, response) => {
+      response.on("error", () => undefined);
+      serve(request, response).catch((error: unknown) => {
+        failed(error);
+        if (response.headersSent || response.destroyed) response.destroy();
+        else answerText(response, 500, "internal error\n");
+      });
+    },
+    (request, socket, head) => {
+      socket.on("error", () => undefined);
+      upgrade(request, socket, head).catch((error: unknown) => {
+        failed(error);
+        socket.destroy();
+      });
+    },
+  );
 }

@@ -9,6 +9,7 @@ import {
   EnvironmentStatus_AutomationsFileSchema,
   EnvironmentStatus_ContentSchema,
   EnvironmentStatus_DevContainerSchema,
+  EnvironmentStatus_EnvironmentPortURLSchema,
   EnvironmentStatus_EnvironmentURLsSchema,
   EnvironmentStatus_MachineSchema,
   EnvironmentStatus_RunnerACKSchema,
@@ -123,12 +124,18 @@ export const environmentUrl = (publicUrl: string, environmentId: string) =>
   `${publicUrl}/environments/${environmentId}`;
 
 /** A report: a copy of the status with the URLs that go with it. The log is served from the first machine report on. */
-export function reportOf(status: EnvironmentStatus, base: string, serving: boolean): EnvironmentStatus {
+export function reportOf(
+  status: EnvironmentStatus,
+  base: string,
+  serving: boolean,
+  ports: readonly { port: number; url: string }[],
+): EnvironmentStatus {
   const report = clone(EnvironmentStatusSchema, status);
   const hasMachine = (status.machine?.phase ?? MachinePhase.UNSPECIFIED) !== MachinePhase.UNSPECIFIED;
   report.environmentUrls = create(EnvironmentStatus_EnvironmentURLsSchema, {
     logs: hasMachine ? `${base}/logs` : "",
     ops: serving ? `${base}/ops` : "",
+    ports: serving ? ports.map((each) => create(EnvironmentStatus_EnvironmentPortURLSchema, each)) : [],
   });
   return report;
 }

@@ -476,6 +476,7 @@ async function introspect(app: App, caller: Caller, text: string) {
     kind,
     environmentId: found.environmentId,
     port: found.port,
+    authNonce: BigInt(found.authNonce ?? 0),
     subject: { id: found.subjectId, principal: found.subjectPrincipal },
     expiresAt: found.expiresAt && timestampFromDate(found.expiresAt),
   };

@@ -186,6 +186,7 @@ export interface RunnerToken {
   kind: TokenKind;
   environmentId?: string;
   port?: number;
+  authNonce?: number;
   subjectId: string;
   subjectPrincipal: Principal;
   expiresAt?: Date;
@@ -238,6 +239,7 @@ export async function findRunnerToken(
     kind: row.kind,
     environmentId: row.environment_id ?? undefined,
     port: row.port ?? undefined,
+    authNonce: row.auth_nonce ?? undefined,
     subjectId: row.subject_id,
     subjectPrincipal: row.subject_principal,
     expiresAt: row.expires_at ?? undefined,

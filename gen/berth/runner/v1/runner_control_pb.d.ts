@@ -843,6 +843,13 @@ export declare type IntrospectTokenResponse = Message<"berth.runner.v1.Introspec
    * @generated from field: google.protobuf.Timestamp expires_at = 6;
    */
   expiresAt?: Timestamp | undefined;
+
+  /**
+   * Of a port token: the nonce of its port when it was made. The port has another one once its admission has changed.
+   *
+   * @generated from field: uint64 auth_nonce = 7;
+   */
+  authNonce: bigint;
 };
 
 /**

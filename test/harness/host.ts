@@ -1,0 +1,52 @@
+import { mkdtemp, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { pino } from "pino";
+import { RunnerProvider } from "../../gen/gitpod/v1/runner_configuration_pb.js";
+import type { RunnerHostConfig } from "../../src/config.ts";
+import { startRunner } from "../../src/runner/main.ts";
+import { sweepUp } from "./environments.ts";
+import { shareRunner, type TestPlane } from "./plane.ts";
+import { addClass } from "./tenants.ts";
+
+/** A runner on this machine, signed up with a test's control plane and shared with all members. */
+export interface TestHost extends AsyncDisposable {
+  runnerId: string;
+  classId: string;
+  /** Public base URL of the runner. */
+  url: string;
+  dataDir: string;
+}
+
+/** Starts a runner in this process; `gitHosts` are exempt from the guards against private addresses. */
+export async function startHost(
+  test: TestPlane,
+  options: Partial<RunnerHostConfig> & { gitHosts?: string[] } = {},
+): Promise<TestHost> {
+  const { gitHosts = [], ...more } = options;
+  const folder = await mkdtemp(join(tmpdir(), "berth-host-"));
+  const dataDir = join(folder, "r");
+  const { runner, exchangeToken } = await test.admin.runners.createRunner({
+    ...{ name: "test host", provider: RunnerProvider.LINUX_HOST },
+  });
+  const runnerId = runner?.runnerId ?? "";
+  const config: RunnerHostConfig = {
+    ...{ name: "test", host: "127.0.0.1", port: 0, publicUrl: "http://127.0.0.1:0", dataDir, maxEnvironments: 100 },
+    ...{ allowUnenforced: false, hostDevcontainer: "run", logLevel: "debug" },
+    scm: { fallback: true, allowHosts: gitHosts, schemes: ["http"] },
+    ...more,
+  };
+  const log = pino({ level: "silent" });
+  const running = await startRunner({ config, apiUrl: test.url, publicApiUrl: test.url, exchangeToken, log });
+  await running.registered;
+  await shareRunner(test, runnerId);
+  return {
+    ...{ runnerId, dataDir, url: `http://127.0.0.1:${running.port}` },
+    classId: await addClass(test, runnerId),
+    async [Symbol.asyncDispose]() {
+      await running.stop();
+      await sweepUp(dataDir);
+      await rm(folder, { recursive: true, force: true });
+    },
+  };
+}
