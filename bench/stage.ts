@@ -17,10 +17,11 @@ import { OrganizationPoliciesSchema, OrganizationRole } from "../gen/gitpod/v1/o
 import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
 import { UserStatus } from "../gen/gitpod/v1/user_pb.js";
 import { type BerthClient, createBerthClient } from "../src/client.ts";
+import { MEMBERS_GROUP } from "../src/domain/group.ts";
 import { TokenKind, tokenText } from "../src/domain/tokens.ts";
 import { type Db, openDb } from "../src/store/db.ts";
 import { startEmbeddedPostgres } from "../src/store/embedded-postgres.ts";
-import { MEMBERS_GROUP, readPolicies } from "../src/store/organizations.ts";
+import { readPolicies } from "../src/store/organizations.ts";
 import { insertToken } from "../src/store/tokens.ts";
 import { FakeRunner } from "../test/harness/fake-runner.ts";
 import { type Child, startChild } from "./child.ts";

@@ -3,7 +3,8 @@ import { ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
-import type { Caller } from "../domain/principal.ts";
+import { type Caller, isPerson } from "../domain/principal.ts";
+import { rolesFrom } from "../domain/roles.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
 
 /**
@@ -24,12 +25,8 @@ export function sharedWith(
   )`;
 }
 
-const RUNNER_ROLES = [ResourceRole.RUNNER_ADMIN, ResourceRole.RUNNER_USER];
-const ENVIRONMENT_ROLES = [
-  ResourceRole.ENVIRONMENT_ADMIN,
-  ResourceRole.ENVIRONMENT_USER,
-  ResourceRole.ENVIRONMENT_VIEWER,
-];
+const RUNNER_ROLES = rolesFrom(ResourceRole.RUNNER_USER);
+const ENVIRONMENT_ROLES = rolesFrom(ResourceRole.ENVIRONMENT_VIEWER);
 
 /** Condition: holds ADMIN on runner `r`. */
 export function administersRunner(sql: Sql | Tx, caller: Caller): Fragment {
@@ -51,8 +48,8 @@ export function readsRunner(sql: Sql | Tx, caller: Caller): Fragment {
   return sql`(${here} and (r.kind = ${RunnerKind.LOCAL_CONFIGURATION} or ${usesRunner(sql, caller)}))`;
 }
 
-const PROJECT_USERS = [ResourceRole.PROJECT_ADMIN, ResourceRole.PROJECT_EDITOR, ResourceRole.PROJECT_USER];
-const PROJECT_EDITORS = [ResourceRole.PROJECT_ADMIN, ResourceRole.PROJECT_EDITOR];
+const PROJECT_USERS = rolesFrom(ResourceRole.PROJECT_USER);
+const PROJECT_EDITORS = rolesFrom(ResourceRole.PROJECT_EDITOR);
 
 function holdsOnProject(sql: Sql | Tx, caller: Caller, roles: readonly ResourceRole[]): Fragment {
   if (caller.orgAdmin || caller.projectsAdmin) return sql`true`;
@@ -92,3 +89,22 @@ export function readsUser(sql: Sql | Tx, caller: Caller): Fragment {
   if (caller.principal === Principal.ENVIRONMENT) return sql`(${here} and u.id = ${caller.creatorId})`;
   return here;
 }
+
+/** Condition: made environment `e` or holds ADMIN on it; organization admins do not, who could let themselves in. */
+export const ownsEnvironment = (sql: Sql | Tx, caller: Caller): Fragment =>
+  sql`(e.creator_id = ${caller.id}
+    or e.id in ${sharedWith(sql, caller, ResourceType.ENVIRONMENT, [ResourceRole.ENVIRONMENT_ADMIN])})`;
+
+/** Condition: may read group `g`, as every member of the organization may. */
+export const readsGroup = (sql: Sql | Tx, caller: Caller): Fragment =>
+  isPerson(caller) ? sql`g.organization_id = ${caller.organizationId}` : sql`false`;
+
+/** Condition: holds ADMIN on group `g`. */
+export function administersGroup(sql: Sql | Tx, caller: Caller): Fragment {
+  if (caller.orgAdmin || caller.groupsAdmin) return sql`true`;
+  return sql`g.id in ${sharedWith(sql, caller, ResourceType.GROUP, [ResourceRole.GROUP_ADMIN])}`;
+}
+
+/** Condition: may read service account `s`, as every member of the organization may. */
+export const readsServiceAccount = (sql: Sql | Tx, caller: Caller): Fragment =>
+  isPerson(caller) ? sql`s.organization_id = ${caller.organizationId}` : sql`false`;

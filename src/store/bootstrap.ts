@@ -86,7 +86,7 @@ async function insertFirstRunner(
     audit: { id: newId(), actor: SYSTEM, action },
   });
   await insertRunner(tx, stored, undefined, change(ResourceType.RUNNER, id, "Runner created"));
-  await shareRunnerWithMembers(tx, { organizationId, runnerId: id, id: newId(), at, actor: SYSTEM, auditId: newId() });
+  await shareRunnerWithMembers(tx, { organizationId, runnerId: id }, { actor: SYSTEM, newId, at });
   const message = create(EnvironmentClassSchema, {
     id: newId(),
     runnerId: id,

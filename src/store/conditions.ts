@@ -15,3 +15,11 @@ export function oneOf(sql: Sql | Tx, column: Fragment, values: readonly (string 
 /** All of them; at least one. */
 export const conjunction = (sql: Sql | Tx, conditions: readonly Fragment[]): Fragment =>
   conditions.reduce((all, each) => sql`${all} and ${each}`);
+
+/** One of them; at least one. */
+export const disjunction = (sql: Sql | Tx, conditions: readonly Fragment[]): Fragment =>
+  sql`(${conditions.reduce((any, each) => sql`${any} or ${each}`)})`;
+
+/** The rows of all queries; at least one. */
+export const union = (sql: Sql | Tx, queries: readonly Fragment[]): Fragment =>
+  queries.reduce((all, each) => sql`${all} union all ${each}`);

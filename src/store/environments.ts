@@ -28,7 +28,8 @@ import {
 import type { Page } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
 import { TokenKind } from "../domain/tokens.ts";
-import { readsEnvironment, sharedWith } from "./access.ts";
+import { ownsEnvironment, readsEnvironment, sharedWith } from "./access.ts";
+import { assignmentsEnded } from "./assignment-rows.ts";
 import { conjunction, containing, oneOf } from "./conditions.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
 import { type Actor, type Attribution, recorded } from "./record.ts";
@@ -108,7 +109,7 @@ const OPEN_TO_MEMBERS = [AdmissionLevel.ORGANIZATION, AdmissionLevel.EVERYONE] a
 
 function relations(sql: Sql | Tx, caller: Caller): Fragment {
   const shared = (role: ResourceRole) => sql`e.id in ${sharedWith(sql, caller, ResourceType.ENVIRONMENT, [role])}`;
-  return sql`(e.creator_id = ${caller.id} or ${shared(ResourceRole.ENVIRONMENT_ADMIN)}) as owner,
+  return sql`${ownsEnvironment(sql, caller)} as owner,
     (e.admission = any(${OPEN_TO_MEMBERS}) or ${shared(ResourceRole.ENVIRONMENT_USER)}) as e_user`;
 }
 
@@ -243,7 +244,7 @@ export async function advanceEnvironment(
     : tx``;
   const tokens = deleted
     ? tx`, tokens_gone as (delete from tokens where environment_id = ${id} or subject_id = ${id}),
-      shares_gone as (delete from role_assignments where resource_id = ${id})`
+      ${assignmentsEnded(tx, id, by.at)}`
     : phaseChanged && HALTED.has(status.phase)
       ? tx`, tokens_gone as (delete from tokens where environment_id = ${id} and kind = ${TokenKind.ENVIRONMENT})`
       : tx``;

@@ -10,13 +10,12 @@ import {
 import { RunnerKind, RunnerProvider } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase, RunnerSpecSchema, RunnerStatusSchema, RunnerVariant } from "../../gen/gitpod/v1/runner_pb.js";
 import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
+import { ADMINS_GROUP, MEMBERS_GROUP } from "../domain/group.ts";
 import { defaultPolicies } from "../domain/policies.ts";
+import { insertAssignment } from "./assignment-rows.ts";
 import type { Sql, Tx } from "./db.ts";
-import { type Actor, record } from "./record.ts";
-
-/** Names of the groups that every organization is born with. */
-export const MEMBERS_GROUP = "org-members";
-export const ADMINS_GROUP = "org-admins";
+import { syncBuiltInGroups } from "./groups.ts";
+import { type Actor, type Attribution, record } from "./record.ts";
 
 /** Makes ids; later ones sort after earlier ones. */
 type NewId = () => string;
@@ -70,11 +69,7 @@ export async function insertFirstUser(
     values (${input.accountId}, ${input.email}, true, ${input.name}, ${input.loginProvider}, ${at})`;
   await tx`insert into users (id, organization_id, account_id, role, status, member_since)
     values (${userId}, ${organizationId}, ${input.accountId}, ${OrganizationRole.ADMIN}, ${UserStatus.ACTIVE}, ${at})`;
-  for (const group of [MEMBERS_GROUP, ADMINS_GROUP]) {
-    await tx`insert into group_members (id, group_id, organization_id, member_id, member_principal, created_at)
-      select ${newId()}, id, organization_id, ${userId}, ${Principal.USER}, ${at} from groups
-      where organization_id = ${organizationId} and name = ${group} and system_managed`;
-  }
+  await syncBuiltInGroups(tx, { organizationId, memberId: userId }, { newId, at });
   await record(tx, {
     organizationId,
     resourceType: ResourceType.USER,
@@ -88,19 +83,15 @@ export async function insertFirstUser(
 /** Gives everybody in the organization the role USER on a runner. */
 export async function shareRunnerWithMembers(
   tx: Tx,
-  input: { organizationId: string; runnerId: string; id: string; at: Date; actor: Actor; auditId: string },
+  { organizationId, runnerId }: { organizationId: string; runnerId: string },
+  by: Attribution,
 ): Promise<void> {
-  await tx`insert into role_assignments (id, organization_id, group_id, resource_type, resource_id, resource_role, created_at)
-    select ${input.id}, organization_id, id, ${ResourceType.RUNNER}, ${input.runnerId}, ${ResourceRole.RUNNER_USER}, ${input.at}
-    from groups where organization_id = ${input.organizationId} and name = ${MEMBERS_GROUP} and system_managed`;
-  await record(tx, {
-    organizationId: input.organizationId,
-    resourceType: ResourceType.ROLE_ASSIGNMENT,
-    resourceId: input.id,
-    operation: ResourceOperation.CREATE,
-    at: input.at,
-    audit: { id: input.auditId, actor: input.actor, action: "Runner shared with org-members" },
-  });
+  const [group] = await tx<{ id: string }[]>`
+    select id from groups where organization_id = ${organizationId} and name = ${MEMBERS_GROUP} and system_managed`;
+  if (!group) throw new Error(`organization ${organizationId} has no group ${MEMBERS_GROUP}`);
+  const resource = { resourceType: ResourceType.RUNNER, resourceId: runnerId, role: ResourceRole.RUNNER_USER };
+  const assignment = { id: by.newId(), organizationId, groupId: group.id, groupName: MEMBERS_GROUP, ...resource };
+  await insertAssignment(tx, assignment, by);
 }
 
 /** The policies of every organization. */

@@ -30,35 +30,57 @@ export interface Change {
   environmentId?: string;
   runnerId?: string;
   at: Date;
+  /**
+   * Who could read what has been deleted, an expression of type uuid[]; by default its creator and whoever holds a role
+   * on it. The id of the organization stands for all its members.
+   */
+  readers?: Fragment;
   /** Text of the audit entry; without it only the event is written. */
-  audit?: { id: string; actor: Actor; action: string; kind?: AuditLogEntryKind };
+  audit?: { id: string; actor: Actor; action: string; kind?: AuditLogEntryKind; subjectType?: ResourceType };
 }
 
-/** CTEs `event` and `audit` that belong into the statement that makes the change; start the statement with `with`. */
-export function recorded(sql: Sql | Tx, change: Change): Fragment {
-  // A deleted resource can no longer be asked who may read it, so the event keeps the answer.
-  const readers =
-    change.operation === ResourceOperation.DELETE
-      ? sql`array(select member.member_id from role_assignments share join group_members member on member.group_id = share.group_id
-          where share.resource_id = ${change.resourceId} union select ${change.creatorId}::uuid)`
-      : sql`null`;
+// A deleted resource can no longer be asked who may read it, so the event keeps the answer.
+function readersOf(sql: Sql | Tx, change: Change): Fragment {
+  if (change.operation !== ResourceOperation.DELETE) return sql`null`;
+  return (
+    change.readers ??
+    sql`array(select member.member_id from role_assignments share join group_members member on member.group_id = share.group_id
+      where share.resource_id = ${change.resourceId} union select ${change.creatorId}::uuid)`
+  );
+}
+
+const list = (sql: Sql | Tx, rows: readonly Fragment[]): Fragment => rows.reduce((all, each) => sql`${all}, ${each}`);
+
+/**
+ * CTEs `event` and `audit` that belong into the statement that makes these changes, which happen together; start the
+ * statement with `with`.
+ */
+export function recorded(sql: Sql | Tx, ...changes: [Change, ...Change[]]): Fragment {
+  const events = changes.map(
+    (change) => sql`(${change.organizationId}, ${change.environmentId}, ${change.runnerId}, ${change.resourceType},
+      ${change.resourceId}, ${change.operation}, ${change.creatorId}, ${readersOf(sql, change)}, ${change.at})`,
+  );
   const event = sql`event as (
     insert into events (organization_id, environment_id, runner_id, resource_type, resource_id, operation, creator_id, readers, created_at)
-    values (${change.organizationId}, ${change.environmentId}, ${change.runnerId}, ${change.resourceType},
-      ${change.resourceId}, ${change.operation}, ${change.creatorId}, ${readers}, ${change.at})
+    values ${list(sql, events)}
   )`;
-  const entry = change.audit;
-  if (!entry) return event;
+  const entries = changes.flatMap(({ audit, ...change }) =>
+    audit
+      ? sql`(${audit.id}, ${change.organizationId}, ${audit.actor.id}, ${audit.actor.principal}, ${audit.actor.tokenId}, ${audit.actor.issuerId},
+      ${change.resourceId}, ${audit.subjectType ?? change.resourceType}, ${audit.kind ?? AuditLogEntryKind.RESOURCE_CHANGE}, ${audit.action},
+      ${change.at})`
+      : [],
+  );
+  if (!entries.length) return event;
   return sql`${event}, audit as (
     insert into audit_log (id, organization_id, actor_id, actor_principal, credential_id, issuer_id, subject_id, subject_type, kind, action, created_at)
-    values (${entry.id}, ${change.organizationId}, ${entry.actor.id}, ${entry.actor.principal}, ${entry.actor.tokenId}, ${entry.actor.issuerId},
-      ${change.resourceId}, ${change.resourceType}, ${entry.kind ?? AuditLogEntryKind.RESOURCE_CHANGE}, ${entry.action}, ${change.at})
+    values ${list(sql, entries)}
   )`;
 }
 
-/** Writes a change in a transaction that has already made it. */
-export async function record(tx: Tx, change: Change): Promise<void> {
-  await tx`with ${recorded(tx, change)} select`;
+/** Writes changes in a transaction that has already made them. */
+export async function record(tx: Tx, ...changes: [Change, ...Change[]]): Promise<void> {
+  await tx`with ${recorded(tx, ...changes)} select`;
 }
 
 /** An audit entry about the use of a credential: nothing changed, so there is no event. */

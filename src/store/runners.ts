@@ -23,6 +23,7 @@ import { notFound } from "../domain/errors.ts";
 import type { Page } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
 import { administersRunner, readsRunner, usesRunner } from "./access.ts";
+import { assignmentsEnded } from "./assignment-rows.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
 import { type Change, recorded } from "./record.ts";
 
@@ -356,7 +357,7 @@ export async function markDeleted(tx: Tx, runnerId: string, at: Date): Promise<v
       update runners set phase = ${RunnerPhase.DELETED}, desired_phase = ${RunnerPhase.DELETED}, deleted_at = ${at}, updated_at = ${at},
         lease_expires_at = null, lost_at = null, link_id = null where id = ${runnerId} returning organization_id, creator_id
     ), credentials as (delete from tokens where runner_id = ${runnerId} or subject_id = ${runnerId}),
-    shares as (delete from role_assignments where resource_id = ${runnerId}),
+    ${assignmentsEnded(tx, runnerId, at)},
     revisions as (delete from runner_revisions where runner_id = ${runnerId}),
     calls as (delete from runner_calls where runner_id = ${runnerId}),
     readers as (

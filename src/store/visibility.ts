@@ -1,8 +1,10 @@
 import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import type { Caller } from "../domain/principal.ts";
-import { readsEnvironment, readsRunner } from "./access.ts";
+import { readsEnvironment, readsGroup, readsRunner } from "./access.ts";
+import { readsAssignment } from "./assignment-rows.ts";
 import type { Fragment, Sql } from "./db.ts";
 import type { OutboxEvent } from "./hub.ts";
+import { readableResources } from "./shared-resources.ts";
 
 type Subject = Pick<
   OutboxEvent,
@@ -37,6 +39,8 @@ const QUERIED_TYPES: ReadonlySet<ResourceType> = new Set([
   ResourceType.ENVIRONMENT,
   ResourceType.RUNNER,
   ResourceType.ENVIRONMENT_CLASS,
+  ResourceType.ROLE_ASSIGNMENT,
+  ResourceType.ROLE_ASSIGNMENT_CHANGED,
 ]);
 
 /** Types of which the runner admins of the organization may read all. */
@@ -59,6 +63,13 @@ function readable(sql: Sql, caller: Caller, type: ResourceType, ids: string[]): 
     case ResourceType.ENVIRONMENT_CLASS:
       return sql`select c.id from environment_classes c join runners r on r.id = c.runner_id
         where c.id = any(${ids}) and ${readsRunner(sql, caller)}`;
+    case ResourceType.GROUP:
+    case ResourceType.GROUP_MEMBERSHIP_CHANGED:
+      return sql`select g.id from groups g where g.id = any(${ids}) and ${readsGroup(sql, caller)}`;
+    case ResourceType.ROLE_ASSIGNMENT:
+      return sql`select a.id from role_assignments a where a.id = any(${ids}) and ${readsAssignment(sql, caller)}`;
+    case ResourceType.ROLE_ASSIGNMENT_CHANGED:
+      return sql`select id from (${readableResources(sql, caller, ids)}) resources`;
     default:
       return undefined;
   }
@@ -77,7 +88,9 @@ async function readableIds(sql: Sql, caller: Caller, events: readonly Subject[])
 
 function couldRead(caller: Caller, event: Subject): boolean {
   const byRole = caller.orgAdmin || (caller.runnersAdmin && RUNNER_TYPES.has(event.resourceType));
-  return byRole || event.readers?.includes(caller.id) === true;
+  // The id of the organization stands for all its members.
+  const readers = event.readers ?? [];
+  return byRole || readers.includes(caller.id) || readers.includes(caller.organizationId);
 }
 
 /** Those of these events, all of the caller's organization, that it may learn about at this moment. */

@@ -15,9 +15,11 @@ import type { Limits } from "../../src/app.ts";
 import { type BerthClient, createBerthClient } from "../../src/client.ts";
 import { readServerConfig } from "../../src/config.ts";
 import { type ControlPlane, startControlPlane } from "../../src/control-plane.ts";
+import { MEMBERS_GROUP } from "../../src/domain/group.ts";
 import { TokenKind, tokenText } from "../../src/domain/tokens.ts";
 import { openDb } from "../../src/store/db.ts";
-import { ADMINS_GROUP, MEMBERS_GROUP, readPolicies } from "../../src/store/organizations.ts";
+import { syncBuiltInGroups } from "../../src/store/groups.ts";
+import { readPolicies } from "../../src/store/organizations.ts";
 import { insertToken } from "../../src/store/tokens.ts";
 import { databaseUrl } from "./database.ts";
 
@@ -101,10 +103,9 @@ export async function startTestPlane(
       values (${accountId}, ${`${id}@example.org`}, true, ${options.name ?? "Somebody"}, 'local', ${at})`;
     await db.write`insert into users (id, organization_id, account_id, role, status, member_since)
       values (${id}, ${organization}, ${accountId}, ${role}, ${UserStatus.ACTIVE}, ${at})`;
-    const groups = role === OrganizationRole.ADMIN ? [MEMBERS_GROUP, ADMINS_GROUP] : [MEMBERS_GROUP];
-    await db.write`insert into group_members (id, group_id, organization_id, member_id, member_principal, created_at)
-      select gen_random_uuid(), id, organization_id, ${id}, ${Principal.USER}, ${at} from groups
-      where organization_id = ${organization} and name = any(${groups})`;
+    await db.begin((tx) =>
+      syncBuiltInGroups(tx, { organizationId: organization, memberId: id }, { newId: uuidv7, at }),
+    );
     const token = tokenText(TokenKind.PERSONAL_ACCESS, randomBytes);
     await insertToken(db.write, {
       id: uuidv7(),
@@ -148,7 +149,7 @@ export async function startTestPlane(
 export async function shareRunner(test: TestPlane, runnerId: string, role = ResourceRole.RUNNER_USER): Promise<void> {
   await test.plane.app.db.write`
     insert into role_assignments (id, organization_id, group_id, resource_type, resource_id, resource_role, created_at)
-    select gen_random_uuid(), organization_id, id, ${ResourceType.RUNNER}, ${runnerId}, ${role}, now() from groups
+    select ${uuidv7()}::uuid, organization_id, id, ${ResourceType.RUNNER}, ${runnerId}, ${role}, now() from groups
     where organization_id = ${test.organizationId} and name = ${MEMBERS_GROUP}`;
 }
 

@@ -9,7 +9,8 @@ import { RunnerProvider } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { ServiceAccountSchema } from "../../gen/gitpod/v1/service_account_pb.js";
 import { SYSTEM } from "../../src/domain/principal.ts";
 import { TokenKind, tokenText } from "../../src/domain/tokens.ts";
-import { insertOrganization, MEMBERS_GROUP, readPolicies } from "../../src/store/organizations.ts";
+import { syncBuiltInGroups } from "../../src/store/groups.ts";
+import { insertOrganization, readPolicies } from "../../src/store/organizations.ts";
 import { insertToken, type NewToken } from "../../src/store/tokens.ts";
 import { FakeRunner } from "./fake-runner.ts";
 import { shareRunner, type TestPlane, type TestUser } from "./plane.ts";
@@ -60,9 +61,8 @@ export async function addServiceAccount(test: TestPlane, name = "Robot"): Promis
   const message = create(ServiceAccountSchema, { id, organizationId: test.organizationId, name });
   await app.db.write`insert into service_accounts (id, organization_id, name, message)
     values (${id}, ${test.organizationId}, ${name}, ${toBinary(ServiceAccountSchema, message)})`;
-  await app.db.write`insert into group_members (id, group_id, organization_id, member_id, member_principal, created_at)
-    select gen_random_uuid(), id, organization_id, ${id}, ${Principal.SERVICE_ACCOUNT}, now() from groups
-    where organization_id = ${test.organizationId} and name = ${MEMBERS_GROUP}`;
+  const member = { organizationId: test.organizationId, memberId: id };
+  await app.db.begin((tx) => syncBuiltInGroups(tx, member, { newId: uuidv7, at: app.now() }));
   const subjectPrincipal = Principal.SERVICE_ACCOUNT;
   const token = await mint(test, { kind: TokenKind.SERVICE_ACCOUNT, subjectId: id, subjectPrincipal });
   return { id, token, client: test.client(token) };
@@ -74,15 +74,20 @@ export async function share(
   userId: string,
   resource: { type: ResourceType; id: string; role: ResourceRole },
 ): Promise<() => Promise<void>> {
-  const groupId = uuidv7();
-  await app.db.write`insert into groups (id, organization_id, name, direct_share, created_at, updated_at)
-    values (${groupId}, ${organizationId}, ${groupId}, true, now(), now())`;
-  await app.db.write`insert into group_members (id, group_id, organization_id, member_id, member_principal, created_at)
-    values (${uuidv7()}, ${groupId}, ${organizationId}, ${userId}, ${Principal.USER}, now())`;
+  const id = uuidv7();
+  await app.db.write`
+    with made as (
+      insert into groups (id, organization_id, name, direct_share, direct_share_of, created_at, updated_at)
+      values (${uuidv7()}, ${organizationId}, ${`direct-share-${userId}`}, true, ${userId}, now(), now())
+      on conflict do nothing returning id
+    )
+    insert into group_members (id, group_id, organization_id, member_id, member_principal, created_at)
+    select ${uuidv7()}::uuid, id, ${organizationId}, ${userId}, ${Principal.USER}, now() from made`;
   await app.db.write`
     insert into role_assignments (id, organization_id, group_id, resource_type, resource_id, resource_role, created_at)
-    values (${uuidv7()}, ${organizationId}, ${groupId}, ${resource.type}, ${resource.id}, ${resource.role}, now())`;
-  return async () => void (await app.db.write`delete from groups where id = ${groupId}`);
+    select ${id}::uuid, organization_id, id, ${resource.type}, ${resource.id}, ${resource.role}, now() from groups
+    where direct_share_of = ${userId}`;
+  return async () => void (await app.db.write`delete from role_assignments where id = ${id}`);
 }
 
 /** Takes away what `shareRunner` gave. */
