@@ -14,19 +14,7 @@ beforeEach(async () => {
 });
 afterEach(async () => await environment[Symbol.asyncDispose]());
 
-/** Runs a script in the checkout as the environment's user; returns its output. */
-function script(text: string): string {
-  const { root, uid, gid } = environment.config;
-  const env = {
-    PATH: process.env.PATH,
-    HOME: join(root, "home"),
-    GIT_AUTHOR_NAME: "A",
-    GIT_AUTHOR_EMAIL: "a@example.com",
-    GIT_COMMITTER_NAME: "A",
-    GIT_COMMITTER_EMAIL: "a@example.com",
-  };
-  return execFileSync("sh", ["-euc", text], { cwd: environment.workspace, env, uid, gid, encoding: "utf8" }).trim();
-}
+const script = (text: string) => environment.script(text);
 
 const status = (directory = environment.workspace, timeoutMs?: number) => {
   const { root, uid, gid } = environment.config;

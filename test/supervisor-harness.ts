@@ -1,3 +1,4 @@
+import { execFileSync } from "node:child_process";
 import { randomInt, randomUUID } from "node:crypto";
 import { chown, mkdir, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -24,6 +25,8 @@ export interface TestEnvironment extends AsyncDisposable {
   setEnv(env: Record<string, string>): Promise<void>;
   /** Writes a file below the environment's directory, owned by its user; returns its path. */
   put(path: string, content: string | Uint8Array): Promise<string>;
+  /** Runs a script in the checkout as the environment's user, fit for commits; returns its output. */
+  script(text: string): string;
   /** Content of a file in the workspace once it is there. */
   appears(name: string): Promise<string>;
 }
@@ -72,6 +75,18 @@ export async function testEnvironment(change: Partial<SupervisorConfig> = {}): P
     launch: async () => (await launchSupervisor(configPath, config)).record,
     setEnv: async (env) => void (await put("secrets/env.json", JSON.stringify(env))),
     put,
+    script(text) {
+      const env = {
+        PATH: process.env.PATH,
+        HOME: join(root, "home"),
+        GIT_AUTHOR_NAME: "A",
+        GIT_AUTHOR_EMAIL: "a@example.com",
+        GIT_COMMITTER_NAME: "A",
+        GIT_COMMITTER_EMAIL: "a@example.com",
+      };
+      const user = { uid: id, gid: id };
+      return execFileSync("sh", ["-euc", text], { cwd: config.workspaceFolder, env, ...user, encoding: "utf8" }).trim();
+    },
     appears: (name) => waitFor(() => readFile(join(config.workspaceFolder, name), "utf8").catch(() => undefined)),
     async [Symbol.asyncDispose]() {
       const left = await killEnvironmentProcesses({ environmentId: config.environmentId, uid: id, deadlineMs: 10_000 });

@@ -272,7 +272,6 @@ describe("the ops service", () => {
     await environment.launch();
     const { client } = environment;
     expect((await client.listCapabilities({})).capabilities).toEqual([]);
-    await failure(client.getGitDiff({}), Code.Unimplemented);
     await failure(client.createTerminal({}), Code.Unimplemented);
     await failure(client.watch({})[Symbol.asyncIterator]().next(), Code.Unimplemented);
   });

@@ -851,7 +851,8 @@ export declare type GitHunk = Message<"supervisor.v1.GitHunk"> & {
   originalLines: number;
 
   /**
-   * Where in the body the original ends without a newline; 0 when it ends with one.
+   * Byte offset in the body after the removed line with which the original ends without a newline, else 0. Where the
+   * new content ends without one, so does the body.
    *
    * @generated from field: int32 original_no_newline_at = 3;
    */
@@ -879,7 +880,7 @@ export declare type GitHunk = Message<"supervisor.v1.GitHunk"> & {
   section: string;
 
   /**
-   * Where the hunk starts within the diff of the file; 1 for the first.
+   * Number of its first line within the diff of the file, whose first hunk header is line 0: 1 for the first hunk.
    *
    * @generated from field: int32 start_position = 7;
    */
@@ -1726,7 +1727,9 @@ export declare const EnvironmentOpsService: GenService<{
   },
   /**
    * Returns the diff of one file, working tree against HEAD or the merge base with base_ref. INVALID_ARGUMENT for a
-   * path outside the repository or a ref that begins with "-"; NOT_FOUND for an unknown ref.
+   * path outside the repository or a ref that begins with "-"; NOT_FOUND for an unknown ref or a file that is on
+   * neither side; FAILED_PRECONDITION for a directory or a ref without a commit in common with HEAD;
+   * RESOURCE_EXHAUSTED when the diff exceeds 8 MiB.
    *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.GetGitDiff
    */

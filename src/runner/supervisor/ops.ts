@@ -7,6 +7,10 @@ import type { Execs } from "./exec.ts";
 import { MAX_FILE_BYTES, readFile, resolvePath, writeFile } from "./files.ts";
 import { find } from "./find.ts";
 import { gate } from "./gate.ts";
+import { defaultBranch } from "./git-branch.ts";
+import { changedFiles } from "./git-changes.ts";
+import type { GitOptions } from "./git-command.ts";
+import { fileDiffContent, gitDiff } from "./git-diff.ts";
 import { gitStatus } from "./git-status.ts";
 
 /** Largest request message: a file at its limit plus the other fields. */
@@ -27,10 +31,6 @@ export interface OpsDeps {
 }
 
 const pending = [
-  "getGitDiff",
-  "getFileDiffContent",
-  "getGitDiffFiles",
-  "getDefaultBranch",
   "createTerminal",
   "readTerminal",
   "writeTerminal",
@@ -47,6 +47,9 @@ export function createOpsRoutes(deps: OpsDeps): (router: ConnectRouter) => void 
   const { execs, activity } = deps;
   const heavy = gate(4, 64);
   const inTime = <T>(what: string, work: Promise<T>) => withDeadline(work, DEADLINE_MS, what);
+  const heavyInTime = <T>(what: string, work: () => Promise<T>) => inTime(what, heavy(work));
+  const withGit = <T>(what: string, work: (options: GitOptions) => Promise<T>) =>
+    heavyInTime(what, () => work({ directory: deps.workspaceFolder(), env: deps.environment() }));
   const absolute = (path: string) => resolvePath(deps.workspaceFolder(), path);
   const service = withPending(EnvironmentOpsService, pending, {
     async exec(request) {
@@ -68,19 +71,23 @@ export function createOpsRoutes(deps: OpsDeps): (router: ConnectRouter) => void 
     },
     async find(request) {
       const start = absolute(request.path);
-      return await inTime(
-        "Find",
-        heavy(() => find(request, start)),
-      );
+      return await heavyInTime("Find", () => find(request, start));
     },
     async getGitStatus() {
-      const options = { directory: deps.workspaceFolder(), env: deps.environment() };
-      return {
-        status: await inTime(
-          "GetGitStatus",
-          heavy(() => gitStatus(options)),
-        ),
-      };
+      return { status: await withGit("GetGitStatus", gitStatus) };
+    },
+    async getGitDiff(request) {
+      return await withGit("GetGitDiff", (options) => gitDiff(request, options));
+    },
+    async getGitDiffFiles({ baseRef }) {
+      const { changes, total } = await withGit("GetGitDiffFiles", (options) => changedFiles(options, baseRef));
+      return { changedFiles: changes, totalChangedFiles: total };
+    },
+    async getFileDiffContent(request) {
+      return await withGit("GetFileDiffContent", (options) => fileDiffContent(request, options));
+    },
+    async getDefaultBranch() {
+      return { branch: await withGit("GetDefaultBranch", defaultBranch) };
     },
     // WATCH would announce an RPC that is pending.
     listCapabilities: () => ({ capabilities: [] }),

@@ -3,6 +3,7 @@ import { readdirSync, readFileSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import { inBatches } from "./batches.ts";
+import { childStdio } from "./descriptors.ts";
 import { errnoOf, withDeadline } from "./errors.ts";
 
 // Processes are found by reading /proc, never by remembering children: a supervisor can be replaced while they run.
@@ -115,13 +116,13 @@ async function carriesMarker(pid: number, marker: string): Promise<boolean> {
   );
 }
 
-/** Starts a command as leader of its own session and process group, with stdin empty and nothing inherited. */
+/** Starts a command as leader of its own session and process group, with stdin empty and nothing else inherited. */
 export function spawnSession(
   file: string,
   args: readonly string[],
   options: Pick<SpawnOptions, "cwd" | "uid" | "gid"> & { env: Record<string, string> },
 ): ChildProcess {
-  return spawn(file, args, { ...options, detached: true, stdio: ["ignore", "pipe", "pipe"] });
+  return spawn(file, args, { ...options, detached: true, stdio: childStdio(["ignore", "pipe", "pipe"]) });
 }
 
 /** Live members of the session a leader opened, and of its process group. */
@@ -148,13 +149,17 @@ const signalAll = (entries: readonly ProcessEntry[], name: NodeJS.Signals) => {
 };
 
 /**
- * SIGTERM to everything in the leader's session, SIGKILL to what is left after the grace period.
+ * A first signal to everything in the leader's session, SIGKILL to what is left after the grace period.
  * Resolves when none is left, or 5 s after the first SIGKILL; false then.
  */
-export async function terminateSession(leader: ProcessRef, graceMs = TERMINATION_GRACE_MS): Promise<boolean> {
+export async function terminateSession(
+  leader: ProcessRef,
+  graceMs = TERMINATION_GRACE_MS,
+  first: "SIGTERM" | "SIGHUP" = "SIGTERM",
+): Promise<boolean> {
   const start = Date.now();
   let members = sessionMembers(leader);
-  signalAll(members, "SIGTERM");
+  signalAll(members, first);
   signalAll(members, "SIGCONT");
   while (members.length > 0) {
     const elapsed = Date.now() - start;
