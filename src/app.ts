@@ -27,6 +27,8 @@ export interface Limits {
   personalAccessTokens: number;
   /** Preferences of one user. */
   preferences: number;
+  /** Secrets of one owner. */
+  secrets: number;
 }
 
 export const LIMITS: Limits = {
@@ -37,6 +39,7 @@ export const LIMITS: Limits = {
   streamsPerPrincipal: 50,
   personalAccessTokens: 100,
   preferences: 500,
+  secrets: 500,
 };
 
 /** What handlers and jobs work with. Time, ids and randomness come in here so that tests can hold them still. */

@@ -66,6 +66,8 @@ interface World {
   /** The creator of the environment, and the first of its tokens. */
   userId: string;
   tokenId: string;
+  /** A secret of the creator, which the environment has. */
+  secretId: string;
   /** Another exchange token each time. */
   exchangeToken: string;
   unknownId: string;
@@ -77,6 +79,12 @@ const onRunner = ({ runnerId }: World) => ({ runnerId });
 const onClass = ({ classId }: World) => ({ environmentClassId: classId });
 const onGroup = ({ runnerId, unknownId }: World) => ({ runnerId, groupId: unknownId, role: 1 });
 const onUser = ({ userId }: World) => ({ userId });
+/** A request for another secret of the creator. */
+const newSecret = ({ userId }: Pick<World, "userId">) => ({
+  ...{ name: `SECRET_${uuidv7().replaceAll("-", "_")}`, value: "x" },
+  mount: { case: "environmentVariable" as const, value: true },
+  scope: { scope: { case: "userId" as const, value: userId } },
+});
 const onUnknown = ({ unknownId }: World) => ({ id: unknownId });
 
 /** How each RPC answers the callers, a letter for each in the order above. */
@@ -153,6 +161,11 @@ const EXPECTED = `
   UserService.deletePreference                              U U N N D N N D D D D D
   UserService.getDotfilesConfiguration                      U U ✓ ✓ ✓ ✓ ✓ D D D D D
   UserService.setDotfilesConfiguration                      U U ✓ ✓ D ✓ ✓ D D D D D
+  SecretService.createSecret                                U U N D D ✓ D D D D D D
+  SecretService.updateSecretValue                           U U N N D ✓ N N D D D D
+  SecretService.listSecrets                                 U U ✓ ✓ ✓ ✓ ✓ ✓ D D D D
+  SecretService.deleteSecret                                U U N N D ✓ N N D D D D
+  SecretService.getSecretValue                              U U N N D D N N D D ✓ N
   RunnerControlService.register                             U U D D D D D D F F D D
   RunnerControlService.heartbeat                            U U D D D D D D ✓ A D D
   RunnerControlService.watch                                U U D D D D D D ✓ A D D
@@ -235,6 +248,10 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "UserService.setPreference": () => ({ key: "theme", value: "dark" }),
   "UserService.getPreference": ({ unknownId }) => ({ preference: { case: "preferenceId", value: unknownId } }),
   "UserService.deletePreference": ({ unknownId }) => ({ userPreferenceId: unknownId }),
+  "SecretService.createSecret": (world) => newSecret(world),
+  "SecretService.updateSecretValue": ({ secretId }) => ({ secretId, value: "another" }),
+  "SecretService.deleteSecret": ({ secretId }) => ({ secretId }),
+  "SecretService.getSecretValue": ({ secretId }) => ({ secretId }),
   // Of an older protocol, or the link of the test would end.
   "RunnerControlService.register": () => ({ instanceId: "x", protocolVersion: 0, maxEnvironments: 1, status: STATUS }),
   "RunnerControlService.heartbeat": ({ linkId }) => ({ linkId, status: STATUS }),
@@ -255,6 +272,7 @@ const DESTRUCTIVE = new Set([
   "EnvironmentService.archiveEnvironment",
   "EnvironmentService.deleteEnvironment",
   "IdentityService.exchangeToken",
+  "SecretService.deleteSecret",
 ]);
 
 let plane: TestPlane;
@@ -271,6 +289,7 @@ beforeAll(async () => {
   const shared = await connectRunner(plane);
   const hidden = await connectRunner(plane, { shared: false });
   [runner, otherRunner] = [shared.runner, hidden.runner];
+  const secretId = await makeSecret();
   const own = await newEnvironment(creator.client, runner, shared.classId);
   const other = await newEnvironment(plane.admin, otherRunner, hidden.classId);
   const foreign = await plane.addUser({ organizationId: await addOrganization(plane) });
@@ -282,6 +301,7 @@ beforeAll(async () => {
   world = {
     ...{ organizationId, environmentId: own.id, runnerId, classId: shared.classId, linkId },
     ...{ exchangeToken, unknownId: uuidv7(), userId: creator.id, tokenId: personalAccessTokens[0]?.id ?? "" },
+    secretId,
   };
   tokens = {
     ...{ nobody: "", exchange: exchangeToken, creator: creator.token, admin: plane.adminToken },
@@ -299,6 +319,11 @@ afterAll(async () => {
   await plane[Symbol.asyncDispose]();
 });
 
+async function makeSecret(): Promise<string> {
+  const { secret } = await creator.client.secrets.createSecret(newSecret({ userId: creator.id }));
+  return secret?.id ?? "";
+}
+
 async function newEnvironment(client: BerthClient, on: FakeRunner, classId: string) {
   const { environment } = await client.environments.createEnvironment({ spec: { machine: { class: classId } } });
   const { id, spec } = environment as Environment;
@@ -313,7 +338,7 @@ async function scene(rpc: string, caller: Caller): Promise<{ world: World; token
   const own = await newEnvironment(creator.client, runner, world.classId);
   const { exchangeToken } = await plane.admin.runners.createRunnerToken({ runnerId: world.runnerId });
   const token = caller === "environment" ? own.token : tokens[caller];
-  return { world: { ...world, environmentId: own.id, exchangeToken }, token };
+  return { world: { ...world, environmentId: own.id, exchangeToken, secretId: await makeSecret() }, token };
 }
 
 /** How a call ends: ok once there is an answer, or the first message of a stream. */
@@ -347,7 +372,6 @@ const WITHOUT_ROWS: ReadonlySet<string> = new Set([
   "GroupService",
   "ServiceAccountService",
   "ProjectService",
-  "SecretService",
   "UsageService",
   "OrganizationService",
 ]);

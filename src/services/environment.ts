@@ -1,7 +1,11 @@
 import { create } from "@bufbuild/protobuf";
 import type { ServiceImpl } from "@connectrpc/connect";
 import { ActionableErrorDetailsSchema } from "../../gen/gitpod/v1/actionable_error_pb.js";
-import { EnvironmentService, type ListEnvironmentsRequest } from "../../gen/gitpod/v1/environment_pb.js";
+import {
+  EnvironmentService,
+  type EnvironmentSpec_Secret,
+  type ListEnvironmentsRequest,
+} from "../../gen/gitpod/v1/environment_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import {
   EnvironmentMaxLifetimeExceededDetailsSchema,
@@ -40,6 +44,7 @@ import {
 } from "../store/environments.ts";
 import { readPolicies } from "../store/organizations.ts";
 import { getOwnRunner, getRunner, type StoredRunner } from "../store/runners.ts";
+import { environmentSecrets } from "../store/secret-delivery.ts";
 import { createEnvironment } from "./environment/create.ts";
 import { checkCapacity, checkQuotas, checkRunner } from "./environment/limits.ts";
 import { allow, apply } from "./environment/move.ts";
@@ -59,7 +64,9 @@ async function startEnvironment(app: App, caller: Caller, id: string): Promise<v
       throw denied("starting this environment needs the role user on its runner");
     }
     const kernelControls = strengthened(stored.spec.kernelControlsConfig, requiredKernelControls(policies));
-    const start = requestStart(stored, { machineSession: app.newId(), secrets: [], kernelControls }, app.now());
+    const started = (secrets: EnvironmentSpec_Secret[]) =>
+      requestStart(stored, { machineSession: app.newId(), secrets, kernelControls }, app.now());
+    let start = started(stored.spec.secrets);
     if (start.kind === "changed") {
       refuseLockedDown(stored, policies, app.now());
       checkRunner(runner, localRunners);
@@ -68,6 +75,7 @@ async function startEnvironment(app: App, caller: Caller, id: string): Promise<v
       await checkQuotas(tx, { id: creator?.id ?? "", organizationId: stored.organizationId, limited }, policies, false);
       await holdRunner(tx, runnerId);
       await checkCapacity(tx, runnerId, runner.maxEnvironments);
+      start = started(await environmentSecrets(tx, stored, app.newId, true));
     }
     if (await apply(app, tx, caller, stored, start, "Environment started")) touched(runnerId);
   });

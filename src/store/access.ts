@@ -5,6 +5,7 @@ import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { type Caller, isPerson } from "../domain/principal.ts";
 import { rolesFrom } from "../domain/roles.ts";
+import { Scope } from "../domain/secret.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
 
 /**
@@ -108,3 +109,25 @@ export function administersGroup(sql: Sql | Tx, caller: Caller): Fragment {
 /** Condition: may read service account `s`, as every member of the organization may. */
 export const readsServiceAccount = (sql: Sql | Tx, caller: Caller): Fragment =>
   isPerson(caller) ? sql`s.organization_id = ${caller.organizationId}` : sql`false`;
+
+/** Condition: the service account with this id is the caller, or one that it administers. */
+export function actsForServiceAccount(sql: Sql | Tx, caller: Caller, id: Fragment): Fragment {
+  if (caller.orgAdmin) return sql`true`;
+  return sql`(${id} = ${caller.id}
+    or ${id} in ${sharedWith(sql, caller, ResourceType.SERVICE_ACCOUNT, [ResourceRole.SERVICE_ACCOUNT_ADMIN])})`;
+}
+
+/** Condition: may read everything about secret `s` but its value. */
+export function readsSecret(sql: Sql | Tx, caller: Caller): Fragment {
+  if (!isPerson(caller)) return sql`false`;
+  return sql`(s.organization_id = ${caller.organizationId} and case s.scope
+    when ${Scope.ORGANIZATION} then true
+    when ${Scope.USER} then s.scope_id = ${caller.id}
+    when ${Scope.SERVICE_ACCOUNT} then ${actsForServiceAccount(sql, caller, sql`s.scope_id`)}
+    else false end)`;
+}
+
+/** Condition: may change secret `s`, which the caller may read. */
+export function writesSecret(sql: Sql | Tx, caller: Caller): Fragment {
+  return sql`(case s.scope when ${Scope.ORGANIZATION} then ${caller.orgAdmin} else true end)`;
+}

@@ -382,7 +382,7 @@ export async function postpone(tx: Tx, id: string, until: Date | null): Promise<
 
 /** The end of a tombstone. */
 export async function purgeEnvironment(tx: Tx, id: string): Promise<void> {
-  await tx`delete from environments where id = ${id}`;
+  await tx`with reads as (delete from secret_reads where reader_id = ${id}) delete from environments where id = ${id}`;
 }
 
 /**

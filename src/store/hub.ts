@@ -3,7 +3,7 @@ import type { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_
 import type { Db, Listening } from "./db.ts";
 
 /** What somebody can wait for. */
-export const Topic = { EVENTS: "events" } as const;
+export const Topic = { EVENTS: "events", SECRETS: "secrets" } as const;
 export const runnerTopic = (runnerId: string) => `runner:${runnerId}`;
 export const callTopic = (callId: string) => `call:${callId}`;
 

@@ -1,6 +1,6 @@
 import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import type { Caller } from "../domain/principal.ts";
-import { readsEnvironment, readsGroup, readsRunner } from "./access.ts";
+import { readsEnvironment, readsGroup, readsRunner, readsSecret } from "./access.ts";
 import { readsAssignment } from "./assignment-rows.ts";
 import type { Fragment, Sql } from "./db.ts";
 import type { OutboxEvent } from "./hub.ts";
@@ -41,6 +41,9 @@ const QUERIED_TYPES: ReadonlySet<ResourceType> = new Set([
   ResourceType.ENVIRONMENT_CLASS,
   ResourceType.ROLE_ASSIGNMENT,
   ResourceType.ROLE_ASSIGNMENT_CHANGED,
+  ResourceType.SECRET,
+  ResourceType.ORGANIZATION_SECRET,
+  ResourceType.SERVICE_ACCOUNT_SECRET,
 ]);
 
 /** Types of which the runner admins of the organization may read all. */
@@ -70,6 +73,11 @@ function readable(sql: Sql, caller: Caller, type: ResourceType, ids: string[]): 
       return sql`select a.id from role_assignments a where a.id = any(${ids}) and ${readsAssignment(sql, caller)}`;
     case ResourceType.ROLE_ASSIGNMENT_CHANGED:
       return sql`select id from (${readableResources(sql, caller, ids)}) resources`;
+    case ResourceType.SECRET:
+    case ResourceType.USER_SECRET:
+    case ResourceType.ORGANIZATION_SECRET:
+    case ResourceType.SERVICE_ACCOUNT_SECRET:
+      return sql`select s.id from secrets s where s.id = any(${ids}) and ${readsSecret(sql, caller)}`;
     default:
       return undefined;
   }

@@ -7,6 +7,8 @@ export const BATCH = 50;
 export interface Sweep {
   name: string;
   everyMs: number;
+  /** Topic of the hub that says that there is work before the interval is over. */
+  topic?: string;
   /** Does at most one batch; true if there may be more. */
   run(app: App): Promise<boolean>;
 }

@@ -34,6 +34,7 @@ import {
 } from "../store/runners.ts";
 import { purgeExpiredTokens } from "../store/tokens.ts";
 import { dueArchives, dueDeletions } from "./archive.ts";
+import { secretChanges } from "./secrets.ts";
 import { alone, BATCH, type Sweep } from "./sweep.ts";
 
 const RETENTION_BATCH = 5_000;
@@ -181,6 +182,7 @@ export const sweeps: readonly Sweep[] = [
   dueArchives,
   dueDeletions,
   signingKeys,
+  secretChanges,
   retention("expired tokens", (app, limit) => purgeExpiredTokens(app.db.write, app.now(), limit)),
   retention("old events", (app, limit) => purgeEvents(app.db.write, daysAgo(app, 1), limit)),
   retention("old revisions", (app, limit) => purgeRevisions(app.db.write, daysAgo(app, 1), limit)),
@@ -195,6 +197,7 @@ export async function runSweeps(app: App, signal: AbortSignal): Promise<void> {
 }
 
 async function repeat(app: App, sweep: Sweep, signal: AbortSignal): Promise<void> {
+  const { latch, leave } = app.hub.latch(sweep.topic ?? sweep.name);
   while (!signal.aborted) {
     let more = false;
     try {
@@ -202,19 +205,7 @@ async function repeat(app: App, sweep: Sweep, signal: AbortSignal): Promise<void
     } catch (error) {
       if (!signal.aborted) app.log.error({ err: error, sweep: sweep.name }, "a sweep failed and will be tried again");
     }
-    if (!more) await pause(sweep.everyMs, signal);
+    if (!more) await latch.wait(sweep.everyMs, signal);
   }
-}
-
-function pause(ms: number, signal: AbortSignal): Promise<void> {
-  return new Promise((resolve) => {
-    if (signal.aborted) return resolve();
-    const done = () => {
-      clearTimeout(timer);
-      signal.removeEventListener("abort", done);
-      resolve();
-    };
-    const timer = setTimeout(done, ms);
-    signal.addEventListener("abort", done);
-  });
+  leave();
 }

@@ -151,6 +151,9 @@ export function runningStatus({ id, spec }: Environment) {
     machine: { session: spec?.machine?.session ?? "", phase: MachinePhase.RUNNING as MachinePhase },
     content: { session: spec?.content?.session ?? "", phase: ContentPhase.READY as ContentPhase },
     devcontainer: { session: spec?.devcontainer?.session ?? "", phase: DevContainerPhase.RUNNING },
+    secrets: (spec?.secrets ?? []).map(({ id, session, name: secretName }) => ({
+      ...{ id, session, secretName, phase: ContentPhase.READY },
+    })),
     environmentUrls: { logs: `http://runner/environments/${id}/logs`, ops: `http://runner/environments/${id}/ops` },
   };
 }

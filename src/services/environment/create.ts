@@ -16,6 +16,7 @@ import { initializerProblems, repositoryName } from "../../scm/initializer.ts";
 import { getClass, getClassHoldingRunner, type StoredClass } from "../../store/environment-classes.ts";
 import { insertEnvironment, ownsSession, type StoredEnvironment } from "../../store/environments.ts";
 import { readPolicies } from "../../store/organizations.ts";
+import { environmentSecrets } from "../../store/secret-delivery.ts";
 import { findDotfiles } from "../../store/users.ts";
 import { checkCapacity, checkPolicies, checkQuotas, checkRunner } from "./limits.ts";
 import { shown } from "./view.ts";
@@ -109,6 +110,7 @@ export async function createEnvironment(app: App, caller: Caller, request: Creat
     checkClass(current);
     checkUsable(current, localRunners);
     await checkCapacity(tx, stored.message.runnerId, current.maxEnvironments);
+    environment.spec = { ...environment.spec, secrets: await environmentSecrets(tx, environment, app.newId, true) };
     await insertEnvironment(tx, environment, actorOf(caller), app.newId(), now);
     touched(stored.message.runnerId);
   });
