@@ -170,6 +170,7 @@ const EXPECTED = `
   RunnerControlService.heartbeat                            U U D D D D D D ✓ A D D
   RunnerControlService.watch                                U U D D D D D D ✓ A D D
   RunnerControlService.reportEnvironments                   U U D D D D D D ✓ A D D
+  RunnerControlService.getEnvironmentSecrets                U U D D D D D D ✓ N D D
   RunnerControlService.createEnvironmentToken               U U D D D D D D F N D D
   RunnerControlService.introspectToken                      U U D D D D D D ✓ ✓ D D
   RunnerControlService.completeCall                         U U D D D D D D ✓ ✓ D D
@@ -258,6 +259,9 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "RunnerControlService.watch": ({ linkId }) => ({ linkId }),
   "RunnerControlService.reportEnvironments": ({ linkId, environmentId }) => ({
     ...{ linkId, items: [{ environmentId, seq: 1n }] },
+  }),
+  "RunnerControlService.getEnvironmentSecrets": ({ environmentId, secretId }) => ({
+    ...{ environmentId, secretIds: [secretId] },
   }),
   "RunnerControlService.createEnvironmentToken": ({ environmentId }) => ({ environmentId, machineSession: "another" }),
   "RunnerControlService.introspectToken": () => ({ token: "x" }),

@@ -385,6 +385,48 @@ describe("values", () => {
     expect(listed.find(({ id }) => id === secret.id)?.credentialProxy).toMatchObject(credentialProxy);
   });
 
+  test("PLT-38 RUN-49 the runner of the environment gets values, those for a proxy with all that the proxy needs", async () => {
+    const credentialProxy = { targetHosts: ["api.example.org"], header: "X-Token", format: 2 };
+    const jfrog = { case: "oidcJfrog" as const, value: { host: "j.example.org", providerName: "p" } };
+    const person = await plane.addUser();
+    const plain = await make(person.client, ofUser(person.id), { value: "plain" });
+    const proxied = await make(person.client, ofUser(person.id), { value: "cHJveGllZA==", credentialProxy });
+    const elsewhere = await make(person.client, ofUser(person.id), { value: "", source: { value: jfrog } });
+    const { environment } = await newEnvironment(person.client);
+    const stranger = await make(member.client, ofUser(member.id));
+    const ask = (ids: string[], environmentId = environment.id, by = runner) =>
+      by.control.getEnvironmentSecrets({ environmentId, secretIds: ids });
+    const { secrets } = await ask([plain.id, proxied.id.toUpperCase(), elsewhere.id, plain.id]);
+    const found = new Map(secrets.map((secret) => [secret.id, secret]));
+    expect(secrets).toHaveLength(3);
+    expect(found.get(plain.id)?.value).toBe("plain");
+    expect(found.get(plain.id)?.credentialProxy).toBeUndefined();
+    expect(found.get(proxied.id)).toMatchObject({ value: "cHJveGllZA==", credentialProxy });
+    expect(found.get(elsewhere.id)).toMatchObject({ value: "", sourceDetails: { value: jfrog } });
+    const sessions = new Map(environment.spec?.secrets.map(({ sourceRef, session }) => [sourceRef, session]));
+    for (const { id, version } of secrets) expect(version).toBe(sessions.get(id));
+
+    expect(await codeOf(ask([plain.id, stranger.id]))).toBe("NotFound");
+    expect(await codeOf(ask([]))).toBe("InvalidArgument");
+    expect(await codeOf(ask(Array(101).fill(plain.id)))).toBe("InvalidArgument");
+    const hidden = await connectRunner(plane, { shared: false });
+    expect(await codeOf(ask([plain.id], environment.id, hidden.runner))).toBe("NotFound");
+    const accesses = async (id: string) =>
+      (await traces(id)).audit.filter(({ kind }) => kind === AuditLogEntryKind.CREDENTIAL_ACCESS);
+    await ask([plain.id]);
+    expect(await accesses(plain.id)).toMatchObject([{ actor_id: runner.id, actor_principal: Principal.RUNNER }]);
+    expect(await accesses(elsewhere.id)).toEqual([]);
+    await person.client.secrets.updateSecretValue({ secretId: plain.id, value: "newer" });
+    expect((await ask([plain.id])).secrets).toMatchObject([{ value: "newer" }]);
+    expect(await accesses(plain.id)).toHaveLength(2);
+
+    // Deleted, and the environment has not been told yet.
+    await plane.plane.app.db.write`delete from secrets where id = ${elsewhere.id}`;
+    expect((await ask([plain.id, elsewhere.id])).secrets).toMatchObject([{ id: plain.id }]);
+    await person.client.environments.stopEnvironment({ environmentId: environment.id });
+    expect(await codeOf(ask([plain.id]))).toBe("FailedPrecondition");
+  });
+
   test("no value is readable in the database, in the log or in an error", async () => {
     const canary = `canary-${uuidv7()}`;
     const secret = await make(member.client, ofUser(member.id), { value: canary });

@@ -261,6 +261,7 @@ const runnerControl: Lines<typeof RunnerControlService> = {
   heartbeat: runners,
   watch: runners,
   reportEnvironments: runners,
+  getEnvironmentSecrets: runners,
   createEnvironmentToken: runners,
   introspectToken: runners,
   completeCall: runners,

@@ -60,6 +60,7 @@ import {
   startLink,
 } from "../store/runners.ts";
 import { findRunnerToken, insertToken, refreshCaller, revokeEnvironmentToken } from "../store/tokens.ts";
+import { environmentSecrets } from "./runner-control/secrets.ts";
 
 const OLDEST_PROTOCOL_VERSION = PROTOCOL_VERSION;
 const BOOKMARK_MS = 10_000;
@@ -507,6 +508,9 @@ export function runnerControlService(app: App): ServiceImpl<typeof RunnerControl
     watch: (request, context) => watch(app, principal(context), request, context),
     async reportEnvironments(request, context) {
       return { results: await reportEnvironments(app, principal(context), request.linkId, request.items) };
+    },
+    async getEnvironmentSecrets(request, context) {
+      return { secrets: await environmentSecrets(app, principal(context), request) };
     },
     async createEnvironmentToken(request, context) {
       return { token: await createEnvironmentToken(app, principal(context), request) };

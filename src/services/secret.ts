@@ -28,10 +28,9 @@ import {
 } from "../domain/secret.ts";
 import { principal } from "../rpc/authenticate.ts";
 import type { Tx } from "../store/db.ts";
-import { seal, unseal } from "../store/envelope.ts";
 import { getEnvironment } from "../store/environments.ts";
 import { Topic } from "../store/hub.ts";
-import { readSealed } from "../store/secret-delivery.ts";
+import { readValues } from "../store/secret-delivery.ts";
 import {
   changeOf,
   countSecrets,
@@ -46,11 +45,8 @@ import {
   replaceSecret,
   SECRET_NAME_INDEX,
   type StoredSecret,
-  sealContext,
+  sealValue,
 } from "../store/secrets.ts";
-
-const sealed = (app: App, id: string, organizationId: string, value: string) =>
-  seal(app.masterKey, sealContext(id, organizationId), Buffer.from(value), app.random);
 
 function allowRights({ writes, isGone }: OwnerRights): void {
   if (!writes) throw denied("you may not create secrets here");
@@ -90,7 +86,9 @@ const audited = (app: App, caller: Caller, action: string) => ({ id: app.newId()
 async function createSecret(app: App, caller: Caller, request: CreateSecretRequest): Promise<Secret> {
   const secret = newSecret(app, caller, request);
   const { message, owner, organizationId } = secret;
-  const value = isElsewhere(request.source) ? undefined : sealed(app, message.id, organizationId, request.value);
+  const value = isElsewhere(request.source)
+    ? undefined
+    : sealValue({ id: message.id, organizationId }, request.value, app.masterKey, app.random);
   const most = app.limits.secrets;
   await changing(app, caller, async (tx) => {
     allowRights(await ownerRights(tx, caller, owner, true));
@@ -127,7 +125,9 @@ async function updateSecretValue(app: App, caller: Caller, request: UpdateSecret
     const next = { ...stored, message, session: app.newId() };
     const audit = audited(app, caller, "Secret value changed");
     const change = changeOf(next, ResourceOperation.UPDATE, app.now(), audit);
-    await replaceSecret(tx, next, sealed(app, message.id, stored.organizationId, request.value), change);
+    const { organizationId } = stored;
+    const value = sealValue({ id: message.id, organizationId }, request.value, app.masterKey, app.random);
+    await replaceSecret(tx, next, value, change);
   });
 }
 
@@ -160,11 +160,12 @@ async function secretValue(app: App, caller: Caller, id: string): Promise<string
   if (!entry) throw notFound("secret", id);
   if (entry.credentialProxy) throw denied("only a proxy may use the value of this secret");
   if (spec.desiredPhase !== EnvironmentPhase.RUNNING) throw precondition("the environment is not to run any more");
-  const asked = [{ id, auditId: app.newId() }];
-  const [secret] = await readSealed(app.db.write, actorOf(caller), caller.organizationId, asked, app.now());
+  const { masterKey, newId } = app;
+  const by = { masterKey, newId, at: app.now() };
+  const [secret] = await readValues(app.db.write, actorOf(caller), caller.organizationId, [id], by);
   if (!secret) throw notFound("secret", id);
-  if (!secret.sealedValue) throw precondition("the value of this secret is not kept here");
-  return Buffer.from(unseal(app.masterKey, sealContext(id, secret.organizationId), secret.sealedValue)).toString();
+  if (secret.value === undefined) throw precondition("the value of this secret is not kept here");
+  return secret.value;
 }
 
 /** SecretService. */

@@ -7,6 +7,7 @@ import { type Owner, resourceTypeOf, Scope, specSecrets } from "../domain/secret
 import type { Fragment, Sql, Tx } from "./db.ts";
 import type { StoredEnvironment } from "./environments.ts";
 import type { Actor } from "./record.ts";
+import { openValue } from "./secrets.ts";
 
 const NIL = "00000000-0000-0000-0000-000000000000";
 
@@ -43,48 +44,49 @@ export async function environmentSecrets(
   return specSecrets(candidates, spec.secrets, newId);
 }
 
-/** A value as it is stored, and what it belongs to. */
-export interface SealedSecret {
+/** A secret with its value. */
+export interface OpenSecret {
   message: Secret;
-  organizationId: string;
   session: string;
   /** Absent where the value is kept elsewhere. */
-  sealedValue?: Uint8Array;
+  value?: string;
 }
 
 /**
  * Values for a reader who has been found to be entitled to them, in no order; those that are gone are left out. The first
  * time that a reader gets a value of a secret, the audit log says so.
  */
-export async function readSealed(
+export async function readValues(
   sql: Sql,
   reader: Actor,
   organizationId: string,
-  secrets: readonly { id: string; auditId: string }[],
-  at: Date,
-): Promise<SealedSecret[]> {
+  secretIds: readonly string[],
+  by: { masterKey: Uint8Array; newId: () => string; at: Date },
+): Promise<OpenSecret[]> {
+  const ids = [...new Set(secretIds)].sort();
   const rows = await sql<{ session: string; message: Uint8Array; sealed_value: Uint8Array | null }[]>`
     with asked as (
-      select s.*, given.audit_id from unnest(${secrets.map((each) => each.id)}::uuid[], ${secrets.map((each) => each.auditId)}::uuid[])
+      select s.*, given.audit_id from unnest(${ids}::uuid[], ${ids.map(() => by.newId())}::uuid[])
         as given (secret_id, audit_id) join secrets s on s.id = given.secret_id and s.organization_id = ${organizationId}
       for key share of s
     ), news as (
-      insert into secret_reads (reader_id, secret_id, session) select ${reader.id}, id, session from asked order by id
+      insert into secret_reads (reader_id, secret_id, session) select ${reader.id}, id, session from asked
+        where sealed_value is not null order by id
       on conflict (reader_id, secret_id) do update set session = excluded.session where secret_reads.session <> excluded.session
       returning secret_id
     ), audit as (
       insert into audit_log (id, organization_id, actor_id, actor_principal, credential_id, subject_id, subject_type, kind, action, created_at)
       select audit_id, organization_id, ${reader.id}, ${reader.principal}, ${reader.tokenId}, id,
-        (${SUBJECT_TYPES}::smallint[])[scope], ${AuditLogEntryKind.CREDENTIAL_ACCESS}, 'Secret value read', ${at}
+        (${SUBJECT_TYPES}::smallint[])[scope], ${AuditLogEntryKind.CREDENTIAL_ACCESS}, 'Secret value read', ${by.at}
       from asked join news on news.secret_id = asked.id
     )
     select session, message, sealed_value from asked`;
-  return rows.map((row) => ({
-    message: fromBinary(SecretSchema, row.message),
-    organizationId,
-    session: row.session,
-    sealedValue: row.sealed_value ?? undefined,
-  }));
+  return rows.map((row) => {
+    const message = fromBinary(SecretSchema, row.message);
+    const stored = { id: message.id, organizationId };
+    const value = row.sealed_value ? openValue(stored, row.sealed_value, by.masterKey) : undefined;
+    return { message, session: row.session, value };
+  });
 }
 
 /** Types of the subjects of audit entries, by scope; scopes count from 1, as positions in an array of Postgres do. */

@@ -10,6 +10,7 @@ import type { Caller } from "../domain/principal.ts";
 import { type Candidate, type Owner, resourceTypeOf, Scope } from "../domain/secret.ts";
 import { actsForServiceAccount, readsSecret, writesSecret } from "./access.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
+import { seal, unseal } from "./envelope.ts";
 import { type Actor, type Change, recorded } from "./record.ts";
 
 /** A secret without its value, and whether the caller may change it. */
@@ -41,7 +42,22 @@ const toSecret = (row: SecretRow): StoredSecret => ({
 });
 
 /** What a sealed value is bound to: it opens as the value of this secret of this organization only. */
-export const sealContext = (id: string, organizationId: string) => `secret ${id} of ${organizationId}`;
+const sealContext = (id: string, organizationId: string) => `secret ${id} of ${organizationId}`;
+
+/** A value as it is stored with a secret. */
+export const sealValue = (
+  { id, organizationId }: { id: string; organizationId: string },
+  value: string,
+  masterKey: Uint8Array,
+  random: (bytes: number) => Uint8Array,
+): Uint8Array => seal(masterKey, sealContext(id, organizationId), Buffer.from(value), random);
+
+/** The value that was stored with a secret. */
+export const openValue = (
+  { id, organizationId }: { id: string; organizationId: string },
+  sealedValue: Uint8Array,
+  masterKey: Uint8Array,
+): string => Buffer.from(unseal(masterKey, sealContext(id, organizationId), sealedValue)).toString();
 
 /**
  * Lets no other change of secrets of the organization, and no creation or start of an environment in it, happen until

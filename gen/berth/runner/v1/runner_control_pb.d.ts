@@ -13,6 +13,7 @@ import type { EnvironmentClass, RunnerConfigurationSchema } from "../../../gitpo
 import type { Any, Duration, Timestamp } from "@bufbuild/protobuf/wkt";
 import type { Environment, EnvironmentStatus } from "../../../gitpod/v1/environment_pb.js";
 import type { Subject } from "../../../gitpod/v1/identity_pb.js";
+import type { Secret_CredentialProxy, Secret_Source } from "../../../gitpod/v1/secret_pb.js";
 
 /**
  * Describes the file berth/runner/v1/runner_control.proto.
@@ -730,6 +731,101 @@ export enum ReportResult_Outcome {
 export declare const ReportResult_OutcomeSchema: GenEnum<ReportResult_Outcome>;
 
 /**
+ * Which values.
+ *
+ * @generated from message berth.runner.v1.GetEnvironmentSecretsRequest
+ */
+export declare type GetEnvironmentSecretsRequest = Message<"berth.runner.v1.GetEnvironmentSecretsRequest"> & {
+  /**
+   * Environment that gets them.
+   *
+   * @generated from field: string environment_id = 1;
+   */
+  environmentId: string;
+
+  /**
+   * The secrets, by the `source_ref` of their entries in the specification; at most 100.
+   *
+   * @generated from field: repeated string secret_ids = 2;
+   */
+  secretIds: string[];
+};
+
+/**
+ * Describes the message berth.runner.v1.GetEnvironmentSecretsRequest.
+ * Use `create(GetEnvironmentSecretsRequestSchema)` to create a new message.
+ */
+export declare const GetEnvironmentSecretsRequestSchema: GenMessage<GetEnvironmentSecretsRequest>;
+
+/**
+ * The values, in no order. A secret that has been deleted since the specification was made is left out.
+ *
+ * @generated from message berth.runner.v1.GetEnvironmentSecretsResponse
+ */
+export declare type GetEnvironmentSecretsResponse = Message<"berth.runner.v1.GetEnvironmentSecretsResponse"> & {
+  /**
+   * One per secret.
+   *
+   * @generated from field: repeated berth.runner.v1.EnvironmentSecret secrets = 1;
+   */
+  secrets: EnvironmentSecret[];
+};
+
+/**
+ * Describes the message berth.runner.v1.GetEnvironmentSecretsResponse.
+ * Use `create(GetEnvironmentSecretsResponseSchema)` to create a new message.
+ */
+export declare const GetEnvironmentSecretsResponseSchema: GenMessage<GetEnvironmentSecretsResponse>;
+
+/**
+ * A secret with its value.
+ *
+ * @generated from message berth.runner.v1.EnvironmentSecret
+ */
+export declare type EnvironmentSecret = Message<"berth.runner.v1.EnvironmentSecret"> & {
+  /**
+   * Id of the secret.
+   *
+   * @generated from field: string id = 1;
+   */
+  id: string;
+
+  /**
+   * Marker of this value; the `session` of the entry once the specification has caught up.
+   *
+   * @generated from field: string version = 2;
+   */
+  version: string;
+
+  /**
+   * The value; empty where `source_details` say that it comes from elsewhere.
+   *
+   * @generated from field: string value = 3;
+   */
+  value: string;
+
+  /**
+   * Set when only a proxy may use the value: it must not enter the environment.
+   *
+   * @generated from field: gitpod.v1.Secret.CredentialProxy credential_proxy = 4;
+   */
+  credentialProxy?: Secret_CredentialProxy | undefined;
+
+  /**
+   * Where the value comes from.
+   *
+   * @generated from field: gitpod.v1.Secret.Source source_details = 5;
+   */
+  sourceDetails?: Secret_Source | undefined;
+};
+
+/**
+ * Describes the message berth.runner.v1.EnvironmentSecret.
+ * Use `create(EnvironmentSecretSchema)` to create a new message.
+ */
+export declare const EnvironmentSecretSchema: GenMessage<EnvironmentSecret>;
+
+/**
  * For which start.
  *
  * @generated from message berth.runner.v1.CreateEnvironmentTokenRequest
@@ -1190,6 +1286,18 @@ export declare const RunnerControlService: GenService<{
     methodKind: "unary";
     input: typeof ReportEnvironmentsRequestSchema;
     output: typeof ReportEnvironmentsResponseSchema;
+  },
+  /**
+   * Values of secrets for an environment that is assigned to the runner and is to run; never to be logged, and to be kept
+   * in memory and in the environment's own files alone. NOT_FOUND for another runner's environment, or for a secret that
+   * the environment does not have; FAILED_PRECONDITION when it is not to run. The first read of each value is audited.
+   *
+   * @generated from rpc berth.runner.v1.RunnerControlService.GetEnvironmentSecrets
+   */
+  getEnvironmentSecrets: {
+    methodKind: "unary";
+    input: typeof GetEnvironmentSecretsRequestSchema;
+    output: typeof GetEnvironmentSecretsResponseSchema;
   },
   /**
    * A token for the processes of one start of an environment; earlier ones of that environment are revoked.
