@@ -349,7 +349,7 @@ export async function markDeleting(tx: Tx, runner: StoredRunner, at: Date): Prom
 
 /**
  * The end of a runner: its row stays as a tombstone, everything that opens it or hangs on it goes, and whoever could see
- * its classes is told that they are gone.
+ * its classes is told that they are gone, as is whoever could see a project that offered them.
  */
 export async function markDeleted(tx: Tx, runnerId: string, at: Date): Promise<void> {
   await tx`
@@ -363,7 +363,16 @@ export async function markDeleted(tx: Tx, runnerId: string, at: Date): Promise<v
     readers as (
       select array(select member.member_id from role_assignments share join group_members member on member.group_id = share.group_id
         where share.resource_id = ${runnerId} union select creator_id from gone) as ids
-    ), classes as (delete from environment_classes where runner_id = ${runnerId} returning id)
+    ), classes as (delete from environment_classes where runner_id = ${runnerId} returning id),
+    offering as (
+      select distinct p.id, p.organization_id, p.creator_id from projects p
+      join project_environment_classes offer on offer.project_id = p.id join environment_classes c on c.id = offer.class_id
+      where c.runner_id = ${runnerId}
+    ), project_events as (
+      insert into events (organization_id, resource_type, resource_id, operation, creator_id, created_at)
+      select organization_id, type, id, ${ResourceOperation.UPDATE}, creator_id, ${at}
+      from offering, unnest(${[ResourceType.PROJECT, ResourceType.PROJECT_ENVIRONMENT_CLASS]}::int[]) as type
+    )
     insert into events (organization_id, runner_id, resource_type, resource_id, operation, readers, created_at)
     select gone.organization_id, ${runnerId}, ${ResourceType.ENVIRONMENT_CLASS}, classes.id, ${ResourceOperation.DELETE}, readers.ids, ${at}
     from gone, readers, classes`;
