@@ -5,7 +5,6 @@ import { v7 as uuidv7 } from "uuid";
 import { afterAll, beforeAll, expect, test } from "vitest";
 import { DeregisterRequest_Reason as Reason } from "../gen/berth/runner/v1/runner_control_pb.js";
 import type { Environment } from "../gen/gitpod/v1/environment_pb.js";
-import { CreateProjectRequestSchema } from "../gen/gitpod/v1/project_pb.js";
 import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase } from "../gen/gitpod/v1/runner_pb.js";
 import type { BerthClient } from "../src/client.ts";
@@ -61,8 +60,6 @@ const OUTCOMES: Record<string, string> = {
 interface World {
   organizationId: string;
   environmentId: string;
-  /** Made by the creator of the environment, who shares it with nobody. */
-  projectId: string;
   runnerId: string;
   classId: string;
   linkId: string;
@@ -88,13 +85,6 @@ const newSecret = ({ userId }: Pick<World, "userId">) => ({
   mount: { case: "environmentVariable" as const, value: true },
   scope: { scope: { case: "userId" as const, value: userId } },
 });
-const onProject = ({ projectId }: World) => ({ projectId });
-const newProject = {
-  ...{
-    name: "App",
-    initializer: { specs: [{ spec: { case: "git" as const, value: { remoteUri: "https://git.example.org/a/b" } } }] },
-  },
-};
 const onUnknown = ({ unknownId }: World) => ({ id: unknownId });
 
 /** How each RPC answers the callers, a letter for each in the order above. */
@@ -125,21 +115,6 @@ const EXPECTED = `
   IdentityService.exchangeToken                             ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
   IdentityService.getIDToken                                U U ✓ ✓ D ✓ ✓ ✓ ✓ ✓ ✓ ✓
   IdentityService.getAuthenticatedIdentity                  U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
-  ProjectService.createProject                              U U ✓ ✓ D ✓ ✓ ✓ D D D D
-  ProjectService.createProjects                             U U ✓ ✓ D ✓ ✓ ✓ D D D D
-  ProjectService.createProjectFromEnvironment               U U N N D F D N D D D D
-  ProjectService.getProject                                 U U N N ✓ ✓ ✓ N D D N N
-  ProjectService.listProjects                               U U ✓ ✓ ✓ ✓ ✓ ✓ D D D D
-  ProjectService.updateProject                              U U N N D ✓ ✓ N D D D D
-  ProjectService.updateProjects                             U U ✓ ✓ D ✓ ✓ ✓ D D D D
-  ProjectService.deleteProject                              U U N N D ✓ ✓ N D D D D
-  ProjectService.deleteProjects                             U U ✓ ✓ D ✓ ✓ ✓ D D D D
-  ProjectService.listProjectPolicies                        U U i i i i i i D D D D
-  ProjectService.createProjectPolicy                        U U i i D i i i D D D D
-  ProjectService.updateProjectPolicy                        U U i i D i i i D D D D
-  ProjectService.deleteProjectPolicy                        U U i i D i i i D D D D
-  ProjectService.listProjectEnvironmentClasses              U U N N ✓ ✓ ✓ N D D D D
-  ProjectService.updateProjectEnvironmentClasses            U U N N D ✓ ✓ N D D D D
   RunnerService.createRunner                                U U D D D D ✓ D D D D D
   RunnerService.getRunner                                   U U N ✓ ✓ ✓ ✓ ✓ ✓ N ✓ N
   RunnerService.listRunners                                 U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
@@ -160,17 +135,17 @@ const EXPECTED = `
   RunnerConfigurationService.getEnvironmentClass            U U N ✓ ✓ ✓ ✓ ✓ ✓ N ✓ N
   RunnerConfigurationService.listEnvironmentClasses         U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
   RunnerConfigurationService.updateEnvironmentClass         U U N D D D ✓ D D D D D
-  RunnerConfigurationService.createHostAuthenticationToken  U U i i D i i i D D D D
-  RunnerConfigurationService.getHostAuthenticationToken     U U i i i i i i D D D D
-  RunnerConfigurationService.listHostAuthenticationTokens   U U i i i i i i D D D D
-  RunnerConfigurationService.updateHostAuthenticationToken  U U i i D i i i D D D D
-  RunnerConfigurationService.deleteHostAuthenticationToken  U U i i D i i i D D D D
+  RunnerConfigurationService.createHostAuthenticationToken  U U N ✓ D ✓ ✓ ✓ D D D D
+  RunnerConfigurationService.getHostAuthenticationToken     U U N N N N N N D D D D
+  RunnerConfigurationService.listHostAuthenticationTokens   U U ✓ ✓ ✓ ✓ ✓ ✓ D D D D
+  RunnerConfigurationService.updateHostAuthenticationToken  U U N N D N N N D D D D
+  RunnerConfigurationService.deleteHostAuthenticationToken  U U N N D N N N D D D D
   RunnerConfigurationService.getRunnerConfigurationSchema   U U N ✓ ✓ ✓ ✓ ✓ ✓ N ✓ N
-  RunnerConfigurationService.createSCMIntegration           U U i i D i i i D D D D
-  RunnerConfigurationService.getSCMIntegration              U U i i i i i i D D i i
-  RunnerConfigurationService.listSCMIntegrations            U U i i i i i i i i i i
-  RunnerConfigurationService.updateSCMIntegration           U U i i D i i i D D D D
-  RunnerConfigurationService.deleteSCMIntegration           U U i i D i i i D D D D
+  RunnerConfigurationService.createSCMIntegration           U U N D D D ✓ D D D D D
+  RunnerConfigurationService.getSCMIntegration              U U N N N N N N D D N N
+  RunnerConfigurationService.listSCMIntegrations            U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
+  RunnerConfigurationService.updateSCMIntegration           U U N N D N N N D D D D
+  RunnerConfigurationService.deleteSCMIntegration           U U N N D N N N D D D D
   RunnerConfigurationService.validateRunnerConfiguration    U U i i D i i i D D D D
   UserService.getAuthenticatedUser                          U U ✓ ✓ ✓ ✓ ✓ D D D D D
   UserService.getUser                                       U U N ✓ ✓ ✓ ✓ ✓ D D ✓ N
@@ -227,25 +202,6 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "EventService.getAuditLog": ({ unknownId }) => ({ auditLogEntryId: unknownId }),
   "IdentityService.exchangeToken": ({ exchangeToken }) => ({ exchangeToken }),
   "IdentityService.getIDToken": () => ({ audience: ["a"] }),
-  "ProjectService.createProject": () => newProject,
-  "ProjectService.createProjects": () => ({ projects: [newProject] }),
-  // It holds no repository.
-  "ProjectService.createProjectFromEnvironment": ({ environmentId }) => ({ environmentId, name: "Copy" }),
-  "ProjectService.getProject": onProject,
-  "ProjectService.updateProject": (world) => ({ ...onProject(world), name: "For all" }),
-  // What becomes of each is in the answer.
-  "ProjectService.updateProjects": (world) => ({ projects: [onProject(world)] }),
-  "ProjectService.deleteProject": onProject,
-  "ProjectService.deleteProjects": ({ projectId }) => ({ projectIds: [projectId] }),
-  "ProjectService.listProjectPolicies": onProject,
-  "ProjectService.createProjectPolicy": (world) => ({ ...onGroup(world), ...onProject(world) }),
-  "ProjectService.updateProjectPolicy": (world) => ({ ...onGroup(world), ...onProject(world) }),
-  "ProjectService.deleteProjectPolicy": (world) => ({ ...onGroup(world), ...onProject(world) }),
-  "ProjectService.listProjectEnvironmentClasses": onProject,
-  "ProjectService.updateProjectEnvironmentClasses": (world) => ({
-    ...onProject(world),
-    projectEnvironmentClasses: [{ environmentClass: { case: "localRunner", value: true } }],
-  }),
   "RunnerService.createRunner": () => ({ name: "made", provider: RunnerProvider.LINUX_HOST }),
   "RunnerService.getRunner": onRunner,
   "RunnerService.updateRunner": onRunner,
@@ -279,7 +235,9 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "RunnerConfigurationService.updateHostAuthenticationToken": onUnknown,
   "RunnerConfigurationService.deleteHostAuthenticationToken": onUnknown,
   "RunnerConfigurationService.getRunnerConfigurationSchema": onRunner,
-  "RunnerConfigurationService.createSCMIntegration": onRunner,
+  "RunnerConfigurationService.createSCMIntegration": ({ runnerId }) => ({
+    ...{ runnerId, scmId: "git", host: "git.example.org" },
+  }),
   "RunnerConfigurationService.getSCMIntegration": onUnknown,
   "RunnerConfigurationService.updateSCMIntegration": onUnknown,
   "RunnerConfigurationService.deleteSCMIntegration": onUnknown,
@@ -314,15 +272,13 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "RunnerControlService.deregister": ({ unknownId }) => ({ linkId: unknownId, reason: Reason.STOPPING }),
 };
 
-/** RPCs after which the world would not be the same: each caller gets objects of its own. */
+/** RPCs after which the world would not be the same: each caller gets an environment and an exchange token of its own. */
 const DESTRUCTIVE = new Set([
   "EnvironmentService.stopEnvironment",
   "EnvironmentService.archiveEnvironment",
   "EnvironmentService.deleteEnvironment",
   "IdentityService.exchangeToken",
   "SecretService.deleteSecret",
-  "ProjectService.deleteProject",
-  "ProjectService.deleteProjects",
 ]);
 
 let plane: TestPlane;
@@ -350,7 +306,6 @@ beforeAll(async () => {
   const { personalAccessTokens } = await creator.client.users.listPersonalAccessTokens({});
   world = {
     ...{ organizationId, environmentId: own.id, runnerId, classId: shared.classId, linkId },
-    ...{ projectId: await newProjectOf(creator.client) },
     ...{ exchangeToken, unknownId: uuidv7(), userId: creator.id, tokenId: personalAccessTokens[0]?.id ?? "" },
     secretId,
   };
@@ -383,19 +338,13 @@ async function newEnvironment(client: BerthClient, on: FakeRunner, classId: stri
   return { id, token };
 }
 
-async function newProjectOf(client: BerthClient): Promise<string> {
-  const { project } = await client.projects.createProject(create(CreateProjectRequestSchema, newProject));
-  return project?.id ?? "";
-}
-
 /** The objects of one call, and the caller's token for it. */
 async function scene(rpc: string, caller: Caller): Promise<{ world: World; token: string }> {
   if (!DESTRUCTIVE.has(rpc)) return { world, token: tokens[caller] };
   const own = await newEnvironment(creator.client, runner, world.classId);
   const { exchangeToken } = await plane.admin.runners.createRunnerToken({ runnerId: world.runnerId });
   const token = caller === "environment" ? own.token : tokens[caller];
-  const projectId = await newProjectOf(creator.client);
-  return { world: { ...world, environmentId: own.id, projectId, exchangeToken, secretId: await makeSecret() }, token };
+  return { world: { ...world, environmentId: own.id, exchangeToken, secretId: await makeSecret() }, token };
 }
 
 /** How a call ends: ok once there is an answer, or the first message of a stream. */
@@ -428,6 +377,7 @@ const WITHOUT_ROWS: ReadonlySet<string> = new Set([
   "AccountService",
   "GroupService",
   "ServiceAccountService",
+  "ProjectService",
   "UsageService",
   "OrganizationService",
 ]);

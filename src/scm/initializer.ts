@@ -5,7 +5,7 @@ import {
   type GitInitializer,
 } from "../../gen/gitpod/v1/environment_pb.js";
 import type { FieldProblem } from "../domain/errors.ts";
-import { isHostName } from "./hosts.ts";
+import { AZURE_HOST, isHostName, normalizeHost } from "./hosts.ts";
 import { isCommit, isFullCommit, isSafeRef } from "./refs.ts";
 import { parseShape } from "./url-shape.ts";
 
@@ -150,6 +150,20 @@ export function checkoutLocation(spec: EnvironmentInitializer_Spec): string {
   return given || repositoryName(spec);
 }
 
+/**
+ * Hosts that the specs of an initializer are fetched from over HTTP, one list for each spec: normalised, what is more
+ * exact first. Whoever goes by ssh needs no token of the host.
+ */
+export function initializerHosts(initializer: EnvironmentInitializer | undefined): string[][] {
+  return (initializer?.specs ?? []).flatMap((spec) => {
+    const url = URL.parse(sourceUrl(spec));
+    const host = url && /^https?:$/.test(url.protocol) ? normalizeHost(url.host)?.host : undefined;
+    if (!url || !host) return [];
+    const [organization = ""] = url.pathname.toLowerCase().split("/").filter(Boolean);
+    return [host === AZURE_HOST && organization ? [`${host}/${organization}`, host] : [host]];
+  });
+}
+
 function gitProblems(git: GitInitializer, field: string, schemes: readonly string[]): FieldProblem[] {
   const found: [string, string | undefined][] = [
     ["remote_uri", remoteUriProblem(git.remoteUri, schemes)],
@@ -191,11 +205,8 @@ export function initializerProblems(
   });
 }
 
-/**
- * The one spelling that all addresses of a repository share, as far as the addresses tell; undefined if it names none.
- * Scheme, user, port of the scheme and `.git` do not matter; letter case does only on plain git servers.
- */
-export function repositoryKey(text: string): string | undefined {
+/** Scheme, user, port of the scheme and `.git` do not matter; letter case does only on plain git servers. */
+function repositoryKey(text: string): string | undefined {
   const url = URL.parse(asUrl(text));
   if (!url) return undefined;
   const isDefaultPort = url.port === "" || (url.protocol === "ssh:" && url.port === "22");
@@ -219,12 +230,4 @@ export function repositoryKey(text: string): string | undefined {
 export function sameRepository(first: string, second: string): boolean {
   const key = repositoryKey(first);
   return key !== undefined && key === repositoryKey(second);
-}
-
-/** Addresses of all repositories that an initializer names, as given; `upstreams` adds those that forks come from. */
-export function repositoryAddresses(initializer: EnvironmentInitializer | undefined, upstreams = false): string[] {
-  return (initializer?.specs ?? []).flatMap((each) => {
-    const upstream = upstreams && each.spec.case === "git" ? each.spec.value.upstreamRemoteUri : "";
-    return [sourceUrl(each), upstream].filter(Boolean);
-  });
 }

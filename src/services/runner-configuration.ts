@@ -8,7 +8,6 @@ import {
   type FieldValue,
   type ListEnvironmentClassesRequest,
   type ListEnvironmentClassesResponseSchema,
-  type RunnerConfigurationSchema,
   RunnerConfigurationService,
   RunnerKind,
   RunnerProvider,
@@ -16,7 +15,7 @@ import {
 } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase } from "../../gen/gitpod/v1/runner_pb.js";
 import { type App, actorOf, transact } from "../app.ts";
-import { linuxHostSchema, scmOnlySchema, validateConfiguration } from "../domain/environment-class.ts";
+import { scmOnlySchema, validateConfiguration } from "../domain/environment-class.ts";
 import { denied, type FieldProblem, precondition, refuseProblems } from "../domain/errors.ts";
 import { closePage, openPage } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
@@ -26,16 +25,21 @@ import { getClass, insertClass, listClasses, updateClass } from "../store/enviro
 import { readPolicies } from "../store/organizations.ts";
 import { type Change, record } from "../store/record.ts";
 import { getRunner, type StoredRunner } from "../store/runners.ts";
-
-const callbackUrl = (app: App) => `${app.config.publicUrl}/oauth/scm/callback`;
-
-/** What the runner published, or what is known of its kind before it has. */
-function publishedSchema(app: App, runner: StoredRunner): RunnerConfigurationSchema {
-  if (runner.configurationSchema) return runner.configurationSchema;
-  return runner.provider === RunnerProvider.LINUX_HOST
-    ? linuxHostSchema(callbackUrl(app))
-    : scmOnlySchema(callbackUrl(app));
-}
+import {
+  changeHostToken,
+  createHostToken,
+  pageOfHostTokens,
+  readHostToken,
+  removeHostToken,
+} from "./runner-configuration/host-tokens.ts";
+import {
+  changeIntegration,
+  createIntegration,
+  pageOfIntegrations,
+  readIntegration,
+  removeIntegration,
+} from "./runner-configuration/integrations.ts";
+import { callbackUrl, publishedSchema } from "./runner-configuration/schema.ts";
 
 /** A runner without a schema takes any keys, as long as each is given once. */
 function configurationProblems(app: App, runner: StoredRunner, configuration: readonly FieldValue[]): FieldProblem[] {
@@ -120,40 +124,54 @@ async function listEnvironmentClasses(
 
 /** RunnerConfigurationService, as far as it is built. */
 export function runnerConfigurationService(app: App): ServiceImpl<typeof RunnerConfigurationService> {
-  return withPending(
-    RunnerConfigurationService,
-    [
-      "createHostAuthenticationToken",
-      "getHostAuthenticationToken",
-      "listHostAuthenticationTokens",
-      "updateHostAuthenticationToken",
-      "deleteHostAuthenticationToken",
-      "createSCMIntegration",
-      "getSCMIntegration",
-      "listSCMIntegrations",
-      "updateSCMIntegration",
-      "deleteSCMIntegration",
-      "validateRunnerConfiguration",
-    ],
-    {
-      async createEnvironmentClass(request, context) {
-        return { id: await createClass(app, principal(context), request) };
-      },
-      async getEnvironmentClass(request, context) {
-        return {
-          environmentClass: (await getClass(app.db.point, principal(context), request.environmentClassId)).message,
-        };
-      },
-      listEnvironmentClasses: (request, context) => listEnvironmentClasses(app, principal(context), request),
-      async updateEnvironmentClass(request, context) {
-        await updateEnvironmentClass(app, principal(context), request);
-        return {};
-      },
-      async getRunnerConfigurationSchema(request, context) {
-        const runner = await getRunner(app.db.point, principal(context), request.runnerId);
-        const schema = publishedSchema(app, runner);
-        return { schema: runner.kind === RunnerKind.LOCAL_CONFIGURATION ? scmOnlySchema(callbackUrl(app)) : schema };
-      },
+  return withPending(RunnerConfigurationService, ["validateRunnerConfiguration"], {
+    async createEnvironmentClass(request, context) {
+      return { id: await createClass(app, principal(context), request) };
     },
-  );
+    async getEnvironmentClass(request, context) {
+      return {
+        environmentClass: (await getClass(app.db.point, principal(context), request.environmentClassId)).message,
+      };
+    },
+    listEnvironmentClasses: (request, context) => listEnvironmentClasses(app, principal(context), request),
+    async updateEnvironmentClass(request, context) {
+      await updateEnvironmentClass(app, principal(context), request);
+      return {};
+    },
+    async createHostAuthenticationToken(request, context) {
+      return { token: await createHostToken(app, principal(context), request) };
+    },
+    async getHostAuthenticationToken(request, context) {
+      return { token: await readHostToken(app, principal(context), request.id) };
+    },
+    listHostAuthenticationTokens: (request, context) => pageOfHostTokens(app, principal(context), request),
+    async updateHostAuthenticationToken(request, context) {
+      await changeHostToken(app, principal(context), request);
+      return {};
+    },
+    async deleteHostAuthenticationToken(request, context) {
+      await removeHostToken(app, principal(context), request.id);
+      return {};
+    },
+    async createSCMIntegration(request, context) {
+      return { id: await createIntegration(app, principal(context), request) };
+    },
+    async getSCMIntegration(request, context) {
+      return { integration: await readIntegration(app, principal(context), request.id) };
+    },
+    listSCMIntegrations: (request, context) => pageOfIntegrations(app, principal(context), request),
+    async updateSCMIntegration(request, context) {
+      await changeIntegration(app, principal(context), request);
+      return {};
+    },
+    async deleteSCMIntegration(request, context) {
+      await removeIntegration(app, principal(context), request.id);
+      return {};
+    },
+    async getRunnerConfigurationSchema(request, context) {
+      const runner = await getRunner(app.db.point, principal(context), request.runnerId);
+      const schema = publishedSchema(app, runner);
+      return { schema: runner.kind === RunnerKind.LOCAL_CONFIGURATION ? scmOnlySchema(callbackUrl(app)) : schema };
+    },
+  });
 }

@@ -6,6 +6,7 @@ import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js
 import { Principal, type Subject, SubjectSchema } from "../../gen/gitpod/v1/identity_pb.js";
 import { ListEnvironmentClassesRequest_FilterSchema, RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import {
+  type CheckAuthenticationForHostRequest,
   type CreateRunnerRequest,
   type DeleteRunnerRequest,
   type ParseContextURLRequest,
@@ -15,12 +16,14 @@ import {
   RunnerStatusSchema,
 } from "../../gen/gitpod/v1/runner_pb.js";
 import { type App, actorOf, newTokenText, pacer, runnerChange, transact } from "../app.ts";
+import { scmSchemas } from "../domain/environment-class.ts";
 import { denied, invalid, precondition, Refusal, type RefusalKind, refuseProblems } from "../domain/errors.ts";
 import { requestDelete } from "../domain/lifecycle.ts";
 import { closePage, openPage } from "../domain/pages.ts";
 import { policyRefusal } from "../domain/policies.ts";
 import { type Caller, isPerson } from "../domain/principal.ts";
 import { blankedForUsers, checkNewRunner, EXCHANGE_TOKEN_MS, isConnected, newRunnerSpec } from "../domain/runner.ts";
+import { tokenPage } from "../domain/scm-sign-in.ts";
 import { TokenKind } from "../domain/tokens.ts";
 import { withPending } from "../pending.ts";
 import { principal } from "../rpc/authenticate.ts";
@@ -38,6 +41,7 @@ import {
   lockEnvironment,
   type StoredEnvironment,
 } from "../store/environments.ts";
+import { usableHostToken } from "../store/host-tokens.ts";
 import { callTopic, runnerTopic } from "../store/hub.ts";
 import { readPolicies } from "../store/organizations.ts";
 import { record, recordAccess } from "../store/record.ts";
@@ -53,6 +57,7 @@ import {
   runnerMessage,
   type StoredRunner,
 } from "../store/runners.ts";
+import { effectiveIntegrations } from "../store/scm-integrations.ts";
 import { insertToken } from "../store/tokens.ts";
 
 const CALL_POLL_MS = 1_000;
@@ -354,6 +359,38 @@ async function recommendedClasses(
   return [...first, ...rest].slice(0, MAX_RECOMMENDED_CLASSES).map((each) => each.id);
 }
 
+/**
+ * Whether the caller has signed in to a host on a runner, and how it would. Without a way to do so the answer is yes:
+ * there is nothing to sign in to, and clients refuse to go on when they read no.
+ */
+async function checkSignIn(app: App, caller: Caller, request: CheckAuthenticationForHostRequest) {
+  const runner = await getRunner(app.db.point, caller, request.runnerId);
+  if (!runner.uses && caller.principal !== Principal.ENVIRONMENT)
+    throw denied("using a runner needs the role user on it");
+  const parsed = normalizeHost(request.host);
+  if (!parsed) throw invalid({ field: "host", message: "is not a host name" });
+  const names = [parsed.host, parsed.host.split("/")[0] ?? ""];
+  const integrations = await effectiveIntegrations(app.db.point, runner.id, names);
+  const integration = integrations.get(names[0] ?? "") ?? integrations.get(names[1] ?? "");
+  const { scmId, scmName } = normalizeHost(request.host, integration ? [integration] : []) ?? parsed;
+  if (!integration?.pat && !integration?.oauth) return { authenticated: true, scmId, scmName };
+  const subject = await subjectOf(app, caller);
+  const which = { runnerId: runner.id, host: integration.host, subjectId: subject.id };
+  const authenticated = (await usableHostToken(app.db.point, which, app.now())) !== undefined;
+  const docsUrl = scmSchemas("").find((each) => each.scmId === scmId)?.pat?.docsLink ?? "";
+  const supportsPat = integration.pat ? tokenPage(scmId, integration.host, docsUrl) : undefined;
+  return {
+    ...{
+      authenticated,
+      scmId,
+      scmName,
+      patSupported: integration.pat,
+      authenticationUrl: supportsPat?.createUrl ?? "",
+    },
+    supportsPat: supportsPat && { ...supportsPat, requiredScopes: [...supportsPat.requiredScopes] },
+  };
+}
+
 /** RunnerService, as far as it is built. */
 export function runnerService(app: App): ServiceImpl<typeof RunnerService> {
   return withPending(
@@ -389,16 +426,7 @@ export function runnerService(app: App): ServiceImpl<typeof RunnerService> {
         return { exchangeToken: await createRunnerToken(app, principal(context), request.runnerId) };
       },
       parseContextURL: (request, context) => parseContext(app, principal(context), request, context.signal),
-      async checkAuthenticationForHost(request, context) {
-        const host = normalizeHost(request.host);
-        if (!host) throw invalid({ field: "host", message: "is not a host name" });
-        const caller = principal(context);
-        const runner = await getRunner(app.db.point, caller, request.runnerId);
-        if (!runner.uses && caller.principal !== Principal.ENVIRONMENT)
-          throw denied("using a runner needs the role user on it");
-        // Without an integration there is nothing to sign in to, and clients refuse to go on when they read false.
-        return { authenticated: true, scmId: host.scmId, scmName: host.scmName };
-      },
+      checkAuthenticationForHost: (request, context) => checkSignIn(app, principal(context), request),
     },
   );
 }

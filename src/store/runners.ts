@@ -43,6 +43,8 @@ export interface StoredRunner {
   status: RunnerStatus;
   configurationSchema?: ConfigurationSchema;
   maxEnvironments?: number;
+  /** X25519 key that secrets for it are sealed to. */
+  publicKey?: Uint8Array;
   createdAt: Date;
   updatedAt: Date;
   /** Link in force, if the runner has ever registered. */
@@ -70,6 +72,7 @@ interface RunnerRow {
   status: Uint8Array;
   configuration_schema: Uint8Array | null;
   max_environments: number | null;
+  public_key: Uint8Array | null;
   created_at: Date;
   updated_at: Date;
   link_id: string | null;
@@ -83,7 +86,7 @@ interface RunnerRow {
 const columns = (
   sql: Sql | Tx,
 ) => sql`r.id, r.organization_id, r.creator_id, r.creator_principal, r.name, r.kind, r.provider,
-  r.runner_manager_id, r.phase, r.desired_phase, r.spec, r.status, r.configuration_schema, r.max_environments,
+  r.runner_manager_id, r.phase, r.desired_phase, r.spec, r.status, r.configuration_schema, r.max_environments, r.public_key,
   r.created_at, r.updated_at, r.link_id, r.epoch, r.head_revision, r.last_contact_at`;
 
 const rights = (sql: Sql | Tx, caller: Caller) =>
@@ -108,6 +111,7 @@ function toRunner(row: RunnerRow): StoredRunner {
       ? fromBinary(RunnerConfigurationSchemaSchema, row.configuration_schema)
       : undefined,
     maxEnvironments: row.max_environments ?? undefined,
+    publicKey: row.public_key ?? undefined,
     createdAt: row.created_at,
     updatedAt: row.updated_at,
     linkId: row.link_id ?? undefined,
@@ -243,6 +247,11 @@ export async function bumpRevision(
   await tx`with ${revised(tx, runnerId, { kind, objectId, removed }, at)} select`;
 }
 
+/** Gives a runner without a process a key pair, whose private half is sealed. */
+export async function keepBoxKeys(tx: Tx, runnerId: string, publicKey: Uint8Array, sealedPrivateKey: Uint8Array) {
+  await tx`update runners set public_key = ${publicKey}, sealed_private_key = ${sealedPrivateKey} where id = ${runnerId}`;
+}
+
 /** Starts a new link: epoch + 1, lease, published facts. */
 export async function startLink(
   tx: Tx,
@@ -349,7 +358,7 @@ export async function markDeleting(tx: Tx, runner: StoredRunner, at: Date): Prom
 
 /**
  * The end of a runner: its row stays as a tombstone, everything that opens it or hangs on it goes, and whoever could see
- * its classes is told that they are gone, as is whoever could see a project that offered them.
+ * its classes is told that they are gone.
  */
 export async function markDeleted(tx: Tx, runnerId: string, at: Date): Promise<void> {
   await tx`
@@ -360,22 +369,20 @@ export async function markDeleted(tx: Tx, runnerId: string, at: Date): Promise<v
     ${assignmentsEnded(tx, runnerId, at)},
     revisions as (delete from runner_revisions where runner_id = ${runnerId}),
     calls as (delete from runner_calls where runner_id = ${runnerId}),
+    host_credentials as (delete from host_tokens where runner_id = ${runnerId} returning id, subject_id),
     readers as (
       select array(select member.member_id from role_assignments share join group_members member on member.group_id = share.group_id
         where share.resource_id = ${runnerId} union select creator_id from gone) as ids
     ), classes as (delete from environment_classes where runner_id = ${runnerId} returning id),
-    offering as (
-      select distinct p.id, p.organization_id, p.creator_id from projects p
-      join project_environment_classes offer on offer.project_id = p.id join environment_classes c on c.id = offer.class_id
-      where c.runner_id = ${runnerId}
-    ), project_events as (
-      insert into events (organization_id, resource_type, resource_id, operation, creator_id, created_at)
-      select organization_id, type, id, ${ResourceOperation.UPDATE}, creator_id, ${at}
-      from offering, unnest(${[ResourceType.PROJECT, ResourceType.PROJECT_ENVIRONMENT_CLASS]}::int[]) as type
+    integrations as (delete from scm_integrations where runner_id = ${runnerId} returning id),
+    ended as (
+      select ${ResourceType.ENVIRONMENT_CLASS}::smallint as type, classes.id, null::uuid as owner, readers.ids from classes, readers
+      union all select ${ResourceType.RUNNER_SCM_INTEGRATION}, integrations.id, null, readers.ids from integrations, readers
+      union all select ${ResourceType.HOST_AUTHENTICATION_TOKEN}, id, subject_id, array[subject_id] from host_credentials
     )
-    insert into events (organization_id, runner_id, resource_type, resource_id, operation, readers, created_at)
-    select gone.organization_id, ${runnerId}, ${ResourceType.ENVIRONMENT_CLASS}, classes.id, ${ResourceOperation.DELETE}, readers.ids, ${at}
-    from gone, readers, classes`;
+    insert into events (organization_id, runner_id, resource_type, resource_id, operation, creator_id, readers, created_at)
+    select gone.organization_id, ${runnerId}, ended.type, ended.id, ${ResourceOperation.DELETE}, ended.owner, ended.ids, ${at}
+    from gone, ended`;
 }
 
 /** Environments of a runner that are not deleted, in any state. */

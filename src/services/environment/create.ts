@@ -1,6 +1,7 @@
 import { create } from "@bufbuild/protobuf";
 import { durationMs } from "@bufbuild/protobuf/wkt";
 import {
+  CreateEnvironmentPreconditionFailureDetailsSchema,
   type CreateEnvironmentRequest,
   type EnvironmentSpec,
   EnvironmentSpecSchema,
@@ -12,9 +13,10 @@ import { goalProblems, newEnvironment, requiredKernelControls, specProblems } fr
 import { denied, notFound, precondition, refuseProblems } from "../../domain/errors.ts";
 import { policyRefusal } from "../../domain/policies.ts";
 import type { Caller } from "../../domain/principal.ts";
-import { initializerProblems, repositoryName } from "../../scm/initializer.ts";
+import { initializerHosts, initializerProblems, repositoryName } from "../../scm/initializer.ts";
 import { getClass, getClassHoldingRunner, type StoredClass } from "../../store/environment-classes.ts";
 import { insertEnvironment, ownsSession, type StoredEnvironment } from "../../store/environments.ts";
+import { missingSignIns } from "../../store/host-tokens.ts";
 import { readPolicies } from "../../store/organizations.ts";
 import { environmentSecrets } from "../../store/secret-delivery.ts";
 import { findDotfiles } from "../../store/users.ts";
@@ -48,6 +50,15 @@ function checkUsable(stored: StoredClass, localRunners: boolean): void {
   if (!stored.fits) throw precondition("the environment class no longer fits the configuration of its runner");
 }
 
+/** A repository on a host that people sign in to is fetched with the creator's own credential. */
+function checkSignedIn(missing: readonly string[]): void {
+  if (!missing.length) return;
+  const value = { missingAuthenticationTokensForHosts: [...missing] };
+  throw precondition(`sign in to ${missing.join(", ")} first`, [
+    { desc: CreateEnvironmentPreconditionFailureDetailsSchema, value },
+  ]);
+}
+
 /** CreateEnvironment: makes an environment and wants it to run. */
 export async function createEnvironment(app: App, caller: Caller, request: CreateEnvironmentRequest) {
   const [{ policies, localRunners }, dotfilesRepository] = await Promise.all([
@@ -67,8 +78,10 @@ export async function createEnvironment(app: App, caller: Caller, request: Creat
   }
   checkUsable(stored, localRunners);
   checkPolicies(policies, spec);
-
   const now = app.now();
+  const where = { runnerId: stored.message.runnerId, subjectId: caller.id };
+  checkSignedIn(await missingSignIns(app.db.point, where, initializerHosts(spec.content?.initializer), now));
+
   const id = app.newId();
   const [primary] = spec.content?.initializer?.specs ?? [];
   const state = newEnvironment({
