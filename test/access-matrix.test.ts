@@ -5,6 +5,7 @@ import { v7 as uuidv7 } from "uuid";
 import { afterAll, beforeAll, expect, test } from "vitest";
 import { DeregisterRequest_Reason as Reason } from "../gen/berth/runner/v1/runner_control_pb.js";
 import type { Environment } from "../gen/gitpod/v1/environment_pb.js";
+import { OrganizationRole, OrganizationService } from "../gen/gitpod/v1/organization_pb.js";
 import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase } from "../gen/gitpod/v1/runner_pb.js";
 import type { BerthClient } from "../src/client.ts";
@@ -85,7 +86,20 @@ const newSecret = ({ userId }: Pick<World, "userId">) => ({
   mount: { case: "environmentVariable" as const, value: true },
   scope: { scope: { case: "userId" as const, value: userId } },
 });
+/** Has whatever RPCs about organizations ask for. */
+const onOrganization = ({ organizationId, userId, unknownId }: World) => ({
+  ...{ organizationId, userId, role: OrganizationRole.MEMBER, name: "Another", message: "Hello" },
+  ...{ domain: "example.org", domainName: "berth.example.org", domainVerificationId: unknownId, inviteId: unknownId },
+  ...{ clientId: "x", clientSecret: "x", issuerUrl: "https://login.example.org" },
+  ...{
+    ssoConfigurationId: unknownId,
+    scimConfigurationId: unknownId,
+    oidcConfig: { version: { case: "v3", value: {} } },
+  },
+});
 const onUnknown = ({ unknownId }: World) => ({ id: unknownId });
+
+const nameOf = ({ parent, localName }: DescMethod) => `${parent.name}.${localName}`;
 
 /** How each RPC answers the callers, a letter for each in the order above. */
 const EXPECTED = `
@@ -115,6 +129,43 @@ const EXPECTED = `
   IdentityService.exchangeToken                             ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
   IdentityService.getIDToken                                U U ✓ ✓ D ✓ ✓ ✓ ✓ ✓ ✓ ✓
   IdentityService.getAuthenticatedIdentity                  U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
+  OrganizationService.createOrganization                    U U i i D i i D D D D D
+  OrganizationService.joinOrganization                      U U i i D i i D D D D D
+  OrganizationService.getOrganization                       U U N ✓ ✓ ✓ ✓ ✓ D D ✓ ✓
+  OrganizationService.updateOrganization                    U U i i D i i i D D D D
+  OrganizationService.deleteOrganization                    U U i i D i i D D D D D
+  OrganizationService.listMembers                           U U i i i i i i D D D D
+  OrganizationService.setRole                               U U i i D i i i D D D D
+  OrganizationService.createOrganizationInvite              U U i i D i i i D D D D
+  OrganizationService.getOrganizationInvite                 U U i i D i i i D D D D
+  OrganizationService.getOrganizationInviteSummary          U U i i i i i i D D D D
+  OrganizationService.leaveOrganization                     U U i i D i i i D D D D
+  OrganizationService.createSSOConfiguration                U U i i D i i i D D D D
+  OrganizationService.getSSOConfiguration                   U U i i i i i i D D D D
+  OrganizationService.listSSOConfigurations                 U U i i i i i i D D D D
+  OrganizationService.deleteSSOConfiguration                U U i i D i i i D D D D
+  OrganizationService.updateSSOConfiguration                U U i i D i i i D D D D
+  OrganizationService.createSCIMConfiguration               U U i i D i i i D D D D
+  OrganizationService.getSCIMConfiguration                  U U i i i i i i D D D D
+  OrganizationService.listSCIMConfigurations                U U i i i i i i D D D D
+  OrganizationService.updateSCIMConfiguration               U U i i D i i i D D D D
+  OrganizationService.deleteSCIMConfiguration               U U i i D i i i D D D D
+  OrganizationService.regenerateSCIMToken                   U U i i D i i i D D D D
+  OrganizationService.createDomainVerification              U U i i D i i i D D D D
+  OrganizationService.getDomainVerification                 U U i i i i i i D D D D
+  OrganizationService.listDomainVerifications               U U i i i i i i D D D D
+  OrganizationService.verifyDomain                          U U i i D i i i D D D D
+  OrganizationService.deleteDomainVerification              U U i i D i i i D D D D
+  OrganizationService.getOrganizationPolicies               U U N ✓ ✓ ✓ ✓ ✓ D D ✓ ✓
+  OrganizationService.updateOrganizationPolicies            U U N D D D ✓ D D D D D
+  OrganizationService.getOIDCConfig                         U U N ✓ ✓ ✓ ✓ ✓ D D D D
+  OrganizationService.updateOIDCConfig                      U U N D D D ✓ D D D D D
+  OrganizationService.getAnnouncementBanner                 U U i i i i i i D D i i
+  OrganizationService.updateAnnouncementBanner              U U i i D i i i D D D D
+  OrganizationService.createCustomDomain                    U U i i D i i i D D D D
+  OrganizationService.getCustomDomain                       U U i i i i i i D D i i
+  OrganizationService.updateCustomDomain                    U U i i D i i i D D D D
+  OrganizationService.deleteCustomDomain                    U U i i D i i i D D D D
   RunnerService.createRunner                                U U D D D D ✓ D D D D D
   RunnerService.getRunner                                   U U N ✓ ✓ ✓ ✓ ✓ ✓ N ✓ N
   RunnerService.listRunners                                 U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
@@ -202,6 +253,7 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "EventService.getAuditLog": ({ unknownId }) => ({ auditLogEntryId: unknownId }),
   "IdentityService.exchangeToken": ({ exchangeToken }) => ({ exchangeToken }),
   "IdentityService.getIDToken": () => ({ audience: ["a"] }),
+  ...Object.fromEntries(OrganizationService.methods.map((method) => [nameOf(method), onOrganization])),
   "RunnerService.createRunner": () => ({ name: "made", provider: RunnerProvider.LINUX_HOST }),
   "RunnerService.getRunner": onRunner,
   "RunnerService.updateRunner": onRunner,
@@ -379,7 +431,6 @@ const WITHOUT_ROWS: ReadonlySet<string> = new Set([
   "ServiceAccountService",
   "ProjectService",
   "UsageService",
-  "OrganizationService",
 ]);
 
 /** Every RPC that the control plane serves, from the router that it serves with. */
@@ -388,8 +439,6 @@ function registered(): DescMethod[] {
   routes(plane.plane.app)(router);
   return router.handlers.map(({ method }) => method);
 }
-
-const nameOf = ({ parent, localName }: DescMethod) => `${parent.name}.${localName}`;
 
 const rows = EXPECTED.trim()
   .split("\n")

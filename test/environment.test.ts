@@ -169,6 +169,8 @@ describe("CreateEnvironment", () => {
     } finally {
       await plane.app.db
         .write`update organizations set policies = ${before?.policies ?? null} where id = ${organizationId}`;
+      // A local runner that was switched off is back with its next sign of life.
+      await setup.runner.heartbeat();
     }
   }
 

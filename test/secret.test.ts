@@ -189,8 +189,8 @@ describe("the life of a secret", () => {
     const byName = await make(plane.admin, ofOrganization());
     const mine = await make(member.client, ofUser(member.id), { name: byName.name });
     const securityAgentPolicy = create(SecurityAgentPolicySchema, {
-      crowdstrike: { cidSecretId: byId.id },
-      customAgents: [{ envMappings: [{ secretName: byName.name }] }],
+      crowdstrike: { enabled: true, image: "falcon", cidSecretId: byId.id },
+      customAgents: [{ name: "x", startCommand: "x", envMappings: [{ name: "X", secretName: byName.name }] }],
     });
     await changePolicies(plane, { securityAgentPolicy });
     for (const { id } of [byId, byName]) {

@@ -42,6 +42,7 @@ import type { OrganizationPolicies } from "../../gen/gitpod/v1/organization_pb.j
 import type { EnvironmentClass } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import type { FieldProblem } from "./errors.ts";
 import { isUuid } from "./ids.ts";
+import { imageProblem } from "./images.ts";
 import { type EnvironmentState, isLeaving, newFacts, type Transition, transition } from "./lifecycle.ts";
 import type { Caller } from "./principal.ts";
 
@@ -228,7 +229,7 @@ export function goalProblems(spec: EnvironmentSpec | undefined): FieldProblem[] 
 
 /** Problems of a create request that need no lookup, except those of `goalProblems` and of the initializer. */
 export function specProblems(spec: EnvironmentSpec, annotations: Readonly<Record<string, string>>): FieldProblem[] {
-  const image = spec.devcontainer?.defaultDevcontainerImage ?? "";
+  const image = imageProblem(spec.devcontainer?.defaultDevcontainerImage ?? "");
   const entries = Object.entries(annotations);
   const badAnnotation = entries.find(
     ([key, value]) => !key || length(key) > ANNOTATIONS.keyLength || length(value) > ANNOTATIONS.valueLength,
@@ -242,9 +243,7 @@ export function specProblems(spec: EnvironmentSpec, annotations: Readonly<Record
       key.value ? [] : [{ field: `spec.ssh_public_keys[${index}].value`, message: "is required" }],
     ),
     ...(spec.admission in AdmissionLevel ? [] : [{ field: "spec.admission", message: "is not a known level" }]),
-    ...(/^-|[\s\p{Cc}]/u.test(image)
-      ? [{ field: "spec.devcontainer.default_devcontainer_image", message: "is not an image reference" }]
-      : []),
+    ...(image ? [{ field: "spec.devcontainer.default_devcontainer_image", message: image }] : []),
     ...(entries.length > ANNOTATIONS.entries
       ? [{ field: "annotations", message: `must have at most ${ANNOTATIONS.entries} entries` }]
       : []),

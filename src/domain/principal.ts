@@ -1,4 +1,5 @@
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
+import { notFound } from "./errors.ts";
 import type { TokenKind } from "./tokens.ts";
 
 /** Who calls: the outcome of looking a credential up. */
@@ -42,6 +43,12 @@ export interface Caller {
 
 export const isPerson = (caller: Caller) =>
   caller.principal === Principal.USER || caller.principal === Principal.SERVICE_ACCOUNT;
+
+/** The caller's organization, if that is the one which a request names; NOT_FOUND for every other. */
+export function ownOrganization(caller: Caller, id: string): string {
+  if (!caller.organizationId || id.toLowerCase() !== caller.organizationId) throw notFound("organization", id);
+  return caller.organizationId;
+}
 
 /** Actor of work that no caller asked for. */
 export const SYSTEM = { id: null, principal: Principal.UNSPECIFIED, tokenId: null } as const;

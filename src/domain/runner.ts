@@ -22,6 +22,8 @@ export const HEARTBEAT_MS = 10_000;
 /** A runner that should go but stays silent is called deleted after this long. */
 export const DELETE_DEADLINE_MS = 10 * 60_000;
 export const PROTOCOL_VERSION = 1;
+/** What a local runner says while its organization has them switched off. */
+export const LOCAL_RUNNERS_OFF = "local runners are disabled";
 /** One-time exchange token. */
 export const EXCHANGE_TOKEN_MS = 24 * 60 * 60_000;
 /** Access token of a runner. */

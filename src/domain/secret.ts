@@ -201,7 +201,7 @@ export function checkNewSecret(request: CreateSecretRequest): Owner {
 export function isNamedByPolicy({ securityAgentPolicy }: OrganizationPolicies, { id, name }: Secret): boolean {
   const { crowdstrike, customAgents = [] } = securityAgentPolicy ?? {};
   return (
-    crowdstrike?.cidSecretId.toLowerCase() === id ||
+    (crowdstrike?.enabled && crowdstrike.cidSecretId.toLowerCase() === id) ||
     customAgents.some(({ envMappings }) => envMappings.some((each) => each.secretName === name))
   );
 }

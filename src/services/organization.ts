@@ -2,7 +2,10 @@ import type { ServiceImpl } from "@connectrpc/connect";
 import { OrganizationService } from "../../gen/gitpod/v1/organization_pb.js";
 import type { App } from "../app.ts";
 import { withPending } from "../pending.ts";
+import { principal } from "../rpc/authenticate.ts";
+import { getOrganization } from "../store/organizations.ts";
 import { oidcConfig } from "./organization/oidc-config.ts";
+import { policies } from "./organization/policies.ts";
 
 /** OrganizationService, as far as it is built. */
 export function organizationService(app: App): ServiceImpl<typeof OrganizationService> {
@@ -11,7 +14,6 @@ export function organizationService(app: App): ServiceImpl<typeof OrganizationSe
     [
       "createOrganization",
       "joinOrganization",
-      "getOrganization",
       "updateOrganization",
       "deleteOrganization",
       "listMembers",
@@ -36,8 +38,6 @@ export function organizationService(app: App): ServiceImpl<typeof OrganizationSe
       "listDomainVerifications",
       "verifyDomain",
       "deleteDomainVerification",
-      "getOrganizationPolicies",
-      "updateOrganizationPolicies",
       "getAnnouncementBanner",
       "updateAnnouncementBanner",
       "createCustomDomain",
@@ -45,6 +45,13 @@ export function organizationService(app: App): ServiceImpl<typeof OrganizationSe
       "updateCustomDomain",
       "deleteCustomDomain",
     ],
-    oidcConfig(app),
+    {
+      async getOrganization(request, context) {
+        const organization = await getOrganization(app.db.point, principal(context), request.organizationId);
+        return { organization };
+      },
+      ...oidcConfig(app),
+      ...policies(app),
+    },
   );
 }

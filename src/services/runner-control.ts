@@ -33,7 +33,14 @@ import { validateConfiguration } from "../domain/environment-class.ts";
 import { invalid, precondition, Refusal } from "../domain/errors.ts";
 import { applyReport } from "../domain/lifecycle.ts";
 import type { Caller } from "../domain/principal.ts";
-import { acceptStatus, HEARTBEAT_MS, isConnected, LEASE_MS, PROTOCOL_VERSION } from "../domain/runner.ts";
+import {
+  acceptStatus,
+  HEARTBEAT_MS,
+  isConnected,
+  LEASE_MS,
+  LOCAL_RUNNERS_OFF,
+  PROTOCOL_VERSION,
+} from "../domain/runner.ts";
 import { TokenKind } from "../domain/tokens.ts";
 import { principal } from "../rpc/authenticate.ts";
 import { streamOpened } from "../rpc/call.ts";
@@ -68,7 +75,6 @@ const POLL_MS = 5_000;
 const SNAPSHOT_PAGE = 100;
 const REVISION_PAGE = 200;
 const CALLS_PAGE = 50;
-const LOCAL_RUNNERS_OFF = "local runners are disabled";
 
 /** The runner of a call, if the link that it quotes is the one in force. */
 async function ownRunner(app: App, caller: Caller, linkId: string): Promise<StoredRunner> {

@@ -302,6 +302,14 @@ export async function lockEnvironment(tx: Tx, id: string): Promise<StoredEnviron
   return row && toEnvironment(row, NOBODY);
 }
 
+/** As `lockEnvironment` for many, in the order of their ids. */
+export async function lockEnvironments(tx: Tx, ids: readonly string[]): Promise<StoredEnvironment[]> {
+  const rows = await tx<EnvironmentRow[]>`
+    select ${columns(tx)}, false as owner, false as e_user from environments e
+    where e.id = any(${ids as string[]}) order by e.id for update`;
+  return rows.map((row) => toEnvironment(row, NOBODY));
+}
+
 /** Environments of a runner by id, as the runner sees them; deleted ones are left out. */
 export async function runnerEnvironments(
   sql: Sql,

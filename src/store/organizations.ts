@@ -1,17 +1,26 @@
 import { create, fromBinary, toBinary } from "@bufbuild/protobuf";
+import { timestampFromDate } from "@bufbuild/protobuf/wkt";
 import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import {
+  type Organization,
   type OrganizationPolicies,
   OrganizationPoliciesSchema,
   OrganizationRole,
+  OrganizationSchema,
+  OrganizationTier,
 } from "../../gen/gitpod/v1/organization_pb.js";
 import { RunnerKind, RunnerProvider } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase, RunnerSpecSchema, RunnerStatusSchema, RunnerVariant } from "../../gen/gitpod/v1/runner_pb.js";
 import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
+import { type FieldProblem, notFound } from "../domain/errors.ts";
 import { ADMINS_GROUP, MEMBERS_GROUP } from "../domain/group.ts";
+import { isUuid } from "../domain/ids.ts";
+import type { PolicyReferences } from "../domain/organization-policies.ts";
 import { defaultPolicies } from "../domain/policies.ts";
+import type { Caller } from "../domain/principal.ts";
+import { Scope } from "../domain/secret.ts";
 import { insertAssignment } from "./assignment-rows.ts";
 import type { Sql, Tx } from "./db.ts";
 import { syncBuiltInGroups } from "./groups.ts";
@@ -92,6 +101,60 @@ export async function shareRunnerWithMembers(
   const resource = { resourceType: ResourceType.RUNNER, resourceId: runnerId, role: ResourceRole.RUNNER_USER };
   const assignment = { id: by.newId(), organizationId, groupId: group.id, groupName: MEMBERS_GROUP, ...resource };
   await insertAssignment(tx, assignment, by);
+}
+
+/** An organization that the caller may read: its own or, for an account, one with an active user of it. */
+export async function getOrganization(sql: Sql | Tx, caller: Caller, id: string): Promise<Organization> {
+  const isHere =
+    caller.principal === Principal.ACCOUNT
+      ? sql`exists (select from users u where u.organization_id = o.id and u.account_id = ${caller.id} and u.status = ${UserStatus.ACTIVE})`
+      : sql`o.id = ${caller.organizationId}`;
+  const [row] = await sql<
+    { id: string; name: string; created_at: Date; updated_at: Date | null; invite_domains: string[] }[]
+  >`select o.id, o.name, o.created_at, o.updated_at, o.invite_domains from organizations o where o.id = ${id} and ${isHere}`;
+  if (!row) throw notFound("organization", id);
+  return create(OrganizationSchema, {
+    id: row.id,
+    name: row.name,
+    createdAt: timestampFromDate(row.created_at),
+    updatedAt: timestampFromDate(row.updated_at ?? row.created_at),
+    inviteDomains: { domains: row.invite_domains },
+    tier: OrganizationTier.ENTERPRISE,
+  });
+}
+
+/** Policies of an organization, which nobody else can change, nor its members' roles, until the transaction ends. */
+export async function holdPolicies(tx: Tx, organizationId: string): Promise<OrganizationPolicies> {
+  const [row] = await tx<{ policies: Uint8Array }[]>`
+    select policies from organizations where id = ${organizationId} for no key update`;
+  if (!row) throw notFound("organization", organizationId);
+  return fromBinary(OrganizationPoliciesSchema, row.policies);
+}
+
+export async function setPolicies(tx: Tx, policies: OrganizationPolicies): Promise<void> {
+  await tx`update organizations set policies = ${toBinary(OrganizationPoliciesSchema, policies)}
+    where id = ${policies.organizationId}`;
+}
+
+/** Whatever policies refer to and the organization does not have. What it has stays while the policies are held. */
+export async function missingReferences(
+  tx: Tx,
+  organizationId: string,
+  { group, secretIds, secretNames }: PolicyReferences,
+): Promise<FieldProblem[]> {
+  if (!group && !secretIds.length && !secretNames.length) return [];
+  const groupId = group && isUuid(group.id) ? group.id : undefined;
+  const owned = tx`organization_id = ${organizationId} and scope = ${Scope.ORGANIZATION}`;
+  const [row] = await tx<{ has_group: boolean; ids: string[]; names: string[] }[]>`
+    select exists (select from groups where id = ${groupId} and organization_id = ${organizationId}) as has_group,
+      array(select id from secrets where ${owned} and id = any(${secretIds.map(({ id }) => id)})) as ids,
+      array(select name from secrets where ${owned} and name = any(${secretNames.map(({ name }) => name)})) as names`;
+  const missing = [
+    ...(group && !row?.has_group ? [group] : []),
+    ...secretIds.filter(({ id }) => !row?.ids.includes(id)),
+    ...secretNames.filter(({ name }) => !row?.names.includes(name)),
+  ];
+  return missing.map(({ field }) => ({ field, message: "does not exist in this organization" }));
 }
 
 /** The policies of every organization. */

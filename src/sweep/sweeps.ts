@@ -35,6 +35,7 @@ import {
 } from "../store/runners.ts";
 import { purgeExpiredTokens } from "../store/tokens.ts";
 import { dueArchives, dueDeletions } from "./archive.ts";
+import { halts } from "./halts.ts";
 import { secretChanges } from "./secrets.ts";
 import { alone, BATCH, type Sweep } from "./sweep.ts";
 
@@ -180,6 +181,7 @@ export const sweeps: readonly Sweep[] = [
   dueEnvironments,
   lostRunners,
   silentDeletions,
+  halts,
   dueArchives,
   dueDeletions,
   signingKeys,

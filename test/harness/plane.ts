@@ -2,14 +2,13 @@ import { randomBytes } from "node:crypto";
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { toBinary } from "@bufbuild/protobuf";
 import { pino } from "pino";
 import { v7 as uuidv7 } from "uuid";
 import { inject } from "vitest";
 import { ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
-import { OrganizationPoliciesSchema, OrganizationRole } from "../../gen/gitpod/v1/organization_pb.js";
+import { OrganizationRole } from "../../gen/gitpod/v1/organization_pb.js";
 import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
 import type { Limits } from "../../src/app.ts";
 import { type BerthClient, createBerthClient } from "../../src/client.ts";
@@ -19,7 +18,6 @@ import { MEMBERS_GROUP } from "../../src/domain/group.ts";
 import { TokenKind, tokenText } from "../../src/domain/tokens.ts";
 import { openDb } from "../../src/store/db.ts";
 import { syncBuiltInGroups } from "../../src/store/groups.ts";
-import { readPolicies } from "../../src/store/organizations.ts";
 import { insertToken } from "../../src/store/tokens.ts";
 import { databaseUrl } from "./database.ts";
 
@@ -154,9 +152,7 @@ export async function shareRunner(test: TestPlane, runnerId: string, role = Reso
 }
 
 /** Lifts the limits on how many environments a user may have and run. */
-export async function liftQuotas({ plane: { app }, organizationId }: TestPlane): Promise<void> {
-  const { policies } = await readPolicies(app.db.point, organizationId);
-  const lifted = { ...policies, maximumEnvironmentsPerUser: 0n, maximumRunningEnvironmentsPerUser: 0n };
-  await app.db.write`
-    update organizations set policies = ${toBinary(OrganizationPoliciesSchema, lifted)} where id = ${organizationId}`;
+export async function liftQuotas({ admin, organizationId }: TestPlane): Promise<void> {
+  const lifted = { maximumEnvironmentsPerUser: 0n, maximumRunningEnvironmentsPerUser: 0n };
+  await admin.organizations.updateOrganizationPolicies({ organizationId, ...lifted });
 }

@@ -4,28 +4,42 @@ import { v7 as uuidv7 } from "uuid";
 import type { ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
-import { OrganizationPoliciesSchema } from "../../gen/gitpod/v1/organization_pb.js";
+import type { OrganizationPoliciesSchema } from "../../gen/gitpod/v1/organization_pb.js";
 import { RunnerProvider } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { ServiceAccountSchema } from "../../gen/gitpod/v1/service_account_pb.js";
 import { SYSTEM } from "../../src/domain/principal.ts";
 import { TokenKind, tokenText } from "../../src/domain/tokens.ts";
 import { syncBuiltInGroups } from "../../src/store/groups.ts";
-import { insertOrganization, readPolicies } from "../../src/store/organizations.ts";
+import { insertOrganization } from "../../src/store/organizations.ts";
 import { insertToken, type NewToken } from "../../src/store/tokens.ts";
 import { FakeRunner } from "./fake-runner.ts";
 import { shareRunner, type TestPlane, type TestUser } from "./plane.ts";
 
 // What organizations consist of, written to the database where the API for it does not exist yet.
 
-/** Changes some of the policies of the organization. */
+type Policies = Omit<MessageShape<typeof OrganizationPoliciesSchema>, "$typeName" | "$unknown">;
+
+/** What is empty says in an update that it stays: these say that it is to be empty. */
+const CLEARED = {
+  allowedEditorIds: [""],
+  editorVersionRestrictions: { "": {} },
+  securityAgentPolicy: { crowdstrike: { enabled: false } },
+  vetoExecPolicy: {},
+  vetoFilePolicy: {},
+};
+
+/** Changes some of the policies of the organization, to exactly these values. */
 export async function changePolicies(
-  { plane: { app }, organizationId }: TestPlane,
-  changes: Partial<Omit<MessageShape<typeof OrganizationPoliciesSchema>, "$typeName" | "$unknown">>,
+  { admin, organizationId }: TestPlane,
+  changes: Partial<Omit<Policies, "agentPolicy">>,
 ): Promise<void> {
-  const { policies } = await readPolicies(app.db.point, organizationId);
-  const changed = { ...policies, ...changes };
-  await app.db.write`
-    update organizations set policies = ${toBinary(OrganizationPoliciesSchema, changed)} where id = ${organizationId}`;
+  const isEmpty = (value: unknown) =>
+    value === undefined || (typeof value === "object" && !Object.keys(value ?? {}).length);
+  const sent = Object.entries(changes).map(([name, value]) => {
+    const cleared = CLEARED[name as keyof typeof CLEARED];
+    return [name, cleared && isEmpty(value) ? cleared : value];
+  });
+  await admin.organizations.updateOrganizationPolicies({ organizationId, ...Object.fromEntries(sent) });
 }
 
 /** Another organization on the same installation, without users; its id. */

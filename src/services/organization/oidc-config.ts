@@ -1,15 +1,11 @@
 import type { ServiceImpl } from "@connectrpc/connect";
 import type { OIDCConfig, OrganizationService } from "../../../gen/gitpod/v1/organization_pb.js";
 import { type App, actorOf, transact } from "../../app.ts";
-import { denied, notFound, refuseProblems } from "../../domain/errors.ts";
+import { denied, refuseProblems } from "../../domain/errors.ts";
 import { defaultOidcConfig, oidcConfigProblems, sameOidcConfig } from "../../domain/id-tokens.ts";
-import type { Caller } from "../../domain/principal.ts";
+import { type Caller, ownOrganization } from "../../domain/principal.ts";
 import { principal } from "../../rpc/authenticate.ts";
 import { readOidcConfig, setOidcConfig } from "../../store/id-tokens.ts";
-
-function checkOwn(caller: Caller, organizationId: string): void {
-  if (organizationId.toLowerCase() !== caller.organizationId) throw notFound("organization", organizationId);
-}
 
 async function updateOidcConfig(app: App, caller: Caller, config: OIDCConfig): Promise<OIDCConfig> {
   if (!caller.orgAdmin) throw denied("changing the format of ID tokens needs the role admin");
@@ -28,12 +24,12 @@ export const oidcConfig = (app: App) =>
   ({
     async getOIDCConfig({ organizationId }, context) {
       const caller = principal(context);
-      checkOwn(caller, organizationId);
+      ownOrganization(caller, organizationId);
       return { oidcConfig: await readOidcConfig(app.db.point, caller.organizationId) };
     },
     async updateOIDCConfig({ organizationId, oidcConfig = defaultOidcConfig() }, context) {
       const caller = principal(context);
-      checkOwn(caller, organizationId);
+      ownOrganization(caller, organizationId);
       return { oidcConfig: await updateOidcConfig(app, caller, oidcConfig) };
     },
   }) satisfies Partial<ServiceImpl<typeof OrganizationService>>;
