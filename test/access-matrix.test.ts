@@ -222,6 +222,8 @@ const EXPECTED = `
   RunnerControlService.watch                                U U D D D D D D ✓ A D D
   RunnerControlService.reportEnvironments                   U U D D D D D D ✓ A D D
   RunnerControlService.getEnvironmentSecrets                U U D D D D D D ✓ N D D
+  RunnerControlService.getHostToken                         U U D D D D D D N N D D
+  RunnerControlService.putHostToken                         U U D D D D D D N N D D
   RunnerControlService.createEnvironmentToken               U U D D D D D D F N D D
   RunnerControlService.introspectToken                      U U D D D D D D ✓ ✓ D D
   RunnerControlService.completeCall                         U U D D D D D D ✓ ✓ D D
@@ -316,6 +318,12 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   }),
   "RunnerControlService.getEnvironmentSecrets": ({ environmentId, secretId }) => ({
     ...{ environmentId, secretIds: [secretId] },
+  }),
+  "RunnerControlService.getHostToken": ({ environmentId }) => ({
+    ...{ purpose: { case: "environmentId", value: environmentId }, host: "git.example.org" },
+  }),
+  "RunnerControlService.putHostToken": ({ unknownId }) => ({
+    ...{ tokenId: unknownId, outcome: { case: "invalidReason", value: "x" } },
   }),
   "RunnerControlService.createEnvironmentToken": ({ environmentId }) => ({ environmentId, machineSession: "another" }),
   "RunnerControlService.introspectToken": () => ({ token: "x" }),

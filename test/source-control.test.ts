@@ -355,3 +355,71 @@ describe("signing in", () => {
     expect((await signedIn(host)).authenticated).toBe(true);
   });
 });
+
+describe("what runners get", () => {
+  const git = (host: string) => [{ spec: { case: "git" as const, value: { remoteUri: `https://${host}/a/b.git` } } }];
+
+  const environmentFrom = async (host: string) => {
+    const { environment } = await member.client.environments.createEnvironment({
+      spec: { machine: { class: classId }, content: { initializer: { specs: git(host) } } },
+    });
+    return environment!;
+  };
+
+  const ask = (environmentId: string, host: string, by: FakeRunner = runner) =>
+    by.control.getHostToken({ purpose: { case: "environmentId", value: environmentId }, host });
+
+  test("an environment names the credential that its creator holds, and its runner alone gets it", async () => {
+    const { host } = await integrate({ scmId: "gitlab" });
+    const { token } = await newToken(host);
+    const { id, spec } = await environmentFrom(host);
+    expect(spec?.secrets).toMatchObject([
+      { name: host, source: "runner", sourceRef: host, mount: { case: "gitCredentialHost", value: host } },
+    ]);
+    const got = await ask(id, host.toUpperCase());
+    expect(got).toMatchObject({
+      tokenId: token!.id,
+      version: 1n,
+      token: "canary-secret",
+      source: Source.PAT,
+      scmId: "gitlab",
+    });
+    expect(await codeOf(ask(id, newHost()))).toBe("NotFound");
+    const other = await connectRunner(plane);
+    expect(await codeOf(ask(id, host, other.runner))).toBe("NotFound");
+    await ask(id, host);
+    const audit = await plane.plane.app.db.point`select from audit_log
+      where subject_id = ${token!.id} and action = 'Host authentication token handed to the runner'`;
+    expect(audit).toHaveLength(1);
+    await member.client.runnerConfiguration.deleteHostAuthenticationToken({ id: token!.id });
+    expect(await codeOf(ask(id, host))).toBe("NotFound");
+  });
+
+  test("RUN-33 of many that could renew a token one does, and what has changed since is not overwritten", async () => {
+    const host = newHost();
+    const expiresAt = timestampFromDate(new Date(plane.plane.app.now().getTime() + 60_000));
+    const { token } = await newToken(host, { source: Source.OAUTH, expiresAt, refreshToken: "canary-refresh" });
+    const { id } = await environmentFrom(host);
+    const answers = await Promise.all(Array.from({ length: 5 }, () => ask(id, host)));
+    const [lease] = answers.flatMap(({ refresh }) => refresh ?? []);
+    expect(answers.filter(({ refresh }) => refresh)).toHaveLength(1);
+    expect(lease?.refreshToken).toBe("canary-refresh");
+    const put = (expectedVersion: bigint, outcome: Parameters<FakeRunner["control"]["putHostToken"]>[0]["outcome"]) =>
+      runner.control.putHostToken({ tokenId: token!.id, expectedVersion, outcome });
+    const renewal = { case: "renewal" as const, value: { token: "canary-renewed" } };
+    await put(1n, renewal);
+    expect(await codeOf(put(1n, renewal))).toBe("Aborted");
+    const after = await ask(id, host);
+    expect([after.token, after.version, after.refresh, after.expiresAt]).toEqual([
+      "canary-renewed",
+      2n,
+      undefined,
+      undefined,
+    ]);
+    await put(2n, { case: "invalidReason", value: "revoked" });
+    expect(await codeOf(ask(id, host))).toBe("NotFound");
+    const other = await connectRunner(plane);
+    const foreign = other.runner.control.putHostToken({ tokenId: token!.id, expectedVersion: 3n, outcome: renewal });
+    expect(await codeOf(foreign)).toBe("NotFound");
+  });
+});

@@ -210,6 +210,8 @@ export function isNamedByPolicy({ securityAgentPolicy }: OrganizationPolicies, {
 
 /** Source of entries whose values the control plane holds. */
 export const CONTROL_PLANE = "control-plane";
+/** Source of entries whose values the runner asks for by host: credentials for source control. */
+export const RUNNER = "runner";
 
 /** A secret that may go into an environment. */
 export interface Candidate {

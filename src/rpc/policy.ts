@@ -262,6 +262,8 @@ const runnerControl: Lines<typeof RunnerControlService> = {
   watch: runners,
   reportEnvironments: runners,
   getEnvironmentSecrets: runners,
+  getHostToken: runners,
+  putHostToken: runners,
   createEnvironmentToken: runners,
   introspectToken: runners,
   completeCall: runners,

@@ -44,8 +44,8 @@ import {
 } from "../store/environments.ts";
 import { readPolicies } from "../store/organizations.ts";
 import { getOwnRunner, getRunner, type StoredRunner } from "../store/runners.ts";
-import { environmentSecrets } from "../store/secret-delivery.ts";
 import { createEnvironment } from "./environment/create.ts";
+import { startSecrets } from "./environment/git-credentials.ts";
 import { checkCapacity, checkQuotas, checkRunner } from "./environment/limits.ts";
 import { allow, apply } from "./environment/move.ts";
 import { issuePortToken, issueToken, mayReachPort } from "./environment/tokens.ts";
@@ -75,7 +75,7 @@ async function startEnvironment(app: App, caller: Caller, id: string): Promise<v
       await checkQuotas(tx, { id: creator?.id ?? "", organizationId: stored.organizationId, limited }, policies, false);
       await holdRunner(tx, runnerId);
       await checkCapacity(tx, runnerId, runner.maxEnvironments);
-      start = started(await environmentSecrets(tx, stored, app.newId, true));
+      start = started(await startSecrets(app, tx, stored));
     }
     if (await apply(app, tx, caller, stored, start, "Environment started")) touched(runnerId);
   });

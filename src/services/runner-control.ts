@@ -67,6 +67,7 @@ import {
   startLink,
 } from "../store/runners.ts";
 import { findRunnerToken, insertToken, refreshCaller, revokeEnvironmentToken } from "../store/tokens.ts";
+import { hostToken, putHostToken } from "./runner-control/host-tokens.ts";
 import { environmentSecrets } from "./runner-control/secrets.ts";
 
 const OLDEST_PROTOCOL_VERSION = PROTOCOL_VERSION;
@@ -517,6 +518,11 @@ export function runnerControlService(app: App): ServiceImpl<typeof RunnerControl
     },
     async getEnvironmentSecrets(request, context) {
       return { secrets: await environmentSecrets(app, principal(context), request) };
+    },
+    getHostToken: (request, context) => hostToken(app, principal(context), request),
+    async putHostToken(request, context) {
+      await putHostToken(app, principal(context), request);
+      return {};
     },
     async createEnvironmentToken(request, context) {
       return { token: await createEnvironmentToken(app, principal(context), request) };

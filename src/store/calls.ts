@@ -23,6 +23,14 @@ export async function openCalls(sql: Sql, runnerId: string, now: Date, limit: nu
   return rows.map((row) => fromBinary(CallSchema, row.call));
 }
 
+/** A question that this runner is to answer and has not yet; undefined otherwise. */
+export async function findOpenCall(sql: Sql, runnerId: string, callId: string, now: Date): Promise<Call | undefined> {
+  const [row] = await sql<{ call: Uint8Array }[]>`
+    select call from runner_calls
+    where id = ${callId} and runner_id = ${runnerId} and completed_at is null and deadline > ${now}`;
+  return row && fromBinary(CallSchema, row.call);
+}
+
 /** Stores an answer; the first one wins, one that comes too late is dropped. */
 export async function completeCall(
   sql: Sql,

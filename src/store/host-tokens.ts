@@ -205,6 +205,29 @@ export async function usableHostToken(
   return row && toToken(row);
 }
 
+/** Keeps what renewing a token takes for one caller; undefined while somebody else has it. */
+export async function leaseRefresh(sql: Sql, token: StoredHostToken, now: Date, until: Date): Promise<boolean> {
+  const rows = await sql`update host_tokens set refresh_lease_until = ${until}
+    where id = ${token.id} and version = ${token.version} and coalesce(refresh_lease_until <= ${now}, true) returning id`;
+  return rows.length > 0;
+}
+
+/** Notes that a reader has had this version; true the first time. */
+export async function noteTokenRead(sql: Sql, readerId: string, token: StoredHostToken): Promise<boolean> {
+  const rows = await sql`
+    insert into host_token_reads (reader_id, token_id, version) values (${readerId}, ${token.id}, ${token.version})
+    on conflict (reader_id, token_id) do update set version = excluded.version
+      where host_token_reads.version <> excluded.version returning token_id`;
+  return rows.length > 0;
+}
+
+/** A token that is used on a runner, whoever it belongs to; undefined if there is none. */
+export async function lockRunnersToken(tx: Tx, runnerId: string, id: string): Promise<StoredHostToken | undefined> {
+  const [row] = await tx<TokenRow[]>`
+    select ${columns(tx)} from host_tokens t where t.id = ${id} and t.runner_id = ${runnerId} for update`;
+  return row && toToken(row);
+}
+
 /** Those of these hosts for which a subject has a usable token on a runner. */
 export async function hostsWithToken(
   sql: Sql | Tx,

@@ -18,8 +18,8 @@ import { getClass, getClassHoldingRunner, type StoredClass } from "../../store/e
 import { insertEnvironment, ownsSession, type StoredEnvironment } from "../../store/environments.ts";
 import { missingSignIns } from "../../store/host-tokens.ts";
 import { readPolicies } from "../../store/organizations.ts";
-import { environmentSecrets } from "../../store/secret-delivery.ts";
 import { findDotfiles } from "../../store/users.ts";
+import { startSecrets } from "./git-credentials.ts";
 import { checkCapacity, checkPolicies, checkQuotas, checkRunner } from "./limits.ts";
 import { shown } from "./view.ts";
 
@@ -123,7 +123,7 @@ export async function createEnvironment(app: App, caller: Caller, request: Creat
     checkClass(current);
     checkUsable(current, localRunners);
     await checkCapacity(tx, stored.message.runnerId, current.maxEnvironments);
-    environment.spec = { ...environment.spec, secrets: await environmentSecrets(tx, environment, app.newId, true) };
+    environment.spec = { ...environment.spec, secrets: await startSecrets(app, tx, environment) };
     await insertEnvironment(tx, environment, actorOf(caller), app.newId(), now);
     touched(stored.message.runnerId);
   });

@@ -9,7 +9,7 @@
 import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
 import type { Message } from "@bufbuild/protobuf";
 import type { ParseContextURLResponse, Runner, RunnerStatus } from "../../../gitpod/v1/runner_pb.js";
-import type { EnvironmentClass, RunnerConfigurationSchema } from "../../../gitpod/v1/runner_configuration_pb.js";
+import type { EnvironmentClass, HostAuthenticationTokenSource, RunnerConfigurationSchema } from "../../../gitpod/v1/runner_configuration_pb.js";
 import type { Any, Duration, Timestamp } from "@bufbuild/protobuf/wkt";
 import type { Environment, EnvironmentStatus } from "../../../gitpod/v1/environment_pb.js";
 import type { Subject } from "../../../gitpod/v1/identity_pb.js";
@@ -826,6 +826,243 @@ export declare type EnvironmentSecret = Message<"berth.runner.v1.EnvironmentSecr
 export declare const EnvironmentSecretSchema: GenMessage<EnvironmentSecret>;
 
 /**
+ * For whom and which host.
+ *
+ * @generated from message berth.runner.v1.GetHostTokenRequest
+ */
+export declare type GetHostTokenRequest = Message<"berth.runner.v1.GetHostTokenRequest"> & {
+  /**
+   * Whose credential.
+   *
+   * @generated from oneof berth.runner.v1.GetHostTokenRequest.purpose
+   */
+  purpose: {
+    /**
+     * That of the creator of this environment.
+     *
+     * @generated from field: string environment_id = 1;
+     */
+    value: string;
+    case: "environmentId";
+  } | {
+    /**
+     * That of the subject of this open call.
+     *
+     * @generated from field: string call_id = 2;
+     */
+    value: string;
+    case: "callId";
+  } | { case: undefined; value?: undefined };
+
+  /**
+   * Host, with a port unless it is the usual one.
+   *
+   * @generated from field: string host = 3;
+   */
+  host: string;
+};
+
+/**
+ * Describes the message berth.runner.v1.GetHostTokenRequest.
+ * Use `create(GetHostTokenRequestSchema)` to create a new message.
+ */
+export declare const GetHostTokenRequestSchema: GenMessage<GetHostTokenRequest>;
+
+/**
+ * The credential; never to be logged or written down.
+ *
+ * @generated from message berth.runner.v1.GetHostTokenResponse
+ */
+export declare type GetHostTokenResponse = Message<"berth.runner.v1.GetHostTokenResponse"> & {
+  /**
+   * Id of the token.
+   *
+   * @generated from field: string token_id = 1;
+   */
+  tokenId: string;
+
+  /**
+   * Orders its secrets; quoted when it is put back.
+   *
+   * @generated from field: int64 version = 2;
+   */
+  version: bigint;
+
+  /**
+   * The secret.
+   *
+   * @generated from field: string token = 3;
+   */
+  token: string;
+
+  /**
+   * How it was obtained.
+   *
+   * @generated from field: gitpod.v1.HostAuthenticationTokenSource source = 4;
+   */
+  source: HostAuthenticationTokenSource;
+
+  /**
+   * When it ends; absent when not known.
+   *
+   * @generated from field: google.protobuf.Timestamp expires_at = 5;
+   */
+  expiresAt?: Timestamp | undefined;
+
+  /**
+   * Set when it is about to end and can be renewed.
+   *
+   * @generated from field: berth.runner.v1.GetHostTokenResponse.Refresh refresh = 6;
+   */
+  refresh?: GetHostTokenResponse_Refresh | undefined;
+
+  /**
+   * Product of the host, which decides how git presents the secret.
+   *
+   * @generated from field: string scm_id = 7;
+   */
+  scmId: string;
+};
+
+/**
+ * Describes the message berth.runner.v1.GetHostTokenResponse.
+ * Use `create(GetHostTokenResponseSchema)` to create a new message.
+ */
+export declare const GetHostTokenResponseSchema: GenMessage<GetHostTokenResponse>;
+
+/**
+ * What renewing it takes.
+ *
+ * @generated from message berth.runner.v1.GetHostTokenResponse.Refresh
+ */
+export declare type GetHostTokenResponse_Refresh = Message<"berth.runner.v1.GetHostTokenResponse.Refresh"> & {
+  /**
+   * Secret to renew it with.
+   *
+   * @generated from field: string refresh_token = 1;
+   */
+  refreshToken: string;
+
+  /**
+   * Until when nobody else gets it.
+   *
+   * @generated from field: google.protobuf.Timestamp lease_until = 2;
+   */
+  leaseUntil?: Timestamp | undefined;
+};
+
+/**
+ * Describes the message berth.runner.v1.GetHostTokenResponse.Refresh.
+ * Use `create(GetHostTokenResponse_RefreshSchema)` to create a new message.
+ */
+export declare const GetHostTokenResponse_RefreshSchema: GenMessage<GetHostTokenResponse_Refresh>;
+
+/**
+ * What became of a credential.
+ *
+ * @generated from message berth.runner.v1.PutHostTokenRequest
+ */
+export declare type PutHostTokenRequest = Message<"berth.runner.v1.PutHostTokenRequest"> & {
+  /**
+   * The token.
+   *
+   * @generated from field: string token_id = 1;
+   */
+  tokenId: string;
+
+  /**
+   * Version that this is about.
+   *
+   * @generated from field: int64 expected_version = 2;
+   */
+  expectedVersion: bigint;
+
+  /**
+   * How it went.
+   *
+   * @generated from oneof berth.runner.v1.PutHostTokenRequest.outcome
+   */
+  outcome: {
+    /**
+     * It was renewed.
+     *
+     * @generated from field: berth.runner.v1.PutHostTokenRequest.Renewal renewal = 3;
+     */
+    value: PutHostTokenRequest_Renewal;
+    case: "renewal";
+  } | {
+    /**
+     * The host refuses it: in words for people, without secrets.
+     *
+     * @generated from field: string invalid_reason = 4;
+     */
+    value: string;
+    case: "invalidReason";
+  } | { case: undefined; value?: undefined };
+};
+
+/**
+ * Describes the message berth.runner.v1.PutHostTokenRequest.
+ * Use `create(PutHostTokenRequestSchema)` to create a new message.
+ */
+export declare const PutHostTokenRequestSchema: GenMessage<PutHostTokenRequest>;
+
+/**
+ * The credential after its renewal.
+ *
+ * @generated from message berth.runner.v1.PutHostTokenRequest.Renewal
+ */
+export declare type PutHostTokenRequest_Renewal = Message<"berth.runner.v1.PutHostTokenRequest.Renewal"> & {
+  /**
+   * New secret.
+   *
+   * @generated from field: string token = 1;
+   */
+  token: string;
+
+  /**
+   * New secret to renew it with; empty keeps the old one.
+   *
+   * @generated from field: string refresh_token = 2;
+   */
+  refreshToken: string;
+
+  /**
+   * When it ends; absent when not known.
+   *
+   * @generated from field: google.protobuf.Timestamp expires_at = 3;
+   */
+  expiresAt?: Timestamp | undefined;
+
+  /**
+   * Scopes it has now; empty leaves them as they are.
+   *
+   * @generated from field: repeated string scopes = 4;
+   */
+  scopes: string[];
+};
+
+/**
+ * Describes the message berth.runner.v1.PutHostTokenRequest.Renewal.
+ * Use `create(PutHostTokenRequest_RenewalSchema)` to create a new message.
+ */
+export declare const PutHostTokenRequest_RenewalSchema: GenMessage<PutHostTokenRequest_Renewal>;
+
+/**
+ * Empty: it is stored.
+ *
+ * @generated from message berth.runner.v1.PutHostTokenResponse
+ */
+export declare type PutHostTokenResponse = Message<"berth.runner.v1.PutHostTokenResponse"> & {
+};
+
+/**
+ * Describes the message berth.runner.v1.PutHostTokenResponse.
+ * Use `create(PutHostTokenResponseSchema)` to create a new message.
+ */
+export declare const PutHostTokenResponseSchema: GenMessage<PutHostTokenResponse>;
+
+/**
  * For which start.
  *
  * @generated from message berth.runner.v1.CreateEnvironmentTokenRequest
@@ -1298,6 +1535,28 @@ export declare const RunnerControlService: GenService<{
     methodKind: "unary";
     input: typeof GetEnvironmentSecretsRequestSchema;
     output: typeof GetEnvironmentSecretsResponseSchema;
+  },
+  /**
+   * The credential that the subject of an environment or of an open call holds for a source control host on this runner:
+   * the newest usable one. NOT_FOUND when there is none, or the environment or call is not this runner's: go anonymously.
+   * Of callers that could renew it one at a time gets what that takes. The first use of each version is audited.
+   *
+   * @generated from rpc berth.runner.v1.RunnerControlService.GetHostToken
+   */
+  getHostToken: {
+    methodKind: "unary";
+    input: typeof GetHostTokenRequestSchema;
+    output: typeof GetHostTokenResponseSchema;
+  },
+  /**
+   * What became of a credential: renewed, or refused by its host. ABORTED when it has changed since it was handed out.
+   *
+   * @generated from rpc berth.runner.v1.RunnerControlService.PutHostToken
+   */
+  putHostToken: {
+    methodKind: "unary";
+    input: typeof PutHostTokenRequestSchema;
+    output: typeof PutHostTokenResponseSchema;
   },
   /**
    * A token for the processes of one start of an environment; earlier ones of that environment are revoked.
