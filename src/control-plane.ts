@@ -17,7 +17,7 @@ import { validation, warmValidation } from "./rpc/validate.ts";
 import { createGuard } from "./scm/guard.ts";
 import { type Server, startServer } from "./server.ts";
 import { createSigner } from "./signing.ts";
-import { bootstrap, claimInstallation, hasOrganization } from "./store/bootstrap.ts";
+import { bootstrap, claimInstallation, hasOrganization, holdsMasterKey } from "./store/bootstrap.ts";
 import { type Db, openDb } from "./store/db.ts";
 import { type EmbeddedPostgres, startEmbeddedPostgres } from "./store/embedded-postgres.ts";
 import { EventHub } from "./store/hub.ts";
@@ -242,7 +242,10 @@ export async function startControlPlane(
       trustedProxies: config.trustedProxies,
       ready: async () => {
         if (!isStarted) return { ok: false, reason: "the server is starting" };
-        return (await isMigrated(db)) ? { ok: true } : { ok: false, reason: "the database is not migrated" };
+        if (!(await isMigrated(db))) return { ok: false, reason: "the database is not migrated" };
+        if (!(await holdsMasterKey(db.point, masterKey)))
+          return { ok: false, reason: "the master key has been replaced" };
+        return { ok: true };
       },
       log,
     });

@@ -85,6 +85,9 @@ const CONFLICTS = new Set(["40001", "40P01", "55P03"]);
 // Too long, out of range, no such time, no such character, malformed.
 const UNSTORABLE = new Set(["22001", "22003", "22007", "22008", "22021", "22P02", "22P03", "22P05"]);
 
+// Raised by a trigger of the database.
+const REPLACED_MASTER_KEY = "BK001";
+
 const codeOf = (error: unknown): string => {
   const code = error instanceof Error && "code" in error ? error.code : undefined;
   return typeof code === "string" ? code : "";
@@ -93,6 +96,12 @@ const codeOf = (error: unknown): string => {
 /** A row with the same key exists already: which key is told by the name of its index. */
 export const isDuplicate = (error: unknown, index: string) =>
   codeOf(error) === "23505" && error instanceof Error && "constraint_name" in error && error.constraint_name === index;
+
+/** This process has another master key than the installation by now, so that it can neither read nor store secrets. */
+export const otherMasterKey = (cause?: unknown) =>
+  new Refusal("unavailable", "the master key has been replaced: this server must be started again with the new one", {
+    cause,
+  });
 
 /** Two transactions got in each other's way; the same one, run again, may well succeed. */
 export const isConflict = (error: unknown) => CONFLICTS.has(codeOf(error));
@@ -107,6 +116,7 @@ export function databaseRefusal(error: unknown): Refusal | undefined {
     return new Refusal("aborted", "somebody else changed the same thing, try again", { cause: error });
   if (UNSTORABLE.has(code))
     return new Refusal("invalid_argument", "the request holds a value that cannot be stored", { cause: error });
+  if (code === REPLACED_MASTER_KEY) return otherMasterKey(error);
   const away = /^(08|53|57)[0-9A-Z]{3}$|^25(006|P0[34])$|^CONNECT(ION)?_/.test(code);
   const unreachable = error instanceof Error && "syscall" in error && error.syscall === "connect";
   if (away || unreachable || /^(ECONNRESET|EPIPE|ETIMEDOUT)$/.test(code))

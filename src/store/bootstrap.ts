@@ -27,13 +27,26 @@ const ADMIN_TOKEN_MS = 90 * 24 * 60 * 60_000;
 /** The database belongs to another master key: nothing that it keeps secret could be read. */
 export class WrongMasterKey extends RefusedStart {}
 
+/** The values of the database are being sealed anew, and whoever did so has not finished. */
+export class UnfinishedRekey extends RefusedStart {}
+
+/** Whether this is still the master key of the installation. */
+export async function holdsMasterKey(sql: Sql, masterKey: Uint8Array): Promise<boolean> {
+  const rows =
+    await sql`select from installation where coalesce(next_master_key_check, master_key_check) = ${masterKeyCheck(masterKey)}`;
+  return rows.length > 0;
+}
+
 /** Claims the database for this master key at the first start, or checks that it is the same; returns the installation's id. */
 export async function claimInstallation(db: Db, masterKey: Uint8Array, newId: () => string, at: Date): Promise<string> {
   const check = masterKeyCheck(masterKey);
   await db.write`insert into installation (control_plane_id, master_key_check, created_at)
     values (${newId()}, ${check}, ${at}) on conflict do nothing`;
-  const [row] = await db.write<{ control_plane_id: string; master_key_check: Uint8Array }[]>`
-    select control_plane_id, master_key_check from installation`;
+  const [row] = await db.write<
+    { control_plane_id: string; master_key_check: Uint8Array; next_master_key_check: Uint8Array | null }[]
+  >`select control_plane_id, master_key_check, next_master_key_check from installation`;
+  if (row?.next_master_key_check)
+    throw new UnfinishedRekey("the master key is being replaced: finish that with the same two keys first");
   if (!row || Buffer.compare(row.master_key_check, check) !== 0) {
     throw new WrongMasterKey("the database was set up with another master key");
   }

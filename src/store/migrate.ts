@@ -36,6 +36,7 @@ export async function migrate(db: Db): Promise<void> {
       await tx.unsafe(await readFile(new URL(name, FOLDER), "utf8"));
       await tx`insert into schema_migrations (number, name) values (${number}, ${name})`;
     }
+    if (known.some(({ number }) => !applied.has(number))) await tx`select guard_sealed_columns()`;
   });
 }
 
