@@ -45,6 +45,8 @@ export interface ServerConfig {
   auditRetentionDays: number;
   embeddedRunner: boolean;
   runner: RunnerHostConfig;
+  /** For an embedded runner that has lost its credential. */
+  runnerExchangeToken?: string;
 }
 
 /** What both processes need to talk to git hosts. */
@@ -374,6 +376,7 @@ export function readServerConfig(env: Environment): ServerConfig {
     auditRetentionDays: read.integer("BERTH_AUDIT_RETENTION_DAYS", 400, 0, 100_000),
     embeddedRunner: read.flag("BERTH_RUNNER", true),
     runner: runnerHost(read, home),
+    runnerExchangeToken: read.secret("BERTH_RUNNER_EXCHANGE_TOKEN"),
   };
 }
 

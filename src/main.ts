@@ -1,25 +1,26 @@
 #!/usr/bin/env node
 import { ExitCode, exitCodeOf } from "./cli/exit.ts";
-import { runRunner } from "./cli/runner.ts";
-import { runServer } from "./cli/server.ts";
+import { UsageError } from "./cli/usage.ts";
 import { ConfigError } from "./config.ts";
 
 const USAGE = `berth: a control plane for development environments
 
   berth            start the control plane, with a database and a runner unless configured otherwise
   berth runner     start a runner alone, against the control plane at BERTH_RUNNER_API_URL
+  berth admin      commands of the operator, on the database: \`berth admin help\` lists them
 
 Everything is configured by environment variables; the README lists them.
 `;
 
 async function main(args: readonly string[]): Promise<ExitCode> {
   const [command = "server", ...rest] = args;
+  // Each command loads what it needs: a server is much more than most of them.
+  if (command === "admin") return (await import("./cli/admin.ts")).runAdmin(rest, process.env);
   if (rest.length > 0 || !["server", "runner", "help", "--help", "-h"].includes(command)) {
-    process.stderr.write(`berth: unknown arguments: ${args.join(" ")}\n\n${USAGE}`);
-    return ExitCode.USAGE;
+    throw new UsageError(`unknown arguments: ${args.join(" ")}\n\n${USAGE}`);
   }
-  if (command === "server") return runServer(process.env);
-  if (command === "runner") return runRunner(process.env);
+  if (command === "server") return (await import("./cli/server.ts")).runServer(process.env);
+  if (command === "runner") return (await import("./cli/runner.ts")).runRunner(process.env);
   process.stdout.write(USAGE);
   return ExitCode.CLEAN;
 }

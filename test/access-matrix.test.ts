@@ -6,6 +6,7 @@ import { afterAll, beforeAll, expect, test } from "vitest";
 import { DeregisterRequest_Reason as Reason } from "../gen/berth/runner/v1/runner_control_pb.js";
 import type { Environment } from "../gen/gitpod/v1/environment_pb.js";
 import { OrganizationRole, OrganizationService } from "../gen/gitpod/v1/organization_pb.js";
+import { CreateProjectRequestSchema } from "../gen/gitpod/v1/project_pb.js";
 import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase } from "../gen/gitpod/v1/runner_pb.js";
 import type { BerthClient } from "../src/client.ts";
@@ -61,6 +62,8 @@ const OUTCOMES: Record<string, string> = {
 interface World {
   organizationId: string;
   environmentId: string;
+  /** Made by the creator of the environment, who shares it with nobody. */
+  projectId: string;
   runnerId: string;
   classId: string;
   linkId: string;
@@ -97,6 +100,13 @@ const onOrganization = ({ organizationId, userId, unknownId }: World) => ({
     oidcConfig: { version: { case: "v3", value: {} } },
   },
 });
+const onProject = ({ projectId }: World) => ({ projectId });
+const newProject = {
+  ...{
+    name: "App",
+    initializer: { specs: [{ spec: { case: "git" as const, value: { remoteUri: "https://git.example.org/a/b" } } }] },
+  },
+};
 const onUnknown = ({ unknownId }: World) => ({ id: unknownId });
 
 const nameOf = ({ parent, localName }: DescMethod) => `${parent.name}.${localName}`;
@@ -166,6 +176,21 @@ const EXPECTED = `
   OrganizationService.getCustomDomain                       U U i i i i i i D D i i
   OrganizationService.updateCustomDomain                    U U i i D i i i D D D D
   OrganizationService.deleteCustomDomain                    U U i i D i i i D D D D
+  ProjectService.createProject                              U U ✓ ✓ D ✓ ✓ ✓ D D D D
+  ProjectService.createProjects                             U U ✓ ✓ D ✓ ✓ ✓ D D D D
+  ProjectService.createProjectFromEnvironment               U U N N D F D N D D D D
+  ProjectService.getProject                                 U U N N ✓ ✓ ✓ N D D N N
+  ProjectService.listProjects                               U U ✓ ✓ ✓ ✓ ✓ ✓ D D D D
+  ProjectService.updateProject                              U U N N D ✓ ✓ N D D D D
+  ProjectService.updateProjects                             U U ✓ ✓ D ✓ ✓ ✓ D D D D
+  ProjectService.deleteProject                              U U N N D ✓ ✓ N D D D D
+  ProjectService.deleteProjects                             U U ✓ ✓ D ✓ ✓ ✓ D D D D
+  ProjectService.listProjectPolicies                        U U i i i i i i D D D D
+  ProjectService.createProjectPolicy                        U U i i D i i i D D D D
+  ProjectService.updateProjectPolicy                        U U i i D i i i D D D D
+  ProjectService.deleteProjectPolicy                        U U i i D i i i D D D D
+  ProjectService.listProjectEnvironmentClasses              U U N N ✓ ✓ ✓ N D D D D
+  ProjectService.updateProjectEnvironmentClasses            U U N N D ✓ ✓ N D D D D
   RunnerService.createRunner                                U U D D D D ✓ D D D D D
   RunnerService.getRunner                                   U U N ✓ ✓ ✓ ✓ ✓ ✓ N ✓ N
   RunnerService.listRunners                                 U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
@@ -256,6 +281,25 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "IdentityService.exchangeToken": ({ exchangeToken }) => ({ exchangeToken }),
   "IdentityService.getIDToken": () => ({ audience: ["a"] }),
   ...Object.fromEntries(OrganizationService.methods.map((method) => [nameOf(method), onOrganization])),
+  "ProjectService.createProject": () => newProject,
+  "ProjectService.createProjects": () => ({ projects: [newProject] }),
+  // It holds no repository.
+  "ProjectService.createProjectFromEnvironment": ({ environmentId }) => ({ environmentId, name: "Copy" }),
+  "ProjectService.getProject": onProject,
+  "ProjectService.updateProject": (world) => ({ ...onProject(world), name: "For all" }),
+  // What becomes of each is in the answer.
+  "ProjectService.updateProjects": (world) => ({ projects: [onProject(world)] }),
+  "ProjectService.deleteProject": onProject,
+  "ProjectService.deleteProjects": ({ projectId }) => ({ projectIds: [projectId] }),
+  "ProjectService.listProjectPolicies": onProject,
+  "ProjectService.createProjectPolicy": (world) => ({ ...onGroup(world), ...onProject(world) }),
+  "ProjectService.updateProjectPolicy": (world) => ({ ...onGroup(world), ...onProject(world) }),
+  "ProjectService.deleteProjectPolicy": (world) => ({ ...onGroup(world), ...onProject(world) }),
+  "ProjectService.listProjectEnvironmentClasses": onProject,
+  "ProjectService.updateProjectEnvironmentClasses": (world) => ({
+    ...onProject(world),
+    projectEnvironmentClasses: [{ environmentClass: { case: "localRunner", value: true } }],
+  }),
   "RunnerService.createRunner": () => ({ name: "made", provider: RunnerProvider.LINUX_HOST }),
   "RunnerService.getRunner": onRunner,
   "RunnerService.updateRunner": onRunner,
@@ -332,13 +376,15 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "RunnerControlService.deregister": ({ unknownId }) => ({ linkId: unknownId, reason: Reason.STOPPING }),
 };
 
-/** RPCs after which the world would not be the same: each caller gets an environment and an exchange token of its own. */
+/** RPCs after which the world would not be the same: each caller gets objects of its own. */
 const DESTRUCTIVE = new Set([
   "EnvironmentService.stopEnvironment",
   "EnvironmentService.archiveEnvironment",
   "EnvironmentService.deleteEnvironment",
   "IdentityService.exchangeToken",
   "SecretService.deleteSecret",
+  "ProjectService.deleteProject",
+  "ProjectService.deleteProjects",
 ]);
 
 let plane: TestPlane;
@@ -366,6 +412,7 @@ beforeAll(async () => {
   const { personalAccessTokens } = await creator.client.users.listPersonalAccessTokens({});
   world = {
     ...{ organizationId, environmentId: own.id, runnerId, classId: shared.classId, linkId },
+    ...{ projectId: await newProjectOf(creator.client) },
     ...{ exchangeToken, unknownId: uuidv7(), userId: creator.id, tokenId: personalAccessTokens[0]?.id ?? "" },
     secretId,
   };
@@ -398,13 +445,19 @@ async function newEnvironment(client: BerthClient, on: FakeRunner, classId: stri
   return { id, token };
 }
 
+async function newProjectOf(client: BerthClient): Promise<string> {
+  const { project } = await client.projects.createProject(create(CreateProjectRequestSchema, newProject));
+  return project?.id ?? "";
+}
+
 /** The objects of one call, and the caller's token for it. */
 async function scene(rpc: string, caller: Caller): Promise<{ world: World; token: string }> {
   if (!DESTRUCTIVE.has(rpc)) return { world, token: tokens[caller] };
   const own = await newEnvironment(creator.client, runner, world.classId);
   const { exchangeToken } = await plane.admin.runners.createRunnerToken({ runnerId: world.runnerId });
   const token = caller === "environment" ? own.token : tokens[caller];
-  return { world: { ...world, environmentId: own.id, exchangeToken, secretId: await makeSecret() }, token };
+  const projectId = await newProjectOf(creator.client);
+  return { world: { ...world, environmentId: own.id, projectId, exchangeToken, secretId: await makeSecret() }, token };
 }
 
 /** How a call ends: ok once there is an answer, or the first message of a stream. */
@@ -437,7 +490,6 @@ const WITHOUT_ROWS: ReadonlySet<string> = new Set([
   "AccountService",
   "GroupService",
   "ServiceAccountService",
-  "ProjectService",
   "UsageService",
 ]);
 

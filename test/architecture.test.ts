@@ -11,7 +11,7 @@ const ROOT = join(import.meta.dirname, "..");
 // What a folder or top-level file may import: others by name, "store/tokens" for one file of a folder. Of packages,
 // "protobuf", "connect", "postgres" and "node" stand for themselves and "library" for all the rest.
 const EVERYONE = ["gen", "config", "pending", "protobuf"];
-const CODE = ["app", "client", "control-plane", "routes", "server", "signing"];
+const CODE = ["app", "client", "control-plane", "first-start", "installation", "routes", "server", "signing"];
 const FOLDERS = ["cli", "domain", "http", "rpc", "runner", "scm", "services", "store", "sweep"];
 const PACKAGES = ["connect", "postgres", "node", "library"];
 const EVERYTHING = [...CODE, ...FOLDERS, ...PACKAGES];
@@ -36,11 +36,16 @@ const TABLE: Record<string, readonly string[]> = {
     "node",
     "library",
   ],
-  cli: ["cli", "client", "control-plane", "domain", "runner", "connect", "node", "library"],
+  cli: [
+    ...["cli", "client", "control-plane", "domain", "first-start", "installation", "runner", "store"],
+    ...["connect", "node", "library"],
+  ],
   app: ["domain", "scm", "store", "node", "library"],
   client: ["client", "connect", "node", "library"],
   config: ["node"],
   pending: ["connect"],
+  installation: ["domain", "store", "node", "library"],
+  "first-start": ["domain", "installation", "store", "node", "library"],
   signing: ["app", "domain", "store", "library"],
   routes: EVERYTHING,
   server: EVERYTHING,

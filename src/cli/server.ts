@@ -1,26 +1,14 @@
 import { pino } from "pino";
 import { readServerConfig, type ServerConfig } from "../config.ts";
-import { type ControlPlane, forgetExchangeToken, startControlPlane } from "../control-plane.ts";
+import { type ControlPlane, startControlPlane } from "../control-plane.ts";
+import { forgetExchangeToken } from "../first-start.ts";
 import { type RunningRunner, startRunner } from "../runner/main.ts";
 import { ExitCode } from "./exit.ts";
+import { say, sayFirstToken } from "./output.ts";
 import { firstSignal } from "./signals.ts";
 
-const say = (text: string): void => void process.stdout.write(`${text}\n`);
-
-/** Shows the admin token of a first start once, to whoever started the program. */
-function sayFirstToken(config: ServerConfig, token: string): void {
-  const { tokenFile } = config.bootstrap;
-  if (tokenFile) {
-    say(`The admin token was written to ${tokenFile}`);
-    return;
-  }
-  say("-----BEGIN BERTH ADMIN TOKEN----- (shown once, valid for 90 days)");
-  say(`export BERTH_TOKEN=${token}`);
-  say("-----END BERTH ADMIN TOKEN-----");
-}
-
 const HOW_TO_GO_ON =
-  "Serving without it; make a runner with RunnerService/CreateRunner and start `berth runner` with its exchange token";
+  "Serving without it; start again with BERTH_RUNNER_EXCHANGE_TOKEN, which `berth admin runner token --runner ...` prints";
 const EXAMPLE_REPOSITORY = "https://github.com/octocat/Hello-World";
 
 /** A call that can be pasted into a shell; in `body` a `$NAME` is filled in by the shell. */
@@ -46,7 +34,7 @@ async function startEmbeddedRunner(config: ServerConfig, plane: ControlPlane): P
     config: config.runner,
     apiUrl: plane.server.url,
     publicApiUrl: config.publicUrl,
-    exchangeToken: plane.runnerExchangeToken,
+    exchangeToken: plane.runnerExchangeToken ?? config.runnerExchangeToken,
     log,
   });
   await forgetExchangeToken(config);

@@ -38,6 +38,7 @@ export type PolicyName =
   | "maximum_environment_timeout"
   | "maximum_environments_per_user"
   | "maximum_running_environments_per_user"
+  | "members_create_projects"
   | "members_require_projects"
   | "port_sharing_disabled"
   | "veto_exec_policy"

@@ -205,8 +205,11 @@ export function initializerProblems(
   });
 }
 
-/** Scheme, user, port of the scheme and `.git` do not matter; letter case does only on plain git servers. */
-function repositoryKey(text: string): string | undefined {
+/**
+ * The one spelling that all addresses of a repository share, as far as the addresses tell; undefined if it names none.
+ * Scheme, user, port of the scheme and `.git` do not matter; letter case does only on plain git servers.
+ */
+export function repositoryKey(text: string): string | undefined {
   const url = URL.parse(asUrl(text));
   if (!url) return undefined;
   const isDefaultPort = url.port === "" || (url.protocol === "ssh:" && url.port === "22");
@@ -230,4 +233,12 @@ function repositoryKey(text: string): string | undefined {
 export function sameRepository(first: string, second: string): boolean {
   const key = repositoryKey(first);
   return key !== undefined && key === repositoryKey(second);
+}
+
+/** Addresses of all repositories that an initializer names, as given; `upstreams` adds those that forks come from. */
+export function repositoryAddresses(initializer: EnvironmentInitializer | undefined, upstreams = false): string[] {
+  return (initializer?.specs ?? []).flatMap((each) => {
+    const upstream = upstreams && each.spec.case === "git" ? each.spec.value.upstreamRemoteUri : "";
+    return [sourceUrl(each), upstream].filter(Boolean);
+  });
 }

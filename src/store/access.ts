@@ -72,6 +72,15 @@ export function readsProject(sql: Sql | Tx, caller: Caller): Fragment {
   return sql`(${here} and ${holdsOnProject(sql, caller, PROJECT_USERS)})`;
 }
 
+/** Condition: may read environment class `c` on runner `r`: readers of the runner, and of a project that offers it. */
+export function readsClass(sql: Sql | Tx, caller: Caller): Fragment {
+  if (!isPerson(caller) || caller.orgAdmin || caller.runnersAdmin) return readsRunner(sql, caller);
+  return sql`(${readsRunner(sql, caller)} or c.id in (
+    select offer.class_id from project_environment_classes offer join projects p on p.id = offer.project_id
+    where offer.class_id is not null and p.deleting_at is null and ${readsProject(sql, caller)}
+  ))`;
+}
+
 /** Condition: may read environment `e`. */
 export function readsEnvironment(sql: Sql | Tx, caller: Caller): Fragment {
   const here = sql`e.organization_id = ${caller.organizationId}`;

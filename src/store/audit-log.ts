@@ -1,8 +1,11 @@
-import type { Timestamp } from "@bufbuild/protobuf/wkt";
-import type {
-  AuditLogEntryKind,
-  ListAuditLogsRequest_Filter as Filter,
-  ResourceType,
+import { create } from "@bufbuild/protobuf";
+import { type Timestamp, timestampFromDate } from "@bufbuild/protobuf/wkt";
+import {
+  type AuditLogEntryKind,
+  type ListAuditLogsRequest_Filter as Filter,
+  type ListAuditLogsResponse_AuditLogEntry,
+  ListAuditLogsResponse_AuditLogEntrySchema,
+  type ResourceType,
 } from "../../gen/gitpod/v1/event_pb.js";
 import type { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { invalid, notFound } from "../domain/errors.ts";
@@ -23,6 +26,17 @@ export interface AuditEntry {
   createdAt: Date;
   /** `createdAt` in microseconds since 1970, as exact as it is stored. */
   at: number;
+}
+
+/** The wire message of an entry. */
+export function auditEntryMessage(entry: AuditEntry): ListAuditLogsResponse_AuditLogEntry {
+  const { id, actorId, actorPrincipal, subjectId, subjectType, action, kind, createdAt } = entry;
+  return create(ListAuditLogsResponse_AuditLogEntrySchema, {
+    ...{ id, actorPrincipal, subjectType, action, kind },
+    actorId: actorId ?? "",
+    subjectId: subjectId ?? "",
+    createdAt: timestampFromDate(createdAt),
+  });
 }
 
 const columns = (sql: Sql) => sql`l.id, l.actor_id as "actorId", l.actor_principal as "actorPrincipal",
@@ -109,4 +123,20 @@ export async function getAuditEntry(sql: Sql, caller: Caller, id: string): Promi
     select ${columns(sql)} from audit_log l where l.id = ${id} and l.organization_id = ${caller.organizationId}`;
   if (!entry) throw notFound("audit log entry", id);
   return entry;
+}
+
+/** An entry with what only the operator is told. */
+export interface ExportedEntry extends AuditEntry {
+  organizationId: string;
+  /** Credential that it was done with. */
+  credentialId: string | null;
+  /** Who had that credential issued, where that is somebody else. */
+  issuerId: string | null;
+}
+
+/** Entries of all organizations in the order of their ids, at most `limit` after one. */
+export async function exportAuditEntries(sql: Sql, after: string, limit: number): Promise<ExportedEntry[]> {
+  return sql<ExportedEntry[]>`
+    select ${columns(sql)}, l.organization_id as "organizationId", l.credential_id as "credentialId", l.issuer_id as "issuerId"
+    from audit_log l where l.id > ${after} order by l.id limit ${limit}`;
 }

@@ -254,17 +254,22 @@ async function answersInTime(url: string, logPath: string): Promise<void> {
   }
 }
 
+/** Where the database in `home` lies, and how it is reached. */
+async function place(home: string): Promise<{ real: string; data: string; url: string }> {
+  const real = await realpath(home);
+  const data = join(real, "data");
+  if (Buffer.byteLength(join(data, SOCKET_NAME)) > SOCKET_PATH_LIMIT)
+    throw new Error("the data directory's path is too long for a Unix socket: choose a shorter BERTH_DATA_DIR");
+  return { real, data, url: `postgres://${SUPERUSER}@localhost/${DATABASE}?host=${encodeURIComponent(data)}` };
+}
+
 /**
  * Starts Postgres in `home` (initialised at first use), or takes over one that outlived its parent, and keeps it
  * running: a crash of Postgres is followed by a restart. Throws DatabaseInUse while another process does the same.
  */
 export async function startEmbeddedPostgres(home: string, log: (message: string) => void): Promise<EmbeddedPostgres> {
   await mkdir(home, { recursive: true, mode: 0o755 });
-  const real = await realpath(home);
-  const data = join(real, "data");
-  if (Buffer.byteLength(join(data, SOCKET_NAME)) > SOCKET_PATH_LIMIT)
-    throw new Error("the data directory's path is too long for a Unix socket: choose a shorter BERTH_DATA_DIR");
-  const url = `postgres://${SUPERUSER}@localhost/${DATABASE}?host=${encodeURIComponent(data)}`;
+  const { real, data, url } = await place(home);
   const holding = await hold(real);
   const postmaster = new Postmaster(real, log);
   let stopped: Promise<void> | undefined;
@@ -283,4 +288,16 @@ export async function startEmbeddedPostgres(home: string, log: (message: string)
     throw error;
   }
   return { url, stop };
+}
+
+/** As `startEmbeddedPostgres`; where another process keeps it running, that one is used and will not be stopped. */
+export async function joinEmbeddedPostgres(home: string, log: (message: string) => void): Promise<EmbeddedPostgres> {
+  try {
+    return await startEmbeddedPostgres(home, log);
+  } catch (error) {
+    if (!(error instanceof DatabaseInUse)) throw error;
+  }
+  const { real, url } = await place(home);
+  await answersInTime(url, join(real, "postgres.log"));
+  return { url, stop: async () => undefined };
 }

@@ -9,7 +9,7 @@ import { RunnerPhase } from "../../gen/gitpod/v1/runner_pb.js";
 import { notFound } from "../domain/errors.ts";
 import type { Page } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
-import { administersRunner, readsRunner, usesRunner } from "./access.ts";
+import { administersRunner, readsClass, usesRunner } from "./access.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
 import { type Change, recorded } from "./record.ts";
 
@@ -77,12 +77,12 @@ export async function updateClass(tx: Tx, message: EnvironmentClass): Promise<vo
 async function readClass(sql: Sql | Tx, caller: Caller, id: string, locking: Fragment): Promise<StoredClass> {
   const [row] = await sql<ClassRow[]>`
     select ${columns(sql, caller)} from environment_classes c join runners r on r.id = c.runner_id
-    where c.id = ${id} and ${readsRunner(sql, caller)} ${locking}`;
+    where c.id = ${id} and ${readsClass(sql, caller)} ${locking}`;
   if (!row) throw notFound("environment class", id);
   return toClass(row);
 }
 
-/** A class on a runner that the caller may read; NOT_FOUND otherwise. */
+/** A class that the caller may read; NOT_FOUND otherwise. */
 export async function getClass(sql: Sql | Tx, caller: Caller, id: string, lock = false): Promise<StoredClass> {
   return readClass(sql, caller, id, lock ? sql`for update of c` : sql``);
 }
@@ -95,14 +95,25 @@ export async function getClassHoldingRunner(tx: Tx, caller: Caller, id: string):
   return readClass(tx, caller, id, tx`for no key update of r`);
 }
 
+/** Throws NOT_FOUND unless the caller may read all of these classes; they cannot go until the transaction ends. */
+export async function holdClasses(tx: Tx, caller: Caller, ids: readonly string[]): Promise<void> {
+  if (!ids.length) return;
+  const rows = await tx<{ id: string }[]>`
+    select c.id from environment_classes c join runners r on r.id = c.runner_id
+    where c.id = any(${ids as string[]}) and ${readsClass(tx, caller)} order by c.id for key share of c`;
+  const found = new Set(rows.map((row) => row.id));
+  const missing = ids.find((id) => !found.has(id.toLowerCase()));
+  if (missing !== undefined) throw notFound("environment class", missing);
+}
+
 /** Condition: a new environment of class `c` could be created on runner `r` by the caller right now. */
-function canCreate(sql: Sql | Tx, caller: Caller, localRunners: boolean): Fragment {
+export function canCreate(sql: Sql | Tx, caller: Caller, localRunners: boolean): Fragment {
   const connected = [RunnerPhase.ACTIVE, RunnerPhase.DEGRADED] as number[];
   const switchedOn = localRunners ? sql`true` : sql`r.kind <> ${RunnerKind.LOCAL}`;
   return sql`(c.enabled and c.fits and ${usesRunner(sql, caller)} and r.phase = any(${connected}) and ${switchedOn})`;
 }
 
-/** Classes of the runners that the caller may read, newest first, one more than the page holds. */
+/** Classes that the caller may read, newest first, one more than the page holds. */
 export async function listClasses(
   sql: Sql,
   caller: Caller,
@@ -110,7 +121,7 @@ export async function listClasses(
   localRunners: boolean,
   page: Page,
 ): Promise<EnvironmentClass[]> {
-  const conditions: Fragment[] = [sql`c.organization_id = ${caller.organizationId}`, readsRunner(sql, caller)];
+  const conditions: Fragment[] = [sql`c.organization_id = ${caller.organizationId}`, readsClass(sql, caller)];
   if (filter?.enabled !== undefined) conditions.push(sql`c.enabled = ${filter.enabled}`);
   if (filter?.runnerIds.length) conditions.push(sql`c.runner_id = any(${filter.runnerIds})`);
   // The contract lets any number through, the columns are small.

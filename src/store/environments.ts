@@ -32,6 +32,7 @@ import { ownsEnvironment, readsEnvironment, sharedWith } from "./access.ts";
 import { assignmentsEnded } from "./assignment-rows.ts";
 import { conjunction, containing, oneOf } from "./conditions.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
+import { usedProject } from "./project-usage.ts";
 import { type Actor, type Attribution, recorded } from "./record.ts";
 import { revised } from "./runners.ts";
 
@@ -178,13 +179,15 @@ export async function insertEnvironment(
     at,
     audit: { id: auditId, actor, action: "Environment created" },
   };
+  const { projectId } = metadata;
+  const use = projectId ? tx`, ${usedProject(tx, { projectId, environmentId: id, creator, at })}` : tx``;
   await tx`
     with ${recorded(tx, change)},
     ${revised(tx, metadata.runnerId, { kind: ObjectKind.ENVIRONMENT, objectId: id }, at)},
     session as (
       insert into environment_sessions (id, organization_id, creator_id, creator_principal)
       values (${metadata.sessionId}, ${organizationId}, ${creator?.id}, ${creator?.principal}) on conflict do nothing
-    )
+    ) ${use}
     insert into environments (id, organization_id, creator_id, creator_principal, runner_id, class_id, project_id, session_id, role,
       phase, desired_phase, admission, created_at, lockdown_at, search, metadata, spec, status, facts, due_at,
       archivable_since)

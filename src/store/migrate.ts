@@ -9,6 +9,9 @@ const MIGRATION_LOCK = 7_482_931;
 /** The database was migrated by a newer program than this one. */
 export class NewerDatabase extends RefusedStart {}
 
+const newer = (found: number, known: number) =>
+  new NewerDatabase(`the database is at migration ${found}, this program knows ${known}`);
+
 async function migrations(): Promise<{ number: number; name: string }[]> {
   const names = (await readdir(FOLDER)).filter((name) => /^\d{4}_\w+\.sql$/.test(name)).sort();
   return names.map((name) => ({ number: Number(name.slice(0, 4)), name }));
@@ -29,8 +32,7 @@ export async function migrate(db: Db): Promise<void> {
       (await tx<{ number: number }[]>`select number from schema_migrations`).map((row) => row.number),
     );
     const beyond = Math.max(0, ...applied);
-    if (beyond > newest)
-      throw new NewerDatabase(`the database is at migration ${beyond}, this program knows ${newest}`);
+    if (beyond > newest) throw newer(beyond, newest);
     for (const { number, name } of known) {
       if (applied.has(number)) continue;
       await tx.unsafe(await readFile(new URL(name, FOLDER), "utf8"));
@@ -45,4 +47,15 @@ export async function isMigrated(db: Db): Promise<boolean> {
   const newest = (await migrations()).at(-1)?.number ?? 0;
   const [row] = await db.point<{ number: number | null }[]>`select max(number) as number from schema_migrations`;
   return (row?.number ?? 0) >= newest;
+}
+
+/** Throws RefusedStart unless the database has exactly the schema that this program knows. */
+export async function checkMigrated(db: Db): Promise<void> {
+  const newest = (await migrations()).at(-1)?.number ?? 0;
+  const [table] = await db.point`select from pg_tables where tablename = 'schema_migrations' and schemaname = 'public'`;
+  const [row] = table ? await db.point<{ number: number }[]>`select max(number) as number from schema_migrations` : [];
+  const found = row?.number ?? 0;
+  if (found > newest) throw newer(found, newest);
+  if (found === newest) return;
+  throw new RefusedStart("the database is not migrated: start berth, or run `berth admin bootstrap`, first");
 }

@@ -47,3 +47,11 @@ export async function purgeAudit(tx: Tx, before: Date, limit: number): Promise<n
     delete from audit_log where id in (select id from expired)`;
   return count;
 }
+
+/** Environments that no longer count for the popularity of their project. */
+export async function purgeProjectUses(sql: Sql, before: Date, limit: number): Promise<number> {
+  const { count } = await sql`delete from project_uses where (project_id, environment_id) in (
+    select project_id, environment_id from project_uses where created_at < ${before} order by created_at limit ${limit}
+    for update skip locked)`;
+  return count;
+}

@@ -358,7 +358,7 @@ export async function markDeleting(tx: Tx, runner: StoredRunner, at: Date): Prom
 
 /**
  * The end of a runner: its row stays as a tombstone, everything that opens it or hangs on it goes, and whoever could see
- * its classes is told that they are gone.
+ * its classes is told that they are gone, as is whoever could see a project that offered them.
  */
 export async function markDeleted(tx: Tx, runnerId: string, at: Date): Promise<void> {
   await tx`
@@ -374,6 +374,15 @@ export async function markDeleted(tx: Tx, runnerId: string, at: Date): Promise<v
       select array(select member.member_id from role_assignments share join group_members member on member.group_id = share.group_id
         where share.resource_id = ${runnerId} union select creator_id from gone) as ids
     ), classes as (delete from environment_classes where runner_id = ${runnerId} returning id),
+    offering as (
+      select distinct p.id, p.organization_id, p.creator_id from projects p
+      join project_environment_classes offer on offer.project_id = p.id join environment_classes c on c.id = offer.class_id
+      where c.runner_id = ${runnerId}
+    ), project_events as (
+      insert into events (organization_id, resource_type, resource_id, operation, creator_id, created_at)
+      select organization_id, type, id, ${ResourceOperation.UPDATE}, creator_id, ${at}
+      from offering, unnest(${[ResourceType.PROJECT, ResourceType.PROJECT_ENVIRONMENT_CLASS]}::int[]) as type
+    ),
     integrations as (delete from scm_integrations where runner_id = ${runnerId} returning id),
     ended as (
       select ${ResourceType.ENVIRONMENT_CLASS}::smallint as type, classes.id, null::uuid as owner, readers.ids from classes, readers

@@ -7,10 +7,12 @@ import type { Caller } from "../domain/principal.ts";
 import { resourceName } from "../domain/roles.ts";
 import {
   administersGroup,
+  administersProject,
   administersRunner,
   ownsEnvironment,
   readsEnvironment,
   readsGroup,
+  readsProject,
   readsRunner,
   readsServiceAccount,
 } from "./access.ts";
@@ -56,6 +58,15 @@ const KINDS: readonly Kind[] = [
       when r.kind = ${RunnerKind.LOCAL_CONFIGURATION} then 'the local configuration runner is open to every member as it is'
       when r.phase = ${RunnerPhase.DELETING} then 'the runner is being deleted' end`,
     creator: (sql) => sql`r.creator_id`,
+  },
+  {
+    type: ResourceType.PROJECT,
+    from: (sql) => sql`projects p`,
+    id: (sql) => sql`p.id`,
+    reads: readsProject,
+    assigns: administersProject,
+    closed: (sql) => sql`case when p.deleting_at is not null then 'the project is being deleted' end`,
+    creator: (sql) => sql`p.creator_id`,
   },
   {
     type: ResourceType.ENVIRONMENT,

@@ -1,6 +1,6 @@
 import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import type { Caller } from "../domain/principal.ts";
-import { readsEnvironment, readsGroup, readsRunner, readsSecret } from "./access.ts";
+import { readsClass, readsEnvironment, readsGroup, readsRunner, readsSecret } from "./access.ts";
 import { readsAssignment } from "./assignment-rows.ts";
 import type { Fragment, Sql } from "./db.ts";
 import type { OutboxEvent } from "./hub.ts";
@@ -65,7 +65,7 @@ function readable(sql: Sql, caller: Caller, type: ResourceType, ids: string[]): 
       return sql`select r.id from runners r where r.id = any(${ids}) and ${readsRunner(sql, caller)}`;
     case ResourceType.ENVIRONMENT_CLASS:
       return sql`select c.id from environment_classes c join runners r on r.id = c.runner_id
-        where c.id = any(${ids}) and ${readsRunner(sql, caller)}`;
+        where c.id = any(${ids}) and ${readsClass(sql, caller)}`;
     case ResourceType.GROUP:
     case ResourceType.GROUP_MEMBERSHIP_CHANGED:
       return sql`select g.id from groups g where g.id = any(${ids}) and ${readsGroup(sql, caller)}`;

@@ -6,6 +6,7 @@ import { RunnerPhase, RunnerStatusSchema } from "../../gen/gitpod/v1/runner_pb.j
 import { type App, runnerChange, transact } from "../app.ts";
 import { nextDeadline, runnerReturned, runnerUnreachable, runTimers, tombstoneEnd } from "../domain/lifecycle.ts";
 import { SYSTEM } from "../domain/principal.ts";
+import { POPULARITY_WINDOW_MS } from "../domain/project.ts";
 import { DELETE_DEADLINE_MS } from "../domain/runner.ts";
 import { rotateSigningKeys } from "../signing.ts";
 import type { Tx } from "../store/db.ts";
@@ -21,7 +22,14 @@ import {
 } from "../store/environments.ts";
 import { purgeExpiredHostTokens } from "../store/host-tokens.ts";
 import { record } from "../store/record.ts";
-import { purgeAudit, purgeCalls, purgeEvents, purgeRevisions, trimRevisions } from "../store/retention.ts";
+import {
+  purgeAudit,
+  purgeCalls,
+  purgeEvents,
+  purgeProjectUses,
+  purgeRevisions,
+  trimRevisions,
+} from "../store/retention.ts";
 import {
   claimLostRunners,
   claimSilentDeletions,
@@ -36,6 +44,7 @@ import {
 import { purgeExpiredTokens } from "../store/tokens.ts";
 import { dueArchives, dueDeletions } from "./archive.ts";
 import { halts } from "./halts.ts";
+import { projectDeletions, projectPopularity } from "./projects.ts";
 import { secretChanges } from "./secrets.ts";
 import { alone, BATCH, type Sweep } from "./sweep.ts";
 
@@ -186,12 +195,17 @@ export const sweeps: readonly Sweep[] = [
   dueDeletions,
   signingKeys,
   secretChanges,
+  projectDeletions,
+  projectPopularity,
   retention("expired tokens", (app, limit) => purgeExpiredTokens(app.db.write, app.now(), limit)),
   retention("ended host tokens", (app, limit) => purgeExpiredHostTokens(app.db.write, daysAgo(app, 30), limit)),
   retention("old events", (app, limit) => purgeEvents(app.db.write, daysAgo(app, 1), limit)),
   retention("old revisions", (app, limit) => purgeRevisions(app.db.write, daysAgo(app, 1), limit)),
   retention("excess revisions", (app, limit) => trimRevisions(app.db.write, KEPT_REVISIONS, limit)),
   retention("abandoned calls", (app, limit) => purgeCalls(app.db.write, daysAgo(app, 1), limit)),
+  retention("old project uses", (app, limit) =>
+    purgeProjectUses(app.db.write, new Date(app.now().getTime() - POPULARITY_WINDOW_MS), limit),
+  ),
   retention("old audit entries", purgeOldAudit),
 ];
 

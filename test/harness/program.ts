@@ -13,6 +13,8 @@ const END_MS = 45_000;
 export interface Program extends AsyncDisposable {
   /** Everything it has printed so far, on both streams in the order in which it came. */
   output(): string;
+  /** What of that was on standard output. */
+  printed(): string;
   /** Resolves once it has printed a text; rejects if it ends before. */
   says(text: string): Promise<void>;
   send(signal: NodeJS.Signals): void;
@@ -27,9 +29,11 @@ export function startProgram(args: readonly string[], env: Record<string, string
     stdio: ["ignore", "pipe", "pipe"],
   });
   let output = "";
+  let printed = "";
   for (const stream of [child.stdout, child.stderr]) {
     stream.setEncoding("utf8").on("data", (chunk: string) => {
       output += chunk;
+      if (stream === child.stdout) printed += chunk;
     });
   }
   let hasEnded = false;
@@ -41,6 +45,7 @@ export function startProgram(args: readonly string[], env: Record<string, string
   });
   return {
     output: () => output,
+    printed: () => printed,
     async says(text) {
       await eventually(() => output.includes(text) || hasEnded, `berth says "${text}"`);
       if (!output.includes(text)) throw new Error(`berth ended without saying "${text}":\n${output}`);

@@ -1,19 +1,12 @@
-import { create } from "@bufbuild/protobuf";
-import { timestampFromDate } from "@bufbuild/protobuf/wkt";
 import type { ServiceImpl } from "@connectrpc/connect";
-import {
-  type EventService,
-  type ListAuditLogsRequest_Filter as Filter,
-  type ListAuditLogsResponse_AuditLogEntry,
-  ListAuditLogsResponse_AuditLogEntrySchema,
-} from "../../../gen/gitpod/v1/event_pb.js";
+import type { EventService, ListAuditLogsRequest_Filter as Filter } from "../../../gen/gitpod/v1/event_pb.js";
 import { SortOrder } from "../../../gen/gitpod/v1/pagination_pb.js";
 import type { App } from "../../app.ts";
 import { denied, invalid } from "../../domain/errors.ts";
 import { closePage, openPage } from "../../domain/pages.ts";
 import type { Caller } from "../../domain/principal.ts";
 import { principal } from "../../rpc/authenticate.ts";
-import { type AuditEntry, auditPosition, getAuditEntry, listAuditEntries } from "../../store/audit-log.ts";
+import { auditEntryMessage, auditPosition, getAuditEntry, listAuditEntries } from "../../store/audit-log.ts";
 
 const SORT_FIELD = "createdAt";
 
@@ -25,16 +18,6 @@ function checkRange({ from, to }: Filter): void {
   if (!from || !to) return;
   const isBefore = from.seconds === to.seconds ? from.nanos < to.nanos : from.seconds < to.seconds;
   if (!isBefore) throw invalid({ field: "filter.from", message: "must be before filter.to" });
-}
-
-function toMessage(entry: AuditEntry): ListAuditLogsResponse_AuditLogEntry {
-  const { id, actorId, actorPrincipal, subjectId, subjectType, action, kind, createdAt } = entry;
-  return create(ListAuditLogsResponse_AuditLogEntrySchema, {
-    ...{ id, actorPrincipal, subjectType, action, kind },
-    actorId: actorId ?? "",
-    subjectId: subjectId ?? "",
-    createdAt: timestampFromDate(createdAt),
-  });
 }
 
 /** The audit log, for admins of the organization and whoever holds ORG_AUDIT_LOG_READER. */
@@ -51,12 +34,12 @@ export function auditLog(app: App) {
       const ascending = sort?.order === SortOrder.ASC;
       const rows = await listAuditEntries(app.db.list, caller, filter, ascending, page);
       const { items, nextToken } = closePage(page, rows, auditPosition);
-      return { entries: items.map(toMessage), pagination: { nextToken } };
+      return { entries: items.map(auditEntryMessage), pagination: { nextToken } };
     },
     async getAuditLog({ auditLogEntryId }, context) {
       const caller = principal(context);
       allow(caller);
-      return { entry: toMessage(await getAuditEntry(app.db.point, caller, auditLogEntryId)) };
+      return { entry: auditEntryMessage(await getAuditEntry(app.db.point, caller, auditLogEntryId)) };
     },
   } satisfies Pick<ServiceImpl<typeof EventService>, "listAuditLogs" | "getAuditLog">;
 }
