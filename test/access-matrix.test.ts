@@ -120,7 +120,7 @@ const EXPECTED = `
   EnvironmentService.listEnvironments                       U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
   EnvironmentService.listEnvironmentClasses                 U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
   EnvironmentService.createEnvironment                      U U N ✓ D ✓ ✓ ✓ D D D D
-  EnvironmentService.createEnvironmentFromProject           U U i i D i i i D D D D
+  EnvironmentService.createEnvironmentFromProject           U U N N D ✓ ✓ N D D D D
   EnvironmentService.startEnvironment                       U U N N D ✓ D N D D D D
   EnvironmentService.stopEnvironment                        U U N N D ✓ ✓ N D D ✓ N
   EnvironmentService.archiveEnvironment                     U U N N D ✓ ✓ N D D D D
@@ -272,7 +272,9 @@ const EXPECTED = `
 const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "EnvironmentService.getEnvironment": onEnvironment,
   "EnvironmentService.createEnvironment": ({ classId }) => ({ spec: { machine: { class: classId } } }),
-  "EnvironmentService.createEnvironmentFromProject": ({ unknownId }) => ({ projectId: unknownId }),
+  "EnvironmentService.createEnvironmentFromProject": ({ projectId, classId }) => ({
+    ...{ projectId, spec: { machine: { class: classId } } },
+  }),
   "EnvironmentService.startEnvironment": onEnvironment,
   "EnvironmentService.stopEnvironment": onEnvironment,
   "EnvironmentService.archiveEnvironment": onEnvironment,
