@@ -27,9 +27,6 @@ export interface Limits {
   personalAccessTokens: number;
   /** Preferences of one user. */
   preferences: number;
-  /** Service accounts of one organization that are not suspended, and unexpired tokens of one of them. */
-  serviceAccounts: number;
-  serviceAccountTokens: number;
   /** Secrets of one owner. */
   secrets: number;
 }
@@ -42,8 +39,6 @@ export const LIMITS: Limits = {
   streamsPerPrincipal: 50,
   personalAccessTokens: 100,
   preferences: 500,
-  serviceAccounts: 500,
-  serviceAccountTokens: 50,
   secrets: 500,
 };
 

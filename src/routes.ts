@@ -2,6 +2,7 @@ import type { ConnectRouter } from "@connectrpc/connect";
 import { RunnerControlService } from "../gen/berth/runner/v1/runner_control_pb.js";
 import { AccountService } from "../gen/gitpod/v1/account_pb.js";
 import { EditorService } from "../gen/gitpod/v1/editor_pb.js";
+import { EnvironmentAutomationService } from "../gen/gitpod/v1/environment_automation_pb.js";
 import { EnvironmentService } from "../gen/gitpod/v1/environment_pb.js";
 import { EventService } from "../gen/gitpod/v1/event_pb.js";
 import { GatewayService } from "../gen/gitpod/v1/gateway_pb.js";
@@ -17,6 +18,7 @@ import { UsageService } from "../gen/gitpod/v1/usage_pb.js";
 import { UserService } from "../gen/gitpod/v1/user_pb.js";
 import type { App } from "./app.ts";
 import { accountService } from "./services/account.ts";
+import { automationService } from "./services/automation.ts";
 import { editorService } from "./services/editor.ts";
 import { environmentService } from "./services/environment.ts";
 import { eventService } from "./services/event.ts";
@@ -36,6 +38,7 @@ import { userService } from "./services/user.ts";
 /** Services that are registered. */
 export const services = [
   EnvironmentService,
+  EnvironmentAutomationService,
   EventService,
   IdentityService,
   RunnerService,
@@ -58,6 +61,7 @@ export function routes(app: App): (router: ConnectRouter) => void {
   const configuration = runnerConfigurationService(app);
   return (router) => {
     router.service(EnvironmentService, environmentService(app, configuration.listEnvironmentClasses));
+    router.service(EnvironmentAutomationService, automationService(app));
     router.service(EventService, eventService(app));
     router.service(IdentityService, identityService(app));
     router.service(RunnerService, runnerService(app));

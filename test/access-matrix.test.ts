@@ -1,10 +1,10 @@
 import { create, type DescMethod, type DescMethodServerStreaming, type DescMethodUnary } from "@bufbuild/protobuf";
-import { timestampFromMs } from "@bufbuild/protobuf/wkt";
 import { Code, ConnectError, createConnectRouter } from "@connectrpc/connect";
 import { createConnectTransport } from "@connectrpc/connect-node";
 import { v7 as uuidv7 } from "uuid";
 import { afterAll, beforeAll, expect, test } from "vitest";
 import { DeregisterRequest_Reason as Reason } from "../gen/berth/runner/v1/runner_control_pb.js";
+import { ServicePhase } from "../gen/gitpod/v1/environment_automation_pb.js";
 import type { Environment } from "../gen/gitpod/v1/environment_pb.js";
 import { OrganizationRole, OrganizationService } from "../gen/gitpod/v1/organization_pb.js";
 import { CreateProjectRequestSchema } from "../gen/gitpod/v1/project_pb.js";
@@ -15,6 +15,7 @@ import { EDITORS } from "../src/domain/editors.ts";
 import { TokenKind } from "../src/domain/tokens.ts";
 import { routes } from "../src/routes.ts";
 import { policy } from "../src/rpc/policy.ts";
+import { newService, newTask, startTask } from "./harness/automations.ts";
 import type { FakeRunner } from "./harness/fake-runner.ts";
 import { liftQuotas, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
 import { addOrganization, addServiceAccount, connectRunner, mint } from "./harness/tenants.ts";
@@ -68,10 +69,13 @@ interface World {
   runnerId: string;
   classId: string;
   linkId: string;
+  /** What the environment has. */
+  serviceId: string;
+  taskId: string;
+  executionId: string;
   /** The creator of the environment, and the first of its tokens. */
   userId: string;
   tokenId: string;
-  serviceAccountId: string;
   /** A secret of the creator, which the environment has. */
   secretId: string;
   /** Another exchange token each time. */
@@ -81,6 +85,13 @@ interface World {
 
 const STATUS = { phase: RunnerPhase.ACTIVE, version: "test", publicKey: new Uint8Array(32) };
 const onEnvironment = ({ environmentId }: World) => ({ environmentId });
+const onService = ({ serviceId }: World) => ({ id: serviceId });
+const onTask = ({ taskId }: World) => ({ id: taskId });
+const onExecution = ({ executionId }: World) => ({ id: executionId });
+/** A service or task that has no name yet. */
+const newItem = ({ environmentId }: World) => ({
+  ...{ environmentId, metadata: { reference: uuidv7(), name: "x" }, spec: { command: "x" } },
+});
 const onRunner = ({ runnerId }: World) => ({ runnerId });
 const onClass = ({ classId }: World) => ({ environmentClassId: classId });
 const onGroup = ({ runnerId, unknownId }: World) => ({ runnerId, groupId: unknownId, role: 1 });
@@ -109,7 +120,6 @@ const newProject = {
     initializer: { specs: [{ spec: { case: "git" as const, value: { remoteUri: "https://git.example.org/a/b" } } }] },
   },
 };
-const onServiceAccount = ({ serviceAccountId }: World) => ({ serviceAccountId });
 const onUnknown = ({ unknownId }: World) => ({ id: unknownId });
 
 const nameOf = ({ parent, localName }: DescMethod) => `${parent.name}.${localName}`;
@@ -120,7 +130,7 @@ const EXPECTED = `
   EnvironmentService.listEnvironments                       U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
   EnvironmentService.listEnvironmentClasses                 U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
   EnvironmentService.createEnvironment                      U U N ✓ D ✓ ✓ ✓ D D D D
-  EnvironmentService.createEnvironmentFromProject           U U N N D ✓ ✓ N D D D D
+  EnvironmentService.createEnvironmentFromProject           U U i i D i i i D D D D
   EnvironmentService.startEnvironment                       U U N N D ✓ D N D D D D
   EnvironmentService.stopEnvironment                        U U N N D ✓ ✓ N D D ✓ N
   EnvironmentService.archiveEnvironment                     U U N N D ✓ ✓ N D D D D
@@ -136,6 +146,23 @@ const EXPECTED = `
   EditorService.getEditor                                   U U ✓ ✓ ✓ ✓ ✓ ✓ D D ✓ ✓
   EditorService.resolveEditorURL                            U U N N D F D N D D D D
   GatewayService.listGateways                               U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
+  EnvironmentAutomationService.createService                U U N N D ✓ D N D D ✓ N
+  EnvironmentAutomationService.getService                   U U N N ✓ ✓ ✓ N D D ✓ N
+  EnvironmentAutomationService.listServices                 U U ✓ ✓ ✓ ✓ ✓ ✓ D D ✓ ✓
+  EnvironmentAutomationService.updateService                U U N N D ✓ D N D D ✓ N
+  EnvironmentAutomationService.deleteService                U U N N D ✓ ✓ N D D ✓ N
+  EnvironmentAutomationService.startService                 U U N N D ✓ D N D D ✓ N
+  EnvironmentAutomationService.stopService                  U U N N D ✓ ✓ N D D ✓ N
+  EnvironmentAutomationService.upsertAutomationsFile        U U N N D ✓ D N D D ✓ N
+  EnvironmentAutomationService.createTask                   U U N N D ✓ D N D D ✓ N
+  EnvironmentAutomationService.getTask                      U U N N ✓ ✓ ✓ N D D ✓ N
+  EnvironmentAutomationService.listTasks                    U U ✓ ✓ ✓ ✓ ✓ ✓ D D ✓ ✓
+  EnvironmentAutomationService.updateTask                   U U N N D ✓ D N D D ✓ N
+  EnvironmentAutomationService.deleteTask                   U U N N D ✓ ✓ N D D ✓ N
+  EnvironmentAutomationService.startTask                    U U N N D ✓ D N D D ✓ N
+  EnvironmentAutomationService.listTaskExecutions           U U ✓ ✓ ✓ ✓ ✓ ✓ D D ✓ ✓
+  EnvironmentAutomationService.getTaskExecution             U U N N ✓ ✓ ✓ N D D ✓ N
+  EnvironmentAutomationService.stopTaskExecution            U U N N D ✓ ✓ N D D ✓ N
   EventService.watchEvents                                  U U N N ✓ ✓ ✓ N D D ✓ N
   EventService.listAuditLogs                                U U D D D D ✓ D D D D D
   EventService.getAuditLog                                  U U D D D D N D D D D D
@@ -226,16 +253,6 @@ const EXPECTED = `
   RunnerConfigurationService.updateSCMIntegration           U U N N D N N N D D D D
   RunnerConfigurationService.deleteSCMIntegration           U U N N D N N N D D D D
   RunnerConfigurationService.validateRunnerConfiguration    U U i i D i i i D D D D
-  ServiceAccountService.createServiceAccount                U U D D D D ✓ D D D D D
-  ServiceAccountService.listServiceAccounts                 U U ✓ ✓ ✓ ✓ ✓ ✓ D D D D
-  ServiceAccountService.getServiceAccount                   U U N ✓ ✓ ✓ ✓ ✓ D D D D
-  ServiceAccountService.updateServiceAccount                U U N D D D ✓ D D D D D
-  ServiceAccountService.deleteServiceAccount                U U N N D N N D D D D D
-  ServiceAccountService.createServiceAccountAccessToken     U U N D D D ✓ D D D D D
-  ServiceAccountService.createServiceAccountToken           U U D D D D D D D D D D
-  ServiceAccountService.listServiceAccountTokens            U U D D D D D D D D D D
-  ServiceAccountService.getServiceAccountToken              U U N N N N N D D D D D
-  ServiceAccountService.deleteServiceAccountToken           U U N N D N N D D D D D
   UserService.getAuthenticatedUser                          U U ✓ ✓ ✓ ✓ ✓ D D D D D
   UserService.getUser                                       U U N ✓ ✓ ✓ ✓ ✓ D D ✓ N
   UserService.setSuspended                                  U U i i D i i D D D D D
@@ -259,6 +276,7 @@ const EXPECTED = `
   RunnerControlService.heartbeat                            U U D D D D D D ✓ A D D
   RunnerControlService.watch                                U U D D D D D D ✓ A D D
   RunnerControlService.reportEnvironments                   U U D D D D D D ✓ A D D
+  RunnerControlService.reportAutomations                    U U D D D D D D ✓ A D D
   RunnerControlService.getEnvironmentSecrets                U U D D D D D D ✓ N D D
   RunnerControlService.getHostToken                         U U D D D D D D N N D D
   RunnerControlService.putHostToken                         U U D D D D D D N N D D
@@ -272,9 +290,7 @@ const EXPECTED = `
 const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "EnvironmentService.getEnvironment": onEnvironment,
   "EnvironmentService.createEnvironment": ({ classId }) => ({ spec: { machine: { class: classId } } }),
-  "EnvironmentService.createEnvironmentFromProject": ({ projectId, classId }) => ({
-    ...{ projectId, spec: { machine: { class: classId } } },
-  }),
+  "EnvironmentService.createEnvironmentFromProject": ({ unknownId }) => ({ projectId: unknownId }),
   "EnvironmentService.startEnvironment": onEnvironment,
   "EnvironmentService.stopEnvironment": onEnvironment,
   "EnvironmentService.archiveEnvironment": onEnvironment,
@@ -291,6 +307,20 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "EditorService.resolveEditorURL": ({ environmentId, organizationId }) => ({
     ...{ editorId: EDITORS[0]?.id, environmentId, organizationId },
   }),
+  "EnvironmentAutomationService.createService": newItem,
+  "EnvironmentAutomationService.getService": onService,
+  "EnvironmentAutomationService.updateService": onService,
+  "EnvironmentAutomationService.deleteService": onService,
+  "EnvironmentAutomationService.startService": onService,
+  "EnvironmentAutomationService.stopService": onService,
+  "EnvironmentAutomationService.upsertAutomationsFile": ({ environmentId }) => ({ environmentId, automationsFile: {} }),
+  "EnvironmentAutomationService.createTask": newItem,
+  "EnvironmentAutomationService.getTask": onTask,
+  "EnvironmentAutomationService.updateTask": onTask,
+  "EnvironmentAutomationService.deleteTask": onTask,
+  "EnvironmentAutomationService.startTask": onTask,
+  "EnvironmentAutomationService.getTaskExecution": onExecution,
+  "EnvironmentAutomationService.stopTaskExecution": onExecution,
   "EventService.watchEvents": ({ environmentId }) => ({ scope: { case: "environmentId", value: environmentId } }),
   "EventService.getAuditLog": ({ unknownId }) => ({ auditLogEntryId: unknownId }),
   "IdentityService.exchangeToken": ({ exchangeToken }) => ({ exchangeToken }),
@@ -355,13 +385,6 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "RunnerConfigurationService.updateSCMIntegration": onUnknown,
   "RunnerConfigurationService.deleteSCMIntegration": onUnknown,
   "RunnerConfigurationService.validateRunnerConfiguration": onRunner,
-  "ServiceAccountService.createServiceAccount": () => ({ name: "made", validUntil: timestampFromMs(4e12) }),
-  "ServiceAccountService.getServiceAccount": onServiceAccount,
-  "ServiceAccountService.updateServiceAccount": (world) => ({ ...onServiceAccount(world), description: "For all" }),
-  "ServiceAccountService.deleteServiceAccount": ({ unknownId }) => ({ serviceAccountId: unknownId }),
-  "ServiceAccountService.createServiceAccountAccessToken": onServiceAccount,
-  "ServiceAccountService.getServiceAccountToken": ({ unknownId }) => ({ serviceAccountTokenId: unknownId }),
-  "ServiceAccountService.deleteServiceAccountToken": ({ unknownId }) => ({ serviceAccountTokenId: unknownId }),
   "UserService.getUser": onUser,
   "UserService.setSuspended": onUser,
   "UserService.deleteUser": onUser,
@@ -381,6 +404,10 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "RunnerControlService.watch": ({ linkId }) => ({ linkId }),
   "RunnerControlService.reportEnvironments": ({ linkId, environmentId }) => ({
     ...{ linkId, items: [{ environmentId, seq: 1n }] },
+  }),
+  "RunnerControlService.reportAutomations": ({ linkId, serviceId }) => ({
+    linkId,
+    services: [{ id: serviceId, seq: 1n }],
   }),
   "RunnerControlService.getEnvironmentSecrets": ({ environmentId, secretId }) => ({
     ...{ environmentId, secretIds: [secretId] },
@@ -403,6 +430,8 @@ const DESTRUCTIVE = new Set([
   "EnvironmentService.stopEnvironment",
   "EnvironmentService.archiveEnvironment",
   "EnvironmentService.deleteEnvironment",
+  "EnvironmentAutomationService.deleteService",
+  "EnvironmentAutomationService.deleteTask",
   "IdentityService.exchangeToken",
   "SecretService.deleteSecret",
   "ProjectService.deleteProject",
@@ -420,7 +449,7 @@ beforeAll(async () => {
   plane = await startTestPlane({}, { runnerCallMs: 25 });
   await liftQuotas(plane);
   creator = await plane.addUser();
-  const shared = await connectRunner(plane);
+  const shared = await connectRunner(plane, { maxEnvironments: 1000 });
   const hidden = await connectRunner(plane, { shared: false });
   [runner, otherRunner] = [shared.runner, hidden.runner];
   const secretId = await makeSecret();
@@ -431,18 +460,12 @@ beforeAll(async () => {
   const { linkId, id: runnerId } = runner;
   const { exchangeToken } = await plane.admin.runners.createRunnerToken({ runnerId });
   const { organizationId } = plane;
-  const robot = await addServiceAccount(plane);
   const { personalAccessTokens } = await creator.client.users.listPersonalAccessTokens({});
   world = {
-    ...{ organizationId, environmentId: own.id, runnerId, classId: shared.classId, linkId },
+    ...{ organizationId, runnerId, classId: shared.classId, linkId },
+    ...own.objects,
     ...{ projectId: await newProjectOf(creator.client) },
-    ...{
-      exchangeToken,
-      unknownId: uuidv7(),
-      userId: creator.id,
-      tokenId: personalAccessTokens[0]?.id ?? "",
-      serviceAccountId: robot.id,
-    },
+    ...{ exchangeToken, unknownId: uuidv7(), userId: creator.id, tokenId: personalAccessTokens[0]?.id ?? "" },
     secretId,
   };
   tokens = {
@@ -451,7 +474,7 @@ beforeAll(async () => {
     foreign: foreign.token,
     member: (await plane.addUser()).token,
     readOnly: await mint(plane, readOnly),
-    robot: robot.token,
+    robot: (await addServiceAccount(plane)).token,
   };
 });
 
@@ -471,7 +494,11 @@ async function newEnvironment(client: BerthClient, on: FakeRunner, classId: stri
   const { id, spec } = environment as Environment;
   const session = spec?.machine?.session ?? "";
   const { token } = await on.control.createEnvironmentToken({ environmentId: id, machineSession: session });
-  return { id, token };
+  const service = await newService(client, id, "web", { desiredPhase: ServicePhase.RUNNING });
+  const task = await newTask(client, id, "test", [], {});
+  const execution = await startTask(client, task);
+  const objects = { environmentId: id, serviceId: service.id, taskId: task.id, executionId: execution.id };
+  return { token, objects };
 }
 
 async function newProjectOf(client: BerthClient): Promise<string> {
@@ -486,7 +513,7 @@ async function scene(rpc: string, caller: Caller): Promise<{ world: World; token
   const { exchangeToken } = await plane.admin.runners.createRunnerToken({ runnerId: world.runnerId });
   const token = caller === "environment" ? own.token : tokens[caller];
   const projectId = await newProjectOf(creator.client);
-  return { world: { ...world, environmentId: own.id, projectId, exchangeToken, secretId: await makeSecret() }, token };
+  return { world: { ...world, ...own.objects, projectId, exchangeToken, secretId: await makeSecret() }, token };
 }
 
 /** How a call ends: ok once there is an answer, or the first message of a stream. */
@@ -515,7 +542,12 @@ async function outcome(method: DescMethod, request: Record<string, unknown>, tok
 }
 
 /** Services whose rows have not been written yet. */
-const WITHOUT_ROWS: ReadonlySet<string> = new Set(["AccountService", "GroupService", "UsageService"]);
+const WITHOUT_ROWS: ReadonlySet<string> = new Set([
+  "AccountService",
+  "GroupService",
+  "ServiceAccountService",
+  "UsageService",
+]);
 
 /** Every RPC that the control plane serves, from the router that it serves with. */
 function registered(): DescMethod[] {

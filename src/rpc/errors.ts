@@ -18,11 +18,12 @@ const CODES: Record<RefusalKind, Code> = {
   unimplemented: Code.Unimplemented,
 };
 
-/** `spec.ports[0].port` as the elements that validation errors carry. */
+/** `spec.ports[0].port` or `file.tasks["a"].name` as the elements that validation errors carry; keys are without dots. */
 function fieldPath(field: string) {
   const elements = field.split(".").map((part) => {
-    const [, fieldName = part, index] = /^([^[]*)\[(\d+)\]$/.exec(part) ?? [];
-    return { fieldName, subscript: index === undefined ? undefined : { case: "index" as const, value: BigInt(index) } };
+    const [, fieldName = part, index, key] = /^([^[]*)\[(?:(\d+)|"([^"]*)")\]$/.exec(part) ?? [];
+    if (index !== undefined) return { fieldName, subscript: { case: "index" as const, value: BigInt(index) } };
+    return { fieldName, subscript: key === undefined ? undefined : { case: "stringKey" as const, value: key } };
   });
   return create(FieldPathSchema, { elements });
 }

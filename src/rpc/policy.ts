@@ -3,6 +3,7 @@ import { MethodOptions_IdempotencyLevel } from "@bufbuild/protobuf/wkt";
 import type { RunnerControlService } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import type { AccountService } from "../../gen/gitpod/v1/account_pb.js";
 import type { EditorService } from "../../gen/gitpod/v1/editor_pb.js";
+import type { EnvironmentAutomationService } from "../../gen/gitpod/v1/environment_automation_pb.js";
 import type { EnvironmentService } from "../../gen/gitpod/v1/environment_pb.js";
 import type { EventService } from "../../gen/gitpod/v1/event_pb.js";
 import type { GatewayService } from "../../gen/gitpod/v1/gateway_pb.js";
@@ -68,6 +69,26 @@ const environments: Lines<typeof EnvironmentService> = {
   createEnvironmentAccessToken: people,
   createPortAccessToken: people,
   allowPortAccess: people,
+};
+
+const automations: Lines<typeof EnvironmentAutomationService> = {
+  createService: peopleAndEnvironments,
+  getService: peopleAndEnvironments,
+  listServices: peopleAndEnvironments,
+  updateService: peopleAndEnvironments,
+  deleteService: peopleAndEnvironments,
+  startService: peopleAndEnvironments,
+  stopService: peopleAndEnvironments,
+  upsertAutomationsFile: peopleAndEnvironments,
+  createTask: peopleAndEnvironments,
+  getTask: peopleAndEnvironments,
+  listTasks: peopleAndEnvironments,
+  updateTask: peopleAndEnvironments,
+  deleteTask: peopleAndEnvironments,
+  startTask: peopleAndEnvironments,
+  listTaskExecutions: peopleAndEnvironments,
+  getTaskExecution: peopleAndEnvironments,
+  stopTaskExecution: peopleAndEnvironments,
 };
 
 const events: Lines<typeof EventService> = {
@@ -261,6 +282,7 @@ const runnerControl: Lines<typeof RunnerControlService> = {
   heartbeat: runners,
   watch: runners,
   reportEnvironments: runners,
+  reportAutomations: runners,
   getEnvironmentSecrets: runners,
   getHostToken: runners,
   putHostToken: runners,
@@ -273,6 +295,7 @@ const runnerControl: Lines<typeof RunnerControlService> = {
 /** One line for every RPC of every service that this server registers. */
 export const policy = {
   "gitpod.v1.EnvironmentService": environments,
+  "gitpod.v1.EnvironmentAutomationService": automations,
   "gitpod.v1.EventService": events,
   "gitpod.v1.IdentityService": identity,
   "gitpod.v1.RunnerService": runnerService,

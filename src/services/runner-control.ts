@@ -2,16 +2,13 @@ import { create } from "@bufbuild/protobuf";
 import { durationFromMs, timestampFromDate } from "@bufbuild/protobuf/wkt";
 import type { HandlerContext, ServiceImpl } from "@connectrpc/connect";
 import {
-  BookmarkSchema,
   type Call,
   type CreateEnvironmentTokenRequest,
   type DeregisterRequest,
-  DesiredEnvironmentSchema,
   Directive,
   type EnvironmentReport,
   type HeartbeatRequest,
   IntrospectTokenResponse_Kind as Kind,
-  ObjectKind,
   ReportResult_Outcome as Outcome,
   DeregisterRequest_Reason as Reason,
   type RegisterRequest,
@@ -20,7 +17,6 @@ import {
   type RunnerControlService,
   type WatchRequest,
   type WatchResponse,
-  WatchResponseSchema,
 } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { EnvironmentPhase, EnvironmentStatusSchema } from "../../gen/gitpod/v1/environment_pb.js";
 import { ResourceOperation } from "../../gen/gitpod/v1/event_pb.js";
@@ -28,7 +24,7 @@ import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase, type RunnerStatus } from "../../gen/gitpod/v1/runner_pb.js";
 import { type App, actorOf, newTokenText, pacer, runnerChange, transact } from "../app.ts";
-import { environmentMessage } from "../domain/environment.ts";
+import { consequences } from "../domain/automation-environment.ts";
 import { validateConfiguration } from "../domain/environment-class.ts";
 import { invalid, precondition, Refusal } from "../domain/errors.ts";
 import { applyReport } from "../domain/lifecycle.ts";
@@ -46,35 +42,28 @@ import { principal } from "../rpc/authenticate.ts";
 import { streamOpened } from "../rpc/call.ts";
 import { completeCall, openCalls } from "../store/calls.ts";
 import type { Tx } from "../store/db.ts";
-import { classesById, refitClasses } from "../store/environment-classes.ts";
-import {
-  advanceEnvironment,
-  deletedAmongHeld,
-  lockEnvironment,
-  noteReport,
-  runnerEnvironments,
-} from "../store/environments.ts";
+import { refitClasses } from "../store/environment-classes.ts";
+import { advanceEnvironment, lockEnvironment, noteReport } from "../store/environments.ts";
 import { callTopic, runnerTopic } from "../store/hub.ts";
 import { readPolicies } from "../store/organizations.ts";
 import { record } from "../store/record.ts";
 import {
   getOwnRunner,
   markDeleted,
-  readRevisions,
   runnerMessage,
   type StoredRunner,
   setRunnerStatus,
   startLink,
 } from "../store/runners.ts";
 import { findRunnerToken, insertToken, refreshCaller, revokeEnvironmentToken } from "../store/tokens.ts";
+import { reportAutomations } from "./runner-control/automations.ts";
 import { hostToken, putHostToken } from "./runner-control/host-tokens.ts";
+import { bookmark, changesSince, step } from "./runner-control/objects.ts";
 import { environmentSecrets } from "./runner-control/secrets.ts";
 
 const OLDEST_PROTOCOL_VERSION = PROTOCOL_VERSION;
 const BOOKMARK_MS = 10_000;
 const POLL_MS = 5_000;
-const SNAPSHOT_PAGE = 100;
-const REVISION_PAGE = 200;
 const CALLS_PAGE = 50;
 
 /** The runner of a call, if the link that it quotes is the one in force. */
@@ -204,130 +193,6 @@ const directiveOf = (runner: StoredRunner) =>
 
 // The watch stream.
 
-type Step = WatchResponse["event"];
-const step = (event: Step): WatchResponse => create(WatchResponseSchema, { event });
-
-/** Environments as their runner should realise them, each with its class. */
-async function upserts(
-  app: App,
-  runnerId: string,
-  ids: readonly string[] | undefined,
-  after: string,
-  revisionOf: (id: string) => number,
-) {
-  const environments = await runnerEnvironments(app.db.list, runnerId, ids, after, SNAPSHOT_PAGE);
-  const classes = await classesById(
-    app.db.list,
-    environments.map((each) => each.spec.machine?.class ?? ""),
-  );
-  const messages = environments.map((each) =>
-    step({
-      case: "upsert",
-      value: {
-        $typeName: "berth.runner.v1.Upsert",
-        revision: BigInt(revisionOf(each.id)),
-        object: {
-          case: "environment",
-          value: create(DesiredEnvironmentSchema, {
-            environment: environmentMessage(each.id, each),
-            environmentClass: classes.get(each.spec.machine?.class ?? ""),
-          }),
-        },
-      },
-    }),
-  );
-  return { messages, ids: environments.map((each) => each.id) };
-}
-
-function runnerUpsert(runner: StoredRunner, revision: number): WatchResponse {
-  const object = { case: "runner" as const, value: runnerMessage(runner) };
-  return step({ case: "upsert", value: { $typeName: "berth.runner.v1.Upsert", revision: BigInt(revision), object } });
-}
-
-function removal(id: string, revision: number): WatchResponse {
-  const value = {
-    $typeName: "berth.runner.v1.Remove" as const,
-    revision: BigInt(revision),
-    kind: ObjectKind.ENVIRONMENT,
-    id,
-  };
-  return step({ case: "remove", value });
-}
-
-/** Everything the runner should have. The head is read first: what changes meanwhile comes again as a delta. */
-async function* snapshot(app: App, runner: StoredRunner): AsyncGenerator<WatchResponse> {
-  const revision = BigInt(runner.headRevision);
-  yield step({
-    case: "snapshotBegin",
-    value: { $typeName: "berth.runner.v1.SnapshotBegin", revision, controlPlaneId: app.controlPlaneId },
-  });
-  yield runnerUpsert(runner, 0);
-  for (let after = ""; ; ) {
-    const page = await upserts(app, runner.id, undefined, after, () => 0);
-    yield* page.messages;
-    if (page.ids.length < SNAPSHOT_PAGE) break;
-    after = page.ids.at(-1) ?? after;
-  }
-  for (const id of await deletedAmongHeld(app.db.list, runner.id)) yield removal(id, 0);
-  yield step({ case: "snapshotEnd", value: { $typeName: "berth.runner.v1.SnapshotEnd", revision } });
-}
-
-/** Objects that changed after a revision, as they are now; undefined when the log no longer reaches back that far. */
-async function deltas(
-  app: App,
-  runner: StoredRunner,
-  after: number,
-): Promise<{ messages: WatchResponse[]; revision: number; more: boolean } | undefined> {
-  const read = await readRevisions(app.db.point, runner.id, after, REVISION_PAGE);
-  if (!read) return undefined;
-  const newest = new Map(read.revisions.map((each) => [`${each.kind} ${each.objectId}`, each]));
-  const changes = [...newest.values()].sort((left, right) => left.revision - right.revision);
-  const ids = changes.filter((each) => each.kind === ObjectKind.ENVIRONMENT).map((each) => each.objectId);
-  const revisions = new Map(changes.map((each) => [each.objectId, each.revision]));
-  const messages: { revision: number; message: WatchResponse }[] = [];
-  const living = new Set<string>();
-  for (let from = 0; from < ids.length; from += SNAPSHOT_PAGE) {
-    const page = await upserts(
-      app,
-      runner.id,
-      ids.slice(from, from + SNAPSHOT_PAGE),
-      "",
-      (id) => revisions.get(id) ?? 0,
-    );
-    page.messages.forEach((message, index) => {
-      const id = page.ids[index] ?? "";
-      living.add(id);
-      messages.push({ revision: revisions.get(id) ?? 0, message });
-    });
-  }
-  for (const { kind, objectId, revision } of changes) {
-    if (kind === ObjectKind.RUNNER)
-      messages.push({ revision, message: runnerUpsert(await getOwnRunner(app.db.point, runner.id), revision) });
-    else if (!living.has(objectId)) messages.push({ revision, message: removal(objectId, revision) });
-  }
-  messages.sort((left, right) => left.revision - right.revision);
-  return {
-    messages: messages.map((each) => each.message),
-    revision: read.revisions.at(-1)?.revision ?? after,
-    more: read.revisions.length === REVISION_PAGE,
-  };
-}
-
-/** Objects that changed after a revision; everything without one, or when it is too old. */
-async function* changesSince(
-  app: App,
-  runner: StoredRunner,
-  revision: number | undefined,
-): AsyncGenerator<WatchResponse, { revision: number; more: boolean }> {
-  const changes = revision === undefined ? undefined : await deltas(app, runner, revision);
-  if (changes) {
-    yield* changes.messages;
-    return changes;
-  }
-  yield* snapshot(app, runner);
-  return { revision: runner.headRevision, more: false };
-}
-
 async function* watch(
   app: App,
   caller: Caller,
@@ -337,7 +202,7 @@ async function* watch(
   const { signal } = context;
   const { latch: news, leave } = app.hub.latch(runnerTopic(caller.id));
   const check = pacer(app.limits.credentialCheckMs);
-  const bookmark = pacer(BOOKMARK_MS);
+  const bookmarks = pacer(BOOKMARK_MS);
   const sentCalls = new Set<string>();
   try {
     let runner = await ownRunner(app, caller, request.linkId);
@@ -345,16 +210,15 @@ async function* watch(
     const resume = Math.min(Number(request.resumeRevision), Number.MAX_SAFE_INTEGER);
     let at = yield* changesSince(app, runner, resume || undefined);
     let isTold = false;
-    yield step({ case: "bookmark", value: create(BookmarkSchema, { revision: BigInt(at.revision) }) });
+    yield bookmark(at.revision);
     for (;;) {
       if (directiveOf(runner) === Directive.SHUTDOWN && !isTold) {
         isTold = true;
         yield step({ case: "directive", value: Directive.SHUTDOWN });
       }
       yield* unsent(await openCalls(app.db.point, runner.id, app.now(), CALLS_PAGE), sentCalls);
-      if (bookmark.isDue())
-        yield step({ case: "bookmark", value: create(BookmarkSchema, { revision: BigInt(at.revision) }) });
-      const patienceMs = Math.min(POLL_MS, check.leftMs(), bookmark.leftMs());
+      if (bookmarks.isDue()) yield bookmark(at.revision);
+      const patienceMs = Math.min(POLL_MS, check.leftMs(), bookmarks.leftMs());
       if (!at.more) await news.wait(patienceMs, signal, app.draining);
       if (signal.aborted) return;
       if (app.draining.aborted) throw new Refusal("unavailable", "the server is shutting down");
@@ -411,7 +275,8 @@ async function reportEnvironment(
     const advanced = await advanceEnvironment(tx, stored, { ...next, reportEpoch: epoch, reportSeq: seq }, by);
     // The order counts even where the content is the same: an older report may still be on its way.
     if (!advanced) await noteReport(tx, stored.id, epoch, seq);
-    if (next.changed.spec || next.status.phase === EnvironmentPhase.DELETED) touched(caller.id);
+    const isNews = next.changed.spec || next.status.phase === EnvironmentPhase.DELETED;
+    if (isNews || consequences(stored, next)) touched(caller.id);
     return answer(Outcome.OK, next);
   });
 }
@@ -515,6 +380,11 @@ export function runnerControlService(app: App): ServiceImpl<typeof RunnerControl
     watch: (request, context) => watch(app, principal(context), request, context),
     async reportEnvironments(request, context) {
       return { results: await reportEnvironments(app, principal(context), request.linkId, request.items) };
+    },
+    async reportAutomations(request, context) {
+      const caller = principal(context);
+      const { epoch } = await ownRunner(app, caller, request.linkId);
+      return reportAutomations(app, caller, epoch, request);
     },
     async getEnvironmentSecrets(request, context) {
       return { secrets: await environmentSecrets(app, principal(context), request) };

@@ -30,6 +30,7 @@ import type { Caller } from "../domain/principal.ts";
 import { TokenKind } from "../domain/tokens.ts";
 import { ownsEnvironment, readsEnvironment, sharedWith } from "./access.ts";
 import { assignmentsEnded } from "./assignment-rows.ts";
+import { followEnvironment } from "./automation/environment.ts";
 import { conjunction, containing, oneOf } from "./conditions.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
 import { usedProject } from "./project-usage.ts";
@@ -201,7 +202,7 @@ export async function insertEnvironment(
 /**
  * Writes the next state of an environment that this transaction holds locked, with its event, its audit entry and, if
  * the runner has to act, the runner's revision. Nothing is written when nothing changed. `action` is the audit text for
- * people; without it an entry is written only when the overall phase changes.
+ * people; without it an entry is written only when the overall phase changes. Its services and executions follow.
  */
 export async function advanceEnvironment(
   tx: Tx,
@@ -260,6 +261,7 @@ export async function advanceEnvironment(
       due_at = ${nextDueAt(next)}, archivable_since = ${archivableSince(next)},
       deleted_at = ${status.phase === EnvironmentPhase.DELETED ? tx`coalesce(deleted_at, ${by.at})` : tx`null`}
     where id = ${id}`;
+  await followEnvironment(tx, before, { ...next, id, organizationId }, by);
   return true;
 }
 
@@ -272,6 +274,19 @@ function same(a: Uint8Array, b: Uint8Array): boolean {
   return Buffer.compare(a, b) === 0;
 }
 
+/** An environment, by its id or a query for it, that the caller may read; undefined if there is none. */
+export async function readEnvironment(
+  sql: Sql | Tx,
+  caller: Caller,
+  id: string | Fragment,
+  lock = false,
+): Promise<StoredEnvironment | undefined> {
+  const [row] = await sql<EnvironmentRow[]>`
+    select ${columns(sql)}, ${relations(sql, caller)} from environments e
+    where e.id = ${id} and ${readsEnvironment(sql, caller)} ${lock ? sql`for update` : sql``}`;
+  return row && toEnvironment(row, relationOf(row, caller));
+}
+
 /** An environment that the caller may read; NOT_FOUND otherwise. `lock` keeps it still until the transaction ends. */
 export async function getEnvironment(
   sql: Sql | Tx,
@@ -279,11 +294,9 @@ export async function getEnvironment(
   id: string,
   lock = false,
 ): Promise<StoredEnvironment> {
-  const [row] = await sql<EnvironmentRow[]>`
-    select ${columns(sql)}, ${relations(sql, caller)} from environments e
-    where e.id = ${id} and ${readsEnvironment(sql, caller)} ${lock ? sql`for update` : sql``}`;
-  if (!row) throw notFound("environment", id);
-  return toEnvironment(row, relationOf(row, caller));
+  const found = await readEnvironment(sql, caller, id, lock);
+  if (!found) throw notFound("environment", id);
+  return found;
 }
 
 /** An environment of the caller's organization, for questions that do not need the right to read it. */
@@ -298,8 +311,8 @@ export async function findEnvironment(
   return row && { ...toEnvironment(row, relationOf(row, caller)), readable: row.readable };
 }
 
-/** An environment read for the system's own work; undefined if there is none. */
-export async function lockEnvironment(tx: Tx, id: string): Promise<StoredEnvironment | undefined> {
+/** An environment, by its id or a query for it, read for the system's own work; undefined if there is none. */
+export async function lockEnvironment(tx: Tx, id: string | Fragment): Promise<StoredEnvironment | undefined> {
   const [row] = await tx<EnvironmentRow[]>`
     select ${columns(tx)}, false as owner, false as e_user from environments e where e.id = ${id} for update`;
   return row && toEnvironment(row, NOBODY);

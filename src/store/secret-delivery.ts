@@ -12,7 +12,10 @@ import { openValue } from "./secrets.ts";
 const NIL = "00000000-0000-0000-0000-000000000000";
 
 /** Whose secrets an environment may get: its organization's, its project's and its creator's. */
-function ownersOf({ organizationId, metadata }: Pick<StoredEnvironment, "organizationId" | "metadata">): string[] {
+export function ownersOf({
+  organizationId,
+  metadata,
+}: Pick<StoredEnvironment, "organizationId" | "metadata">): string[] {
   const { creator, projectId, role } = metadata;
   const isForEverybody = role === EnvironmentRole.PREBUILD && creator?.principal === Principal.USER;
   return [organizationId, projectId, isForEverybody ? "" : (creator?.id ?? "")].filter((id) => id !== "");

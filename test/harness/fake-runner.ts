@@ -2,10 +2,15 @@ import { create, type MessageInitShape } from "@bufbuild/protobuf";
 import { type Client, createClient } from "@connectrpc/connect";
 import { createConnectTransport } from "@connectrpc/connect-node";
 import {
+  type AutomationReportResult,
+  type DesiredService,
+  type DesiredTaskExecution,
   type ReportResult,
   RunnerControlService,
+  type Upsert,
   type WatchResponse,
 } from "../../gen/berth/runner/v1/runner_control_pb.js";
+import { ServiceStatusSchema, TaskExecutionStatusSchema } from "../../gen/gitpod/v1/environment_automation_pb.js";
 import {
   EnvironmentStatus_RunnerACK_StatusCode as Ack,
   EnvironmentStatus_ContentPhase as ContentPhase,
@@ -126,16 +131,73 @@ export class FakeRunner implements AsyncDisposable {
     return this.report(environment.id, { ...status, machine: { ...status.machine, phase } });
   }
 
-  /** The newest desired state of an environment that satisfies a condition. */
-  desired(environmentId: string, accept: (environment: Environment) => boolean = () => true): Promise<Environment> {
+  async reportService(
+    id: string,
+    status: MessageInitShape<typeof ServiceStatusSchema>,
+    seq = ++this.#seq,
+  ): Promise<AutomationReportResult> {
+    const services = [{ id, seq, status: create(ServiceStatusSchema, status) }];
+    const { services: results } = await this.control.reportAutomations({ linkId: this.linkId, services });
+    const [result] = results;
+    if (!result) throw new Error("the report was not judged");
+    return result;
+  }
+
+  async reportExecution(
+    id: string,
+    status: MessageInitShape<typeof TaskExecutionStatusSchema>,
+    seq = ++this.#seq,
+  ): Promise<AutomationReportResult> {
+    const executions = [{ id, seq, status: create(TaskExecutionStatusSchema, status) }];
+    const { executions: results } = await this.control.reportAutomations({ linkId: this.linkId, executions });
+    const [result] = results;
+    if (!result) throw new Error("the report was not judged");
+    return result;
+  }
+
+  /** The newest desired state of a service that satisfies a condition. */
+  desiredService(id: string, accept: (desired: DesiredService) => boolean = () => true): Promise<DesiredService> {
+    return this.#newest(id, (object) =>
+      object.case === "service" && object.value.service?.id === id && accept(object.value) ? object.value : undefined,
+    );
+  }
+
+  /** The newest desired state of an execution that satisfies a condition. */
+  desiredExecution(
+    id: string,
+    accept: (desired: DesiredTaskExecution) => boolean = () => true,
+  ): Promise<DesiredTaskExecution> {
+    return this.#newest(id, (object) =>
+      object.case === "taskExecution" && object.value.taskExecution?.id === id && accept(object.value)
+        ? object.value
+        : undefined,
+    );
+  }
+
+  /** Waits until the stream has said that an object is gone. */
+  removed(id: string): Promise<unknown> {
+    return eventually(
+      () => this.seen.some((event) => event.case === "remove" && event.value.id === id),
+      `the removal of ${id}`,
+    );
+  }
+
+  #newest<T>(id: string, pick: (object: Upsert["object"]) => T | undefined): Promise<T> {
     return eventually(() => {
       for (const event of [...this.seen].reverse()) {
-        if (event.case !== "upsert" || event.value.object.case !== "environment") continue;
-        const { environment } = event.value.object.value;
-        if (environment?.id === environmentId) return accept(environment) && environment;
+        const found = event.case === "upsert" ? pick(event.value.object) : undefined;
+        if (found) return found;
       }
       return undefined;
-    }, `the desired state of ${environmentId}`);
+    }, `the desired state of ${id}`);
+  }
+
+  /** The newest desired state of an environment that satisfies a condition. */
+  desired(environmentId: string, accept: (environment: Environment) => boolean = () => true): Promise<Environment> {
+    return this.#newest(environmentId, (object) => {
+      const environment = object.case === "environment" ? object.value.environment : undefined;
+      return environment?.id === environmentId && accept(environment) ? environment : undefined;
+    });
   }
 
   async [Symbol.asyncDispose](): Promise<void> {

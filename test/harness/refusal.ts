@@ -23,7 +23,7 @@ export function violatedFields(error: ConnectError): string[] {
       violations.map(({ field }) =>
         (field?.elements ?? [])
           .map(({ fieldName, subscript }) =>
-            subscript.case === "index" ? `${fieldName}[${subscript.value}]` : fieldName,
+            subscript.case === undefined ? fieldName : `${fieldName}[${subscript.value}]`,
           )
           .join("."),
       ),

@@ -9,6 +9,7 @@ import { type App, actorOf } from "../../app.ts";
 import { notFound, precondition } from "../../domain/errors.ts";
 import type { Caller } from "../../domain/principal.ts";
 import { CONTROL_PLANE } from "../../domain/secret.ts";
+import { secretsNamed } from "../../store/automation/secrets.ts";
 import { getEnvironment } from "../../store/environments.ts";
 import { type OpenSecret, readValues } from "../../store/secret-delivery.ts";
 
@@ -31,14 +32,18 @@ export async function environmentSecrets(
   caller: Caller,
   request: GetEnvironmentSecretsRequest,
 ): Promise<EnvironmentSecret[]> {
-  const { spec, organizationId } = await getEnvironment(app.db.point, caller, request.environmentId);
+  const environment = await getEnvironment(app.db.point, caller, request.environmentId);
+  const { spec, organizationId } = environment;
   if (spec.desiredPhase !== EnvironmentPhase.RUNNING) throw precondition("the environment is not to run");
   const ids = request.secretIds.map((id) => id.toLowerCase());
   const known = secretIdsOf(spec);
-  const stranger = ids.find((id) => !known.has(id));
+  const others = ids.filter((id) => !known.has(id));
+  const named = others.length > 0 ? await secretsNamed(app.db.point, environment, others) : new Map<string, boolean>();
+  const stranger = others.find((id) => !named.has(id));
   if (stranger) throw notFound("secret", stranger);
+  const usable = ids.filter((id) => known.has(id) || named.get(id));
   const { masterKey, newId } = app;
   const by = { masterKey, newId, at: app.now() };
-  const secrets = await readValues(app.db.write, actorOf(caller), organizationId, ids, by);
+  const secrets = await readValues(app.db.write, actorOf(caller), organizationId, usable, by);
   return secrets.map(delivered);
 }

@@ -12,6 +12,7 @@ import type { ParseContextURLResponse, Runner, RunnerStatus } from "../../../git
 import type { EnvironmentClass, HostAuthenticationTokenSource, RunnerConfigurationSchema } from "../../../gitpod/v1/runner_configuration_pb.js";
 import type { Any, Duration, Timestamp } from "@bufbuild/protobuf/wkt";
 import type { Environment, EnvironmentStatus } from "../../../gitpod/v1/environment_pb.js";
+import type { Service, ServiceStatus, TaskExecution, TaskExecutionStatus } from "../../../gitpod/v1/environment_automation_pb.js";
 import type { Subject } from "../../../gitpod/v1/identity_pb.js";
 import type { Secret_CredentialProxy, Secret_Source } from "../../../gitpod/v1/secret_pb.js";
 
@@ -402,6 +403,22 @@ export declare type Upsert = Message<"berth.runner.v1.Upsert"> & {
      */
     value: DesiredEnvironment;
     case: "environment";
+  } | {
+    /**
+     * A service as it should be.
+     *
+     * @generated from field: berth.runner.v1.DesiredService service = 4;
+     */
+    value: DesiredService;
+    case: "service";
+  } | {
+    /**
+     * An execution as it should be.
+     *
+     * @generated from field: berth.runner.v1.DesiredTaskExecution task_execution = 5;
+     */
+    value: DesiredTaskExecution;
+    case: "taskExecution";
   } | { case: undefined; value?: undefined };
 };
 
@@ -439,7 +456,67 @@ export declare type DesiredEnvironment = Message<"berth.runner.v1.DesiredEnviron
 export declare const DesiredEnvironmentSchema: GenMessage<DesiredEnvironment>;
 
 /**
- * An object that is gone: stop what runs of it and erase its files.
+ * A service as its runner should realise it, within a snapshot after its environment. A snapshot names every service
+ * of the environments in it: one that the runner holds beyond that is gone.
+ *
+ * @generated from message berth.runner.v1.DesiredService
+ */
+export declare type DesiredService = Message<"berth.runner.v1.DesiredService"> & {
+  /**
+   * The service. RUNNING is wanted in spec.session, which begins once that of the status has ended; it is not begun
+   * again after it has ended by itself.
+   *
+   * @generated from field: gitpod.v1.Service service = 1;
+   */
+  service?: Service | undefined;
+
+  /**
+   * What asked for spec.session: `manual`, or the trigger as files write it. A service without a target that
+   * `postMachineStart` asked for runs on the machine.
+   *
+   * @generated from field: string started_by = 2;
+   */
+  startedBy: string;
+};
+
+/**
+ * Describes the message berth.runner.v1.DesiredService.
+ * Use `create(DesiredServiceSchema)` to create a new message.
+ */
+export declare const DesiredServiceSchema: GenMessage<DesiredService>;
+
+/**
+ * An execution as its runner should realise it, within a snapshot after all services. A snapshot names every execution
+ * that has not ended: one that the runner holds beyond that has ended. The services of its plan have been asked to start
+ * with it, where they were not running; the runner only waits for them.
+ *
+ * @generated from message berth.runner.v1.DesiredTaskExecution
+ */
+export declare type DesiredTaskExecution = Message<"berth.runner.v1.DesiredTaskExecution"> & {
+  /**
+   * The execution. Its status is what the control plane knows; one that has ended there is over, whatever still runs.
+   *
+   * @generated from field: gitpod.v1.TaskExecution task_execution = 1;
+   */
+  taskExecution?: TaskExecution | undefined;
+
+  /**
+   * The firing of a trigger that made it; empty for a manual start. Executions of one firing run the command of each
+   * task once, and share its phase, message and output.
+   *
+   * @generated from field: string firing_id = 2;
+   */
+  firingId: string;
+};
+
+/**
+ * Describes the message berth.runner.v1.DesiredTaskExecution.
+ * Use `create(DesiredTaskExecutionSchema)` to create a new message.
+ */
+export declare const DesiredTaskExecutionSchema: GenMessage<DesiredTaskExecution>;
+
+/**
+ * An object that is gone: stop what runs of it and erase its files. A service is killed without its stop command.
  *
  * @generated from message berth.runner.v1.Remove
  */
@@ -731,6 +808,183 @@ export enum ReportResult_Outcome {
 export declare const ReportResult_OutcomeSchema: GenEnum<ReportResult_Outcome>;
 
 /**
+ * Status of services and executions.
+ *
+ * @generated from message berth.runner.v1.ReportAutomationsRequest
+ */
+export declare type ReportAutomationsRequest = Message<"berth.runner.v1.ReportAutomationsRequest"> & {
+  /**
+   * Link from Register.
+   *
+   * @generated from field: string link_id = 1;
+   */
+  linkId: string;
+
+  /**
+   * At most 100 reports.
+   *
+   * @generated from field: repeated berth.runner.v1.ServiceReport services = 2;
+   */
+  services: ServiceReport[];
+
+  /**
+   * At most 100 reports.
+   *
+   * @generated from field: repeated berth.runner.v1.TaskExecutionReport executions = 3;
+   */
+  executions: TaskExecutionReport[];
+};
+
+/**
+ * Describes the message berth.runner.v1.ReportAutomationsRequest.
+ * Use `create(ReportAutomationsRequestSchema)` to create a new message.
+ */
+export declare const ReportAutomationsRequestSchema: GenMessage<ReportAutomationsRequest>;
+
+/**
+ * Status of one service.
+ *
+ * @generated from message berth.runner.v1.ServiceReport
+ */
+export declare type ServiceReport = Message<"berth.runner.v1.ServiceReport"> & {
+  /**
+   * Service that is reported.
+   *
+   * @generated from field: string id = 1;
+   */
+  id: string;
+
+  /**
+   * Grows per service within an epoch.
+   *
+   * @generated from field: int64 seq = 2;
+   */
+  seq: bigint;
+
+  /**
+   * The status, complete but for its version. DELETED ends the record of a service that is to be deleted.
+   *
+   * @generated from field: gitpod.v1.ServiceStatus status = 3;
+   */
+  status?: ServiceStatus | undefined;
+};
+
+/**
+ * Describes the message berth.runner.v1.ServiceReport.
+ * Use `create(ServiceReportSchema)` to create a new message.
+ */
+export declare const ServiceReportSchema: GenMessage<ServiceReport>;
+
+/**
+ * Status of one execution.
+ *
+ * @generated from message berth.runner.v1.TaskExecutionReport
+ */
+export declare type TaskExecutionReport = Message<"berth.runner.v1.TaskExecutionReport"> & {
+  /**
+   * Execution that is reported.
+   *
+   * @generated from field: string id = 1;
+   */
+  id: string;
+
+  /**
+   * Grows per execution within an epoch.
+   *
+   * @generated from field: int64 seq = 2;
+   */
+  seq: bigint;
+
+  /**
+   * The status, complete but for its version; steps that have not begun are absent. An end is final.
+   *
+   * @generated from field: gitpod.v1.TaskExecutionStatus status = 3;
+   */
+  status?: TaskExecutionStatus | undefined;
+
+  /**
+   * When its first step began; unset before. The first word counts.
+   *
+   * @generated from field: google.protobuf.Timestamp started_at = 4;
+   */
+  startedAt?: Timestamp | undefined;
+
+  /**
+   * When it ended; unset before.
+   *
+   * @generated from field: google.protobuf.Timestamp completed_at = 5;
+   */
+  completedAt?: Timestamp | undefined;
+};
+
+/**
+ * Describes the message berth.runner.v1.TaskExecutionReport.
+ * Use `create(TaskExecutionReportSchema)` to create a new message.
+ */
+export declare const TaskExecutionReportSchema: GenMessage<TaskExecutionReport>;
+
+/**
+ * Judgement of each report, in request order.
+ *
+ * @generated from message berth.runner.v1.ReportAutomationsResponse
+ */
+export declare type ReportAutomationsResponse = Message<"berth.runner.v1.ReportAutomationsResponse"> & {
+  /**
+   * One per service.
+   *
+   * @generated from field: repeated berth.runner.v1.AutomationReportResult services = 1;
+   */
+  services: AutomationReportResult[];
+
+  /**
+   * One per execution.
+   *
+   * @generated from field: repeated berth.runner.v1.AutomationReportResult executions = 2;
+   */
+  executions: AutomationReportResult[];
+};
+
+/**
+ * Describes the message berth.runner.v1.ReportAutomationsResponse.
+ * Use `create(ReportAutomationsResponseSchema)` to create a new message.
+ */
+export declare const ReportAutomationsResponseSchema: GenMessage<ReportAutomationsResponse>;
+
+/**
+ * What became of a report about a service or an execution.
+ *
+ * @generated from message berth.runner.v1.AutomationReportResult
+ */
+export declare type AutomationReportResult = Message<"berth.runner.v1.AutomationReportResult"> & {
+  /**
+   * Service or execution that was reported.
+   *
+   * @generated from field: string id = 1;
+   */
+  id: string;
+
+  /**
+   * The judgement.
+   *
+   * @generated from field: berth.runner.v1.ReportResult.Outcome outcome = 2;
+   */
+  outcome: ReportResult_Outcome;
+
+  /**
+   * Status version now stored.
+   *
+   * @generated from field: uint64 status_version = 3;
+   */
+  statusVersion: bigint;
+};
+
+/**
+ * Describes the message berth.runner.v1.AutomationReportResult.
+ * Use `create(AutomationReportResultSchema)` to create a new message.
+ */
+export declare const AutomationReportResultSchema: GenMessage<AutomationReportResult>;
+
+/**
  * Which values.
  *
  * @generated from message berth.runner.v1.GetEnvironmentSecretsRequest
@@ -744,7 +998,8 @@ export declare type GetEnvironmentSecretsRequest = Message<"berth.runner.v1.GetE
   environmentId: string;
 
   /**
-   * The secrets, by the `source_ref` of their entries in the specification; at most 100.
+   * The secrets, by the `source_ref` of their entries in the specification, or as variables of a service or of an
+   * execution that has not ended name them; at most 100.
    *
    * @generated from field: repeated string secret_ids = 2;
    */
@@ -758,7 +1013,7 @@ export declare type GetEnvironmentSecretsRequest = Message<"berth.runner.v1.GetE
 export declare const GetEnvironmentSecretsRequestSchema: GenMessage<GetEnvironmentSecretsRequest>;
 
 /**
- * The values, in no order. A secret that has been deleted since the specification was made is left out.
+ * The values, in no order. A secret that has been deleted since it was named, or is out of scope, is left out.
  *
  * @generated from message berth.runner.v1.GetEnvironmentSecretsResponse
  */
@@ -1469,6 +1724,20 @@ export enum ObjectKind {
    * @generated from enum value: OBJECT_KIND_ENVIRONMENT = 2;
    */
   ENVIRONMENT = 2,
+
+  /**
+   * A service of such an environment.
+   *
+   * @generated from enum value: OBJECT_KIND_SERVICE = 3;
+   */
+  SERVICE = 3,
+
+  /**
+   * An execution of a task of such an environment.
+   *
+   * @generated from enum value: OBJECT_KIND_TASK_EXECUTION = 4;
+   */
+  TASK_EXECUTION = 4,
 }
 
 /**
@@ -1523,6 +1792,16 @@ export declare const RunnerControlService: GenService<{
     methodKind: "unary";
     input: typeof ReportEnvironmentsRequestSchema;
     output: typeof ReportEnvironmentsResponseSchema;
+  },
+  /**
+   * Status of services and task executions upwards, judged as in ReportEnvironments.
+   *
+   * @generated from rpc berth.runner.v1.RunnerControlService.ReportAutomations
+   */
+  reportAutomations: {
+    methodKind: "unary";
+    input: typeof ReportAutomationsRequestSchema;
+    output: typeof ReportAutomationsResponseSchema;
   },
   /**
    * Values of secrets for an environment that is assigned to the runner and is to run; never to be logged, and to be kept

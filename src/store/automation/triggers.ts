@@ -1,0 +1,61 @@
+import { create, fromBinary } from "@bufbuild/protobuf";
+import { Principal, SubjectSchema } from "../../../gen/gitpod/v1/identity_pb.js";
+import { RunnerCapability, RunnerStatusSchema } from "../../../gen/gitpod/v1/runner_pb.js";
+import { MAX_UNFINISHED_EXECUTIONS, runRefusal, triggerNames } from "../../domain/automation.ts";
+import { isPrebuild, type Occurrence } from "../../domain/automation-environment.ts";
+import type { Tx } from "../db.ts";
+import type { Attribution } from "../record.ts";
+import { countUnfinished } from "./executions.ts";
+import type { HomeEnvironment } from "./parts.ts";
+import { startService } from "./services.ts";
+import { readAutomationSet, startExecution } from "./start.ts";
+
+/** Puts an occurrence down as fired; false if it already was. Older ones of its trigger do not come back. */
+async function claim(tx: Tx, environmentId: string, { trigger, occurrence }: Occurrence, at: Date): Promise<boolean> {
+  const rows = await tx`
+    insert into trigger_firings (environment_id, trigger, occurrence, fired_at)
+    values (${environmentId}, ${trigger}, ${occurrence}, ${at})
+    on conflict (environment_id, trigger) do update set occurrence = excluded.occurrence, fired_at = excluded.fired_at
+      where trigger_firings.occurrence <> excluded.occurrence
+    returning trigger`;
+  return rows.length > 0;
+}
+
+/**
+ * Starts whatever a trigger names, once per occurrence, in an environment that the transaction holds. A service that
+ * cannot be started is left out, and so are tasks while too many executions have not ended.
+ */
+export async function fire(
+  tx: Tx,
+  environment: HomeEnvironment,
+  occurrence: Occurrence,
+  { newId, at }: Attribution,
+): Promise<void> {
+  if (!(await claim(tx, environment.id, occurrence, at))) return;
+  const { trigger } = occurrence;
+  const creator = create(SubjectSchema, { id: environment.id, principal: Principal.ENVIRONMENT });
+  const by = { actor: { id: creator.id, principal: creator.principal, tokenId: null }, newId, at };
+  const set = await readAutomationSet(tx, environment);
+  for (const [id, service] of set.services) {
+    if (triggerNames(service.metadata.triggeredBy).includes(trigger))
+      set.services.set(id, await startService(tx, service, trigger, by));
+  }
+  const tasks = [...set.tasks.values()].filter(({ metadata }) => triggerNames(metadata.triggeredBy).includes(trigger));
+  const hasRoom = tasks.length > 0 && (await countUnfinished(tx, environment.id)) < MAX_UNFINISHED_EXECUTIONS;
+  const start = { creator, startedBy: trigger, firingId: newId() };
+  for (const task of hasRoom ? tasks : []) await startExecution(tx, set, task, start, by);
+  if (trigger === "prebuild") await fireBeforeSnapshot(tx, environment, by);
+}
+
+/** Fires what comes between the executions of a prebuild and its snapshot, once all of them have ended. */
+export async function fireBeforeSnapshot(tx: Tx, environment: HomeEnvironment, by: Attribution): Promise<void> {
+  if (!isPrebuild(environment) || runRefusal(environment)) return;
+  if ((await countUnfinished(tx, environment.id, "prebuild")) > 0) return;
+  const [row] = await tx<{ status: Uint8Array }[]>`
+    select r.status from runners r join trigger_firings f on f.environment_id = ${environment.id} and f.trigger = 'prebuild'
+    where r.id = ${environment.metadata.runnerId}`;
+  const isOffered = (status: Uint8Array) =>
+    fromBinary(RunnerStatusSchema, status).capabilities.includes(RunnerCapability.PREBUILDS_BEFORE_SNAPSHOT_TRIGGER);
+  if (!row || !isOffered(row.status)) return;
+  await fire(tx, environment, { trigger: "beforeSnapshot", occurrence: "" }, by);
+}
