@@ -8,7 +8,7 @@ import { type TokenKind, tokenText } from "./domain/tokens.ts";
 import type { Guard } from "./scm/guard.ts";
 import type { Db, Tx } from "./store/db.ts";
 import { type EventHub, runnerTopic, Topic } from "./store/hub.ts";
-import type { Actor, Change } from "./store/record.ts";
+import type { Actor, Attribution, Change } from "./store/record.ts";
 import type { StoredRunner } from "./store/runners.ts";
 
 /** Bounds of streams, relayed calls and what one may have many of; times in milliseconds. Tests make them small. */
@@ -29,6 +29,9 @@ export interface Limits {
   preferences: number;
   /** Secrets of one owner. */
   secrets: number;
+  /** Groups of one organization, direct shares aside, and members of one group. */
+  groups: number;
+  groupMembers: number;
 }
 
 export const LIMITS: Limits = {
@@ -40,6 +43,8 @@ export const LIMITS: Limits = {
   personalAccessTokens: 100,
   preferences: 500,
   secrets: 500,
+  groups: 1_000,
+  groupMembers: 10_000,
 };
 
 /** What handlers and jobs work with. Time, ids and randomness come in here so that tests can hold them still. */
@@ -71,6 +76,13 @@ export const actorOf = (caller: Caller): Actor => ({
   principal: caller.principal,
   tokenId: caller.tokenId,
   issuerId: caller.issuerId,
+});
+
+/** To whom what a caller does now is put down. */
+export const attribution = (app: App, caller: Caller): Attribution => ({
+  actor: actorOf(caller),
+  newId: app.newId,
+  at: app.now(),
 });
 
 /** A deadline that starts anew each time it has passed, measured by a clock that nobody sets. */

@@ -6,10 +6,13 @@ import { afterAll, beforeAll, expect, test } from "vitest";
 import { DeregisterRequest_Reason as Reason } from "../gen/berth/runner/v1/runner_control_pb.js";
 import { ServicePhase } from "../gen/gitpod/v1/environment_automation_pb.js";
 import type { Environment } from "../gen/gitpod/v1/environment_pb.js";
+import { ResourceType } from "../gen/gitpod/v1/event_pb.js";
+import { ResourceRole } from "../gen/gitpod/v1/group_pb.js";
+import { Principal } from "../gen/gitpod/v1/identity_pb.js";
 import { OrganizationRole, OrganizationService } from "../gen/gitpod/v1/organization_pb.js";
 import { CreateProjectRequestSchema } from "../gen/gitpod/v1/project_pb.js";
 import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
-import { RunnerPhase } from "../gen/gitpod/v1/runner_pb.js";
+import { RunnerPhase, RunnerRole } from "../gen/gitpod/v1/runner_pb.js";
 import type { BerthClient } from "../src/client.ts";
 import { EDITORS } from "../src/domain/editors.ts";
 import { TokenKind } from "../src/domain/tokens.ts";
@@ -17,6 +20,7 @@ import { routes } from "../src/routes.ts";
 import { policy } from "../src/rpc/policy.ts";
 import { newService, newTask, startTask } from "./harness/automations.ts";
 import type { FakeRunner } from "./harness/fake-runner.ts";
+import { builtInGroup } from "./harness/groups.ts";
 import { liftQuotas, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
 import { addOrganization, addServiceAccount, connectRunner, mint } from "./harness/tenants.ts";
 
@@ -55,6 +59,7 @@ const OUTCOMES: Record<string, string> = {
   D: "PermissionDenied",
   N: "NotFound",
   F: "FailedPrecondition",
+  E: "AlreadyExists",
   A: "Aborted",
   T: "DeadlineExceeded",
   i: "Unimplemented",
@@ -76,6 +81,8 @@ interface World {
   /** The creator of the environment, and the first of its tokens. */
   userId: string;
   tokenId: string;
+  /** The group of all members, which may use the runner. */
+  groupId: string;
   /** A secret of the creator, which the environment has. */
   secretId: string;
   /** Another exchange token each time. */
@@ -94,7 +101,14 @@ const newItem = ({ environmentId }: World) => ({
 });
 const onRunner = ({ runnerId }: World) => ({ runnerId });
 const onClass = ({ classId }: World) => ({ environmentClassId: classId });
-const onGroup = ({ runnerId, unknownId }: World) => ({ runnerId, groupId: unknownId, role: 1 });
+const onGroup = ({ groupId }: World) => ({ groupId });
+const onPolicy = ({ runnerId, groupId }: World) => ({ runnerId, groupId, role: RunnerRole.USER });
+const onMember = ({ groupId, userId }: World) => ({ groupId, subject: { id: userId, principal: Principal.USER } });
+/** A share of the environment with its creator. */
+const onShare = ({ environmentId, userId }: World) => ({
+  ...{ resourceType: ResourceType.ENVIRONMENT, resourceId: environmentId },
+  ...{ principal: Principal.USER, principalId: userId, role: ResourceRole.ENVIRONMENT_VIEWER },
+});
 const onUser = ({ userId }: World) => ({ userId });
 /** A request for another secret of the creator. */
 const newSecret = ({ userId }: Pick<World, "userId">) => ({
@@ -233,10 +247,10 @@ const EXPECTED = `
   RunnerService.listSCMOrganizations                        U U i i i i i i D D i i
   RunnerService.checkAuthenticationForHost                  U U N ✓ ✓ ✓ ✓ ✓ D D ✓ N
   RunnerService.checkRepositoryAccess                       U U i i i i i i D D i i
-  RunnerService.listRunnerPolicies                          U U i i i i i i D D D D
-  RunnerService.createRunnerPolicy                          U U i i D i i i D D D D
-  RunnerService.updateRunnerPolicy                          U U i i D i i i D D D D
-  RunnerService.deleteRunnerPolicy                          U U i i D i i i D D D D
+  RunnerService.listRunnerPolicies                          U U N D D D ✓ D D D D D
+  RunnerService.createRunnerPolicy                          U U N D D D E D D D D D
+  RunnerService.updateRunnerPolicy                          U U N D D D ✓ D D D D D
+  RunnerService.deleteRunnerPolicy                          U U N D D D N D D D D D
   RunnerConfigurationService.createEnvironmentClass         U U N D D D ✓ D D D D D
   RunnerConfigurationService.getEnvironmentClass            U U N ✓ ✓ ✓ ✓ ✓ ✓ N ✓ N
   RunnerConfigurationService.listEnvironmentClasses         U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
@@ -253,6 +267,20 @@ const EXPECTED = `
   RunnerConfigurationService.updateSCMIntegration           U U N N D N N N D D D D
   RunnerConfigurationService.deleteSCMIntegration           U U N N D N N N D D D D
   RunnerConfigurationService.validateRunnerConfiguration    U U i i D i i i D D D D
+  GroupService.createGroup                                  U U N D D D ✓ D D D D D
+  GroupService.getGroup                                     U U N ✓ ✓ ✓ ✓ ✓ D D D D
+  GroupService.listGroups                                   U U ✓ ✓ ✓ ✓ ✓ ✓ D D D D
+  GroupService.updateGroup                                  U U N D D D F D D D D D
+  GroupService.deleteGroup                                  U U N D D D F D D D D D
+  GroupService.createMembership                             U U N D D D F D D D D D
+  GroupService.deleteMembership                             U U N N D N N N D D D D
+  GroupService.getMembership                                U U N ✓ ✓ ✓ ✓ ✓ D D D D
+  GroupService.listMemberships                              U U N ✓ ✓ ✓ ✓ ✓ D D D D
+  GroupService.createRoleAssignment                         U U N D D D F D D D D D
+  GroupService.listRoleAssignments                          U U ✓ ✓ ✓ ✓ ✓ ✓ D D D D
+  GroupService.deleteRoleAssignment                         U U N N D N N N D D D D
+  GroupService.shareResourceWithPrincipal                   U U N N D ✓ D N D D D D
+  GroupService.unshareResourceWithPrincipal                 U U N N D ✓ D N D D D D
   UserService.getAuthenticatedUser                          U U ✓ ✓ ✓ ✓ ✓ D D D D D
   UserService.getUser                                       U U N ✓ ✓ ✓ ✓ ✓ D D ✓ N
   UserService.setSuspended                                  U U i i D i i D D D D D
@@ -359,9 +387,9 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "RunnerService.checkAuthenticationForHost": ({ runnerId }) => ({ runnerId, host: "github.com" }),
   "RunnerService.checkRepositoryAccess": ({ runnerId }) => ({ runnerId, repositoryUrl: "https://git.example.org/a/b" }),
   "RunnerService.listRunnerPolicies": onRunner,
-  "RunnerService.createRunnerPolicy": onGroup,
-  "RunnerService.updateRunnerPolicy": onGroup,
-  "RunnerService.deleteRunnerPolicy": onGroup,
+  "RunnerService.createRunnerPolicy": onPolicy,
+  "RunnerService.updateRunnerPolicy": onPolicy,
+  "RunnerService.deleteRunnerPolicy": ({ runnerId, unknownId }) => ({ runnerId, groupId: unknownId }),
   "RunnerConfigurationService.createEnvironmentClass": ({ runnerId }) => ({
     ...{ runnerId, displayName: "Small", description: "For tests" },
     configuration: [
@@ -385,6 +413,21 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "RunnerConfigurationService.updateSCMIntegration": onUnknown,
   "RunnerConfigurationService.deleteSCMIntegration": onUnknown,
   "RunnerConfigurationService.validateRunnerConfiguration": onRunner,
+  "GroupService.createGroup": ({ organizationId }) => ({ organizationId, name: "made" }),
+  "GroupService.getGroup": ({ groupId }) => ({ group: { case: "id", value: groupId } }),
+  "GroupService.updateGroup": ({ groupId }) => ({ groupId, name: "renamed" }),
+  "GroupService.deleteGroup": onGroup,
+  "GroupService.createMembership": onMember,
+  "GroupService.deleteMembership": ({ unknownId }) => ({ membershipId: unknownId }),
+  "GroupService.getMembership": onMember,
+  "GroupService.listMemberships": onGroup,
+  "GroupService.createRoleAssignment": ({ groupId, organizationId }) => ({
+    ...{ groupId, resourceType: ResourceType.ORGANIZATION, resourceId: organizationId },
+    resourceRole: ResourceRole.ORG_ADMIN,
+  }),
+  "GroupService.deleteRoleAssignment": ({ unknownId }) => ({ assignmentId: unknownId }),
+  "GroupService.shareResourceWithPrincipal": onShare,
+  "GroupService.unshareResourceWithPrincipal": onShare,
   "UserService.getUser": onUser,
   "UserService.setSuspended": onUser,
   "UserService.deleteUser": onUser,
@@ -466,7 +509,7 @@ beforeAll(async () => {
     ...own.objects,
     ...{ projectId: await newProjectOf(creator.client) },
     ...{ exchangeToken, unknownId: uuidv7(), userId: creator.id, tokenId: personalAccessTokens[0]?.id ?? "" },
-    secretId,
+    ...{ secretId, groupId: await builtInGroup(plane, "org-members") },
   };
   tokens = {
     ...{ nobody: "", exchange: exchangeToken, creator: creator.token, admin: plane.adminToken },
@@ -542,12 +585,7 @@ async function outcome(method: DescMethod, request: Record<string, unknown>, tok
 }
 
 /** Services whose rows have not been written yet. */
-const WITHOUT_ROWS: ReadonlySet<string> = new Set([
-  "AccountService",
-  "GroupService",
-  "ServiceAccountService",
-  "UsageService",
-]);
+const WITHOUT_ROWS: ReadonlySet<string> = new Set(["AccountService", "ServiceAccountService", "UsageService"]);
 
 /** Every RPC that the control plane serves, from the router that it serves with. */
 function registered(): DescMethod[] {

@@ -1,5 +1,6 @@
 import { ResourceType } from "../../gen/gitpod/v1/event_pb.js";
-import { actionable, type Refusal } from "./errors.ts";
+import { actionable, denied, type Refusal } from "./errors.ts";
+import type { Caller } from "./principal.ts";
 
 /** Names of the groups that every organization is born with. */
 export const MEMBERS_GROUP = "org-members";
@@ -14,6 +15,21 @@ export interface GroupNature {
   directShare: boolean;
   /** Name and members come from an identity provider. */
   scimManaged: boolean;
+}
+
+/** What decides on who may change a group. */
+export interface GroupRights {
+  /** The caller holds ADMIN on it. */
+  administers: boolean;
+  /** It holds a role on the organization: whoever says who is in it could make themselves an organization admin. */
+  holdsOrganizationRole: boolean;
+}
+
+/** Refuses a caller who may not say what the group is called and who is in it. */
+export function checkMayChange(group: GroupRights, caller: Pick<Caller, "orgAdmin">): void {
+  if (!group.administers) throw denied("changing a group needs the role admin on it");
+  if (group.holdsOrganizationRole && !caller.orgAdmin)
+    throw denied("a group that holds a role in the organization is changed by organization admins alone");
 }
 
 const managed = (group: GroupNature, message: string): Refusal =>

@@ -59,6 +59,7 @@ import {
 } from "../store/runners.ts";
 import { effectiveIntegrations } from "../store/scm-integrations.ts";
 import { insertToken } from "../store/tokens.ts";
+import { runnerPolicies } from "./runner/policies.ts";
 
 const CALL_POLL_MS = 1_000;
 const MAX_PARSE_CANDIDATES = 3;
@@ -395,18 +396,9 @@ async function checkSignIn(app: App, caller: Caller, request: CheckAuthenticatio
 export function runnerService(app: App): ServiceImpl<typeof RunnerService> {
   return withPending(
     RunnerService,
-    [
-      "updateRunner",
-      "createRunnerLogsToken",
-      "searchRepositories",
-      "listSCMOrganizations",
-      "checkRepositoryAccess",
-      "listRunnerPolicies",
-      "createRunnerPolicy",
-      "updateRunnerPolicy",
-      "deleteRunnerPolicy",
-    ],
+    ["updateRunner", "createRunnerLogsToken", "searchRepositories", "listSCMOrganizations", "checkRepositoryAccess"],
     {
+      ...runnerPolicies(app),
       createRunner: (request, context) => createRunner(app, principal(context), request),
       async getRunner(request, context) {
         return { runner: message(await getRunner(app.db.point, principal(context), request.runnerId)) };

@@ -97,15 +97,21 @@ function changes(
 const place = ({ resourceType, resourceId }: StoredAssignment) => `${resourceName(resourceType)} ${resourceId}`;
 
 /** Stores a new assignment. ALREADY_EXISTS if the group has a role on the resource, on the organization that role. */
-export async function insertAssignment(tx: Tx, assignment: StoredAssignment, by: Attribution): Promise<void> {
+export async function insertAssignment(
+  tx: Tx,
+  assignment: StoredAssignment,
+  by: Attribution,
+): Promise<StoredAssignment> {
   const { id, organizationId, groupId, resourceType, resourceId, role } = assignment;
   const action = `Role ${ResourceRole[role]} on ${place(assignment)} given to group ${assignment.groupName}`;
-  const rows = await tx`
+  const [row] = await tx<{ resource_id: string }[]>`
     with ${recorded(tx, ...changes(tx, assignment, CREATE, action, by))}
     insert into role_assignments (id, organization_id, group_id, resource_type, resource_id, resource_role, created_at)
     values (${id}, ${organizationId}, ${groupId}, ${resourceType}, ${resourceId}, ${role}, ${by.at})
-    on conflict do nothing returning id`;
-  if (!rows.length) throw new Refusal("already_exists", "the group has a role on this resource already");
+    on conflict do nothing returning resource_id`;
+  if (!row) throw new Refusal("already_exists", "the group has a role on this resource already");
+  // In the spelling of the database.
+  return { ...assignment, resourceId: row.resource_id };
 }
 
 /** Replaces the role of an assignment that the transaction holds. */

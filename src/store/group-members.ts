@@ -36,12 +36,11 @@ interface MembershipRow {
 }
 
 const columns = (sql: Sql | Tx) => sql`m.id, m.group_id, m.member_id, m.member_principal,
-  coalesce(nullif(account.name, ''), s.name, '') as name, coalesce(account.avatar_url, '') as avatar_url`;
+  coalesce(u.full_name, s.name, '') as name, coalesce(u.avatar_url, '') as avatar_url`;
 
 /** Memberships `m` with who the members are. */
 const memberships = (sql: Sql | Tx) => sql`group_members m
   left join users u on u.id = m.member_id and m.member_principal = ${Principal.USER}
-  left join accounts account on account.id = u.account_id
   left join service_accounts s on s.id = m.member_id and m.member_principal = ${Principal.SERVICE_ACCOUNT}`;
 
 const toMembership = (row: MembershipRow): StoredMembership => ({
@@ -84,7 +83,7 @@ export async function listMemberships(
   page: Page,
 ): Promise<StoredMembership[]> {
   const found = search
-    ? sql`lower(concat_ws(E'\n', account.name, account.email, s.name, m.member_id)) like ${containing(search)}`
+    ? sql`lower(concat_ws(E'\n', u.full_name, u.email, s.name, m.member_id)) like ${containing(search)}`
     : sql`true`;
   const rows = await sql<MembershipRow[]>`
     select ${columns(sql)} from ${memberships(sql)}

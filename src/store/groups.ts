@@ -6,7 +6,7 @@ import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { OrganizationRole } from "../../gen/gitpod/v1/organization_pb.js";
 import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
 import { isDuplicate, notFound, Refusal } from "../domain/errors.ts";
-import { ADMINS_GROUP, type GroupNature, MEMBERS_GROUP } from "../domain/group.ts";
+import { ADMINS_GROUP, type GroupNature, type GroupRights, MEMBERS_GROUP } from "../domain/group.ts";
 import type { Page } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
 import { administersGroup, readsGroup } from "./access.ts";
@@ -16,16 +16,12 @@ import type { Fragment, Sql, Tx } from "./db.ts";
 import { type Attribution, type Change, recorded } from "./record.ts";
 
 /** A group with what decides on the caller's rights. */
-export interface StoredGroup extends GroupNature {
+export interface StoredGroup extends GroupNature, GroupRights {
   organizationId: string;
   description: string;
   memberCount: number;
   createdAt: Date;
   updatedAt: Date;
-  /** The caller holds ADMIN on it. */
-  administers: boolean;
-  /** It holds a role on the organization, so only an organization admin may say who is in it. */
-  holdsOrganizationRole: boolean;
 }
 
 interface GroupRow {

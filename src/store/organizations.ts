@@ -179,3 +179,21 @@ export async function readPolicies(
   const policies = fromBinary(OrganizationPoliciesSchema, row.policies);
   return { policies, localRunners: policies.allowLocalRunners && row.local_active === true };
 }
+
+/** Clears the policy that names a group, which is about to go, as the one that may use tools of source control. */
+export async function forgetAllowedGroup(
+  tx: Tx,
+  organizationId: string,
+  groupId: string,
+  by: Attribution,
+): Promise<void> {
+  const policies = await holdPolicies(tx, organizationId);
+  if (policies.agentPolicy?.scmToolsAllowedGroupId.toLowerCase() !== groupId) return;
+  policies.agentPolicy.scmToolsAllowedGroupId = "";
+  await setPolicies(tx, policies);
+  await record(tx, {
+    ...{ organizationId, resourceType: ResourceType.ORGANIZATION_POLICY, resourceId: organizationId },
+    ...{ operation: ResourceOperation.UPDATE, at: by.at },
+    audit: { id: by.newId(), actor: by.actor, action: "Policy scm_tools_allowed_group_id cleared with its group" },
+  });
+}

@@ -56,9 +56,7 @@ export async function assignRole(
   await holdSharedResource(tx, caller, wanted.resourceType, wanted.resourceId);
   checkTakesRoles(group, wanted.resourceType);
   const { organizationId, id: groupId, name: groupName } = group;
-  const assignment = { ...wanted, id: by.newId(), organizationId, groupId, groupName };
-  await insertAssignment(tx, assignment, by);
-  return assignment;
+  return insertAssignment(tx, { ...wanted, id: by.newId(), organizationId, groupId, groupName }, by);
 }
 
 /** Replaces the role of a group on a resource; no effect if it is that one. NOT_FOUND if it has none; else as `assignRole`. */
@@ -81,6 +79,20 @@ export async function withdrawRole(tx: Tx, caller: Caller, holding: Holding, by:
   const assignment = await lockHolding(tx, holding);
   if (!assignment) throw notFound("policy of group", holding.groupId);
   await deleteAssignment(tx, assignment, by);
+}
+
+/** Takes an assignment away, by what was read of it before. NOT_FOUND if it has gone meanwhile; else as `assignRole`. */
+export async function withdrawAssignment(
+  tx: Tx,
+  caller: Caller,
+  { id, resourceType, resourceId }: StoredAssignment,
+  by: Attribution,
+): Promise<void> {
+  await holdSharedResource(tx, caller, resourceType, resourceId);
+  const [row] = await tx<AssignmentRow[]>`
+    select ${assignmentColumns(tx)} from role_assignments a join groups g on g.id = a.group_id where a.id = ${id} for update of a`;
+  if (!row) throw notFound("role assignment", id);
+  await deleteAssignment(tx, toAssignment(row), by);
 }
 
 /** The group behind what is shared with one principal, held until the transaction ends. */
