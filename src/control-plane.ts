@@ -3,6 +3,7 @@ import type { Logger } from "pino";
 import { v7 as uuidv7 } from "uuid";
 import { type App, LIMITS, type Limits } from "./app.ts";
 import type { ServerConfig } from "./config.ts";
+import { cookieRules } from "./domain/browser.ts";
 import { checkAdminToken, firstStart } from "./first-start.ts";
 import { wellKnown } from "./http/well-known.ts";
 import { openInstallation } from "./installation.ts";
@@ -18,7 +19,7 @@ import { createSigner } from "./signing.ts";
 import { holdsMasterKey } from "./store/bootstrap.ts";
 import { EventHub } from "./store/hub.ts";
 import { isMigrated } from "./store/migrate.ts";
-import { findCaller, touchToken } from "./store/tokens.ts";
+import { findCaller, findSession, touchToken } from "./store/tokens.ts";
 import { runSweeps } from "./sweep/sweeps.ts";
 
 const DRAIN_MS = 30_000;
@@ -69,6 +70,8 @@ export async function startControlPlane(
     };
     const authenticate = authentication({
       find: (text) => findCaller(db.point, text, now()),
+      findSession: (text) => findSession(db.point, text, now()),
+      cookie: cookieRules(config.publicUrl).session,
       touch: (tokenId) => {
         touchToken(db.write, tokenId, now()).catch((error) =>
           log.warn({ err: error }, "a token's last use was not written"),

@@ -183,7 +183,7 @@ export async function startServer(options: ServerOptions): Promise<Server> {
       return answerError(request, response, isRefused ? shuttingDown() : reason);
     }
     const authority = request.headers.host ?? request.headers[":authority"] ?? "";
-    const call = newCall(request.headers["x-request-id"]?.toString(), peerOf(request));
+    const call = newCall(request.headers["x-request-id"]?.toString(), peerOf(request), String(authority));
     const exchange: Exchange = { request, response, url: `http://${authority}${request.url}`, call, closed: false };
     let served = false;
     traffic.enter(kind, exchange);

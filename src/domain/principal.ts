@@ -8,8 +8,10 @@ export interface Caller {
   principal: Principal;
   /** Its id. */
   id: string;
-  /** Organization that bounds everything it can see. */
+  /** Organization that bounds everything it can see; empty for an account that has not chosen one. */
   organizationId: string;
+  /** Account of a person: that of a user, or the account itself; empty for others. */
+  accountId: string;
   /** Role ADMIN, or in a group that holds ORG_ADMIN. */
   orgAdmin: boolean;
   /** In a group that holds ORG_RUNNERS_ADMIN. */

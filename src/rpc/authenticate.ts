@@ -1,9 +1,10 @@
 import { Code, ConnectError, type ContextValues, createContextKey } from "@connectrpc/connect";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
-import { actionable, databaseRefusal } from "../domain/errors.ts";
+import { cookieValue, isSameOrigin } from "../domain/browser.ts";
+import { actionable, databaseRefusal, denied } from "../domain/errors.ts";
 import type { Caller } from "../domain/principal.ts";
 import type { Credential } from "../store/tokens.ts";
-import type { Entering } from "./call.ts";
+import { callKey, type Entering } from "./call.ts";
 import { type Rule, ruleOf } from "./policy.ts";
 
 const callerKey = createContextKey<Caller | undefined>(undefined, { description: "caller" });
@@ -38,20 +39,47 @@ function refuseKind(rule: Rule, caller: Caller): void {
   }
 }
 
+/** Where credentials are looked up. */
+export interface Credentials {
+  /** A bearer token. */
+  find(text: string): Promise<Credential>;
+  /** The cookie of a browser. */
+  findSession(text: string): Promise<Credential>;
+  touch(tokenId: string): void;
+  /** Name of that cookie. */
+  cookie: string;
+}
+
+/**
+ * Looks at what a call brings. A header takes precedence over a cookie and is never combined with one. Pages of other
+ * servers can make a browser send its cookie, but not read the answer: they must not write.
+ */
+async function lookUp(deps: Credentials, { header, contextValues }: Entering, rule: Rule): Promise<Credential> {
+  const authorization = header.get("authorization");
+  const session = authorization === null ? cookieValue(header.get("cookie"), deps.cookie) : undefined;
+  if (session === undefined) {
+    const text = bearer(authorization);
+    if (!text) throw unauthenticated("a bearer token is missing");
+    return deps.find(text);
+  }
+  const credential = await deps.findSession(session);
+  const [origin, fetchSite] = [header.get("origin"), header.get("sec-fetch-site")];
+  const host = contextValues.get(callKey)?.host;
+  if (credential.state === "ok" && !rule.read && !isSameOrigin({ origin, fetchSite, host })) {
+    throw denied("a browser may only write from pages of this server");
+  }
+  return credential;
+}
+
 /**
  * Establishes who calls and whether this kind of caller may use the RPC at all, before its message is read.
  * Finer rights need the resource and are decided in the handlers.
  */
-export function authentication(deps: {
-  find(text: string): Promise<Credential>;
-  touch(tokenId: string): void;
-}): (request: Entering) => Promise<void> {
+export function authentication(deps: Credentials): (request: Entering) => Promise<void> {
   return async (request) => {
     const rule = ruleOf(request.service, request.method);
     if (rule.public) return;
-    const text = bearer(request.header.get("authorization"));
-    if (!text) throw unauthenticated("a bearer token is missing");
-    const credential = await deps.find(text).catch((error: unknown) => {
+    const credential = await lookUp(deps, request, rule).catch((error: unknown) => {
       throw databaseRefusal(error) ?? error;
     });
     if (credential.state === "expired") {

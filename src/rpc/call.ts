@@ -13,6 +13,8 @@ export interface Call {
   readonly id: string;
   /** IP address of the caller, as trusted proxies report it; empty if unknown. */
   readonly peer: string;
+  /** Host that the request was sent to, with its port if it names one; empty if unknown. */
+  readonly host: string;
   /** `performance.now()` at its start. */
   readonly startedAt: number;
   /** How it went, once that is in log and metrics. */
@@ -30,9 +32,9 @@ const REQUEST_ID = /^[\w.:+/=-]{1,128}$/;
 export const callKey = createContextKey<Call | undefined>(undefined, { description: "call" });
 
 /** A call with the id that its caller chose, if that is fit for logs and headers, else with a new one. */
-export function newCall(requestId: string | null | undefined, peer = ""): Call {
+export function newCall(requestId: string | null | undefined, peer = "", host = ""): Call {
   const id = requestId && REQUEST_ID.test(requestId) ? requestId : randomUUID();
-  return { id, peer, startedAt: performance.now() };
+  return { id, peer, host, startedAt: performance.now() };
 }
 
 /** The call being served; makes one for a router that has no server around it. */

@@ -1,5 +1,6 @@
 import { durationFromMs } from "@bufbuild/protobuf/wkt";
 import { Code, ConnectError } from "@connectrpc/connect";
+import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { RetryInfoSchema } from "../../gen/google/rpc/error_details_pb.js";
 import { isPerson } from "../domain/principal.ts";
 import { callerOf } from "./authenticate.ts";
@@ -60,7 +61,8 @@ export function rateLimit(
     const isPublic = ruleOf(request.service, request.method).public === true;
     let waitMs = 0;
     if (isPublic) waitMs = addresses.take(request.contextValues.get(callKey)?.peer ?? "", clock());
-    else if (caller && isPerson(caller)) waitMs = people.take(caller.id, clock());
+    else if (caller && (isPerson(caller) || caller.principal === Principal.ACCOUNT))
+      waitMs = people.take(caller.id, clock());
     if (waitMs === 0) return;
     const retry = { desc: RetryInfoSchema, value: { retryDelay: durationFromMs(Math.ceil(waitMs)) } };
     throw new ConnectError("too many calls, try again later", Code.ResourceExhausted, undefined, [retry]);

@@ -15,11 +15,14 @@ export interface NewToken {
   id: string;
   text: string;
   kind: TokenKind;
-  organizationId: string;
+  /** Absent for an account that has not chosen one. */
+  organizationId?: string;
   subjectId: string;
   subjectPrincipal: Principal;
   createdAt: Date;
   expiresAt?: Date;
+  /** Ends also when it has not been used for so long. */
+  idleSeconds?: number;
   environmentId?: string;
   runnerId?: string;
   /** Who had it issued, where that is not its subject. */
@@ -40,6 +43,9 @@ const API_KINDS: readonly TokenKind[] = [
   TokenKind.ENVIRONMENT,
 ];
 
+/** Kinds that come as the cookie of a browser. */
+const COOKIE_KINDS: readonly TokenKind[] = [TokenKind.SESSION];
+
 /** Kinds that only the endpoints of a runner take. */
 const RUNNER_KINDS: readonly TokenKind[] = [
   TokenKind.ENVIRONMENT,
@@ -51,19 +57,20 @@ const RUNNER_KINDS: readonly TokenKind[] = [
 export async function insertToken(sql: Sql | Tx, token: NewToken): Promise<void> {
   await sql`
     insert into tokens (id, hash, kind, organization_id, subject_id, subject_principal, environment_id, runner_id, issuer_id, port, auth_nonce,
-      read_only, description, created_at, expires_at)
+      read_only, description, created_at, expires_at, idle_seconds)
     values (${token.id}, ${tokenHash(token.text)}, ${token.kind}, ${token.organizationId}, ${token.subjectId},
       ${token.subjectPrincipal}, ${token.environmentId}, ${token.runnerId}, ${token.issuerId}, ${token.port},
       ${token.authNonce === undefined ? null : String(token.authNonce)}, ${token.readOnly ?? false},
-      ${token.description ?? ""}, ${token.createdAt}, ${token.expiresAt})`;
+      ${token.description ?? ""}, ${token.createdAt}, ${token.expiresAt}, ${token.idleSeconds})`;
 }
 
 interface CallerRow {
   token_id: string;
   kind: TokenKind;
-  organization_id: string;
+  organization_id: string | null;
   subject_id: string;
   subject_principal: Principal;
+  account_id: string | null;
   read_only: boolean;
   expired: boolean;
   stale: boolean;
@@ -86,14 +93,16 @@ export type Credential =
 async function lookUp(sql: Sql, which: Fragment, now: Date): Promise<CallerRow | undefined> {
   const [row] = await sql<CallerRow[]>`
     select t.id as token_id, t.kind, t.organization_id, t.subject_id, t.subject_principal, t.read_only,
-      coalesce(t.expires_at <= ${now}, false) as expired,
+      coalesce(t.expires_at <= ${now}, false)
+        or coalesce(coalesce(t.last_used_at, t.created_at) + t.idle_seconds * interval '1 second' <= ${now}, false) as expired,
       coalesce(t.last_used_at < ${now}::timestamptz - interval '1 minute', true) as stale,
       case t.subject_principal
         when ${Principal.USER} then u.status = ${UserStatus.ACTIVE}
         when ${Principal.SERVICE_ACCOUNT} then not s.suspended and coalesce(s.valid_until > ${now}, true)
         when ${Principal.RUNNER} then r.deleted_at is null and r.id is not null
         when ${Principal.ENVIRONMENT} then e.deleted_at is null and e.id is not null
-        else false end as alive,
+        when ${Principal.ACCOUNT} then a.id is not null
+        else false end as alive, a.id as account_id,
       coalesce(u.role = ${OrganizationRole.ADMIN}, false) as org_admin,
       array(select share.resource_role from group_members member
         join role_assignments share on share.group_id = member.group_id
@@ -102,7 +111,7 @@ async function lookUp(sql: Sql, which: Fragment, now: Date): Promise<CallerRow |
       coalesce(a.name, s.name, r.name, '') as name, coalesce(a.email, '') as email
     from tokens t
       left join users u on t.subject_principal = ${Principal.USER} and u.id = t.subject_id
-      left join accounts a on a.id = u.account_id
+      left join accounts a on a.id = case t.subject_principal when ${Principal.ACCOUNT} then t.subject_id else u.account_id end
       left join service_accounts s on t.subject_principal = ${Principal.SERVICE_ACCOUNT} and s.id = t.subject_id
       left join runners r on t.subject_principal = ${Principal.RUNNER} and r.id = t.subject_id
       left join environments e on t.subject_principal = ${Principal.ENVIRONMENT} and e.id = t.subject_id
@@ -114,7 +123,8 @@ function toCaller(row: CallerRow): Caller {
   return {
     principal: row.subject_principal,
     id: row.subject_id,
-    organizationId: row.organization_id,
+    organizationId: row.organization_id ?? "",
+    accountId: row.account_id ?? "",
     orgAdmin: row.org_admin || row.org_roles.includes(ResourceRole.ORG_ADMIN),
     runnersAdmin: row.org_roles.includes(ResourceRole.ORG_RUNNERS_ADMIN),
     projectsAdmin: row.org_roles.includes(ResourceRole.ORG_PROJECTS_ADMIN),
@@ -137,9 +147,16 @@ function toCaller(row: CallerRow): Caller {
  * Looks an API credential up, with the state of its owner and the organization-wide roles that it brings, in one
  * round trip. It runs on every call, so a revocation counts from its commit on.
  */
-export async function findCaller(sql: Sql, text: string, now: Date): Promise<Credential> {
+export const findCaller = (sql: Sql, text: string, now: Date): Promise<Credential> =>
+  findCredential(sql, API_KINDS, text, now);
+
+/** As `findCaller`, for what a browser brings in its cookie. */
+export const findSession = (sql: Sql, text: string, now: Date): Promise<Credential> =>
+  findCredential(sql, COOKIE_KINDS, text, now);
+
+async function findCredential(sql: Sql, kinds: readonly TokenKind[], text: string, now: Date): Promise<Credential> {
   const kind = tokenKind(text);
-  if (!kind || !API_KINDS.includes(kind)) return { state: "unknown" };
+  if (!kind || !kinds.includes(kind)) return { state: "unknown" };
   const row = await lookUp(sql, sql`t.hash = ${tokenHash(text)}`, now);
   if (!row || row.kind !== kind || !row.alive) return { state: "unknown" };
   if (row.expired) return { state: "expired" };
