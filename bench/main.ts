@@ -10,6 +10,7 @@ import { memory } from "./cases/memory.ts";
 import { port } from "./cases/port.ts";
 import { read } from "./cases/read.ts";
 import { startUp } from "./cases/start.ts";
+import { sweeps } from "./cases/sweeps.ts";
 import { unary } from "./cases/unary.ts";
 import { validation } from "./cases/validation.ts";
 import { findGenerator, type Generator } from "./load.ts";
@@ -17,7 +18,7 @@ import { type Row, shortfalls, table } from "./report.ts";
 import { openStage, type Stage } from "./stage.ts";
 
 const CASES: Record<string, Case> = {
-  ...{ unary, read, list, create, driver, events, start: startUp, environment, validation, port, memory },
+  ...{ unary, read, list, create, driver, events, start: startUp, environment, validation, port, memory, sweeps },
 };
 
 const USAGE = `npm run bench -- [--quick] [--only NAME]...

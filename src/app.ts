@@ -27,6 +27,9 @@ export interface Limits {
   personalAccessTokens: number;
   /** Preferences of one user. */
   preferences: number;
+  /** Service accounts of one organization that are not suspended, and unexpired tokens of one of them. */
+  serviceAccounts: number;
+  serviceAccountTokens: number;
   /** Secrets of one owner. */
   secrets: number;
   /** Groups of one organization, direct shares aside, and members of one group. */
@@ -42,6 +45,8 @@ export const LIMITS: Limits = {
   streamsPerPrincipal: 50,
   personalAccessTokens: 100,
   preferences: 500,
+  serviceAccounts: 500,
+  serviceAccountTokens: 50,
   secrets: 500,
   groups: 1_000,
   groupMembers: 10_000,

@@ -1,10 +1,9 @@
-import { readFileSync, statSync } from "node:fs";
 import { isIP } from "node:net";
 import { homedir, hostname } from "node:os";
 import { join, resolve } from "node:path";
+import { ConfigError, type Environment, HOST, plainUrl, Reader } from "./config/reader.ts";
 
-/** Wrong operator input: the program ends with exit code 2 and this text, which names the variable. */
-export class ConfigError extends Error {}
+export { ConfigError };
 
 /** Where the first credential of a pre-seeded installation comes from and where a generated one goes. */
 export interface BootstrapConfig {
@@ -79,172 +78,9 @@ export interface RunnerConfig extends RunnerHostConfig {
 }
 
 export type LogLevel = "debug" | "info" | "warn" | "error";
-type Environment = Record<string, string | undefined>;
-
-// Every variable of the product. One that exists but is not built yet is refused, so that nobody relies on it silently.
-const VARIABLES = new Set([
-  "BERTH_HOST",
-  "BERTH_PORT",
-  "BERTH_PUBLIC_URL",
-  "BERTH_DATA_DIR",
-  "BERTH_MASTER_KEY",
-  "BERTH_MASTER_KEY_FILE",
-  "BERTH_BOOTSTRAP",
-  "BERTH_BOOTSTRAP_ORG_NAME",
-  "BERTH_BOOTSTRAP_ADMIN_EMAIL",
-  "BERTH_BOOTSTRAP_ADMIN_NAME",
-  "BERTH_BOOTSTRAP_ADMIN_TOKEN",
-  "BERTH_BOOTSTRAP_ADMIN_TOKEN_FILE",
-  "BERTH_BOOTSTRAP_TOKEN_FILE",
-  "BERTH_GATEWAYS",
-  "BERTH_AUDIT_RETENTION_DAYS",
-  "BERTH_RATE_LIMIT",
-  "BERTH_TRUSTED_PROXIES",
-  "BERTH_METRICS_TOKEN",
-  "BERTH_DOCS_URL",
-  "BERTH_LOG_LEVEL",
-  "BERTH_SCM_FALLBACK",
-  "BERTH_SCM_ALLOW_HOSTS",
-  "BERTH_GIT_SCHEMES",
-  "BERTH_RUNNER",
-  "BERTH_RUNNER_HOST",
-  "BERTH_RUNNER_PORT",
-  "BERTH_RUNNER_PUBLIC_URL",
-  "BERTH_RUNNER_PORT_DOMAIN",
-  "BERTH_RUNNER_DATA_DIR",
-  "BERTH_RUNNER_MAX_ENVIRONMENTS",
-  "BERTH_RUNNER_ALLOW_UNENFORCED",
-  "BERTH_RUNNER_HOST_DEVCONTAINER",
-  "BERTH_RUNNER_API_URL",
-  "BERTH_RUNNER_EXCHANGE_TOKEN",
-  "BERTH_RUNNER_EXCHANGE_TOKEN_FILE",
-]);
-// What clients read, and what a runner gives the processes of an environment: `berth` may be started beside them.
-const OF_OTHERS = new Set(["BERTH_TOKEN", "BERTH_ENVIRONMENT_ID"]);
-
-const HOST = /^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$/;
 const KEY_BYTES = 32;
 const KEY = /^[A-Za-z0-9+/]{43}=$/;
-const MAX_OBJECTS = 100;
-const MAX_SECRET_BYTES = 64 * 1024;
 const NAME_LENGTH = { min: 3, max: 255 };
-
-class Reader {
-  readonly env: Environment;
-
-  constructor(env: Environment) {
-    this.env = env;
-    for (const name of Object.keys(env)) {
-      if (name.startsWith("BERTH_") && !VARIABLES.has(name) && !OF_OTHERS.has(name)) {
-        throw new ConfigError(`${name} is not a variable that this version knows`);
-      }
-    }
-  }
-
-  optional(name: string): string | undefined {
-    return this.env[name]?.trim() || undefined;
-  }
-
-  text(name: string, fallback: string): string {
-    return this.optional(name) ?? fallback;
-  }
-
-  oneOf<const T extends string>(name: string, values: readonly T[], fallback: T): T {
-    const value = this.text(name, fallback);
-    const found = values.find((each) => each === value);
-    if (!found) throw new ConfigError(`${name} must be one of ${values.join(", ")}`);
-    return found;
-  }
-
-  flag(name: string, fallback: boolean): boolean {
-    return this.oneOf(name, ["on", "off"], fallback ? "on" : "off") === "on";
-  }
-
-  integer(name: string, fallback: number, min: number, max: number): number {
-    const value = this.text(name, String(fallback));
-    const number = Number(value);
-    if (!/^\d+$/.test(value) || number < min || number > max) {
-      throw new ConfigError(`${name} must be a whole number from ${min} to ${max}`);
-    }
-    return number;
-  }
-
-  url(name: string, fallback: string): string {
-    const url = plainUrl(this.text(name, fallback));
-    if (url === undefined) {
-      throw new ConfigError(`${name} must be an http or https URL without query, fragment or credentials`);
-    }
-    return url;
-  }
-
-  host(name: string, fallback: string): string {
-    const value = this.text(name, fallback);
-    if (!HOST.test(value) && !isIP(value)) throw new ConfigError(`${name} must be a host name or an IP address`);
-    return value;
-  }
-
-  /** A list separated by commas, each item of which passes a check; `what` says which items do. */
-  list(name: string, isValid: (item: string) => boolean, what: string): string[] {
-    const items = this.text(name, "")
-      .split(",")
-      .map((item) => item.trim())
-      .filter(Boolean);
-    const wrong = items.find((item) => !isValid(item));
-    if (wrong !== undefined) throw new ConfigError(`${name} must list ${what}`);
-    return items;
-  }
-
-  /** A JSON list of objects that hold these texts and nothing else; undefined if it is not set. */
-  objects<const K extends string>(name: string, keys: readonly K[]): Partial<Record<K, string>>[] | undefined {
-    const text = this.optional(name);
-    if (text === undefined) return undefined;
-    const shape = `${name} must be a JSON list of objects with the texts ${keys.join(", ")}`;
-    const items = parseJson(text);
-    if (!Array.isArray(items) || items.length > MAX_OBJECTS) throw new ConfigError(shape);
-    for (const item of items) {
-      const isObject = typeof item === "object" && item !== null && !Array.isArray(item);
-      const fits = ([key, value]: [string, unknown]) => keys.includes(key as K) && typeof value === "string";
-      if (!isObject || !Object.entries(item).every(fits)) throw new ConfigError(shape);
-    }
-    return items;
-  }
-
-  /** A secret given as a variable or as a file; both at once is a mistake. */
-  secret(name: string): string | undefined {
-    const file = this.optional(`${name}_FILE`);
-    const value = this.optional(name);
-    if (file && value) throw new ConfigError(`${name} and ${name}_FILE are both set`);
-    if (!file) return value;
-    const content = readSecret(file);
-    if (content === undefined) throw new ConfigError(`${name}_FILE cannot be read`);
-    // An empty file is one that somebody has yet to fill, and not the wish for a value of our own making.
-    if (!content) throw new ConfigError(`${name}_FILE names an empty file`);
-    return content;
-  }
-}
-
-/** An http(s) URL without query, fragment, credentials and trailing slash; undefined for any other text. */
-function plainUrl(text: string): string | undefined {
-  const url = URL.parse(text);
-  if (!url || !/^https?:$/.test(url.protocol) || /[?#@\s]/.test(text)) return undefined;
-  return text.replace(/\/+$/, "");
-}
-
-function parseJson(text: string): unknown {
-  try {
-    return JSON.parse(text);
-  } catch {
-    return undefined;
-  }
-}
-
-function readSecret(file: string): string | undefined {
-  try {
-    return statSync(file).size > MAX_SECRET_BYTES ? undefined : readFileSync(file, "utf8").trim();
-  } catch {
-    return undefined;
-  }
-}
 
 /** The bytes of a master key in base64; undefined for any other text. */
 export function parseMasterKey(text: string): Uint8Array | undefined {

@@ -1,6 +1,6 @@
 import { randomBytes } from "node:crypto";
 import { access, chmod, link, mkdir, open, readFile, rm } from "node:fs/promises";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import type { Logger } from "pino";
 import { v7 as uuidv7 } from "uuid";
 import { ConfigError, parseMasterKey, type ServerConfig } from "./config.ts";
@@ -50,10 +50,11 @@ async function prepareDataDir(path: string): Promise<void> {
   }
 }
 
-/** The configured key, or one that is made once and kept beside the data. */
-async function masterKeyOf(config: ServerConfig): Promise<Uint8Array> {
-  if (config.masterKey) return config.masterKey;
-  const path = join(config.dataDir, "master.key");
+/** Where a master key is kept that nobody has configured. */
+export const masterKeyPath = (config: ServerConfig) => join(config.dataDir, "master.key");
+
+/** The master key in a file that only its owner can read; made if there is none. */
+export async function keepMasterKey(path: string): Promise<Uint8Array> {
   const read = () => readFile(path, "utf8").catch(() => undefined);
   if ((await read()) === undefined) {
     const staged = await stagePrivate(path, `${randomBytes(MASTER_KEY_BYTES).toString("base64")}\n`);
@@ -64,7 +65,7 @@ async function masterKeyOf(config: ServerConfig): Promise<Uint8Array> {
     await rm(staged);
   }
   const key = parseMasterKey((await read())?.trim() ?? "");
-  if (!key) throw new ConfigError("master.key in BERTH_DATA_DIR is damaged: it must hold 32 bytes in base64");
+  if (!key) throw new ConfigError(`${basename(path)} in BERTH_DATA_DIR is damaged: it must hold 32 bytes in base64`);
   return key;
 }
 
@@ -95,7 +96,7 @@ export async function openInstallation(
   { now = () => new Date(), shared = false } = {},
 ): Promise<Installation> {
   await prepareDataDir(config.dataDir);
-  const masterKey = await masterKeyOf(config);
+  const masterKey = config.masterKey ?? (await keepMasterKey(masterKeyPath(config)));
   const start = shared ? joinEmbeddedPostgres : startEmbeddedPostgres;
   const embedded = config.databaseUrl ? undefined : await start(postgresHome(config), (message) => log.warn(message));
   const db = openDb(embedded?.url ?? config.databaseUrl ?? "");

@@ -1,10 +1,12 @@
 import { execFile } from "node:child_process";
-import { chmod, mkdtemp, readdir, rm } from "node:fs/promises";
+import { randomBytes } from "node:crypto";
+import { chmod, mkdtemp, readdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { Code } from "@connectrpc/connect";
+import { pino } from "pino";
 import { v7 as uuidv7 } from "uuid";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { ResourceType } from "../gen/gitpod/v1/event_pb.js";
@@ -13,6 +15,11 @@ import { OrganizationRole } from "../gen/gitpod/v1/organization_pb.js";
 import { RunnerKind, RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
 import { UserStatus } from "../gen/gitpod/v1/user_pb.js";
 import { createBerthClient } from "../src/client.ts";
+import { readServerConfig } from "../src/config.ts";
+import { startControlPlane } from "../src/control-plane.ts";
+import { TokenKind, tokenText } from "../src/domain/tokens.ts";
+import type { Db } from "../src/store/db.ts";
+import { unseal } from "../src/store/envelope.ts";
 import { freePort } from "./harness/free-port.ts";
 import { startInstallation } from "./harness/installation.ts";
 import { startTestPlane, type TestPlane } from "./harness/plane.ts";
@@ -69,7 +76,7 @@ describe("usage", () => {
   test.concurrent.each(["", "help", "--help"])("`admin %s` lists the commands", async (words) => {
     const { code, printed } = await admin(words);
     expect(code).toBe(0);
-    for (const command of ["bootstrap", "token create", "restore", "runner token", "audit export"]) {
+    for (const command of ["bootstrap", "token create", "restore", "runner token", "rotate-key", "audit export"]) {
       expect(printed).toContain(`berth admin ${command}`);
     }
   });
@@ -87,6 +94,8 @@ describe("usage", () => {
     ["audit export --from yesterday", "--from"],
     ["audit export --to 2026-13-45", "--to"],
     ["bootstrap now", "now"],
+    ["rotate-key --new-key-file x", "BERTH_MASTER_KEY"],
+    ["rekey --key x", "--key"],
   ])("`admin %s` ends with 2 and says what is wrong", async (words, what) => {
     const { code, printed, told } = await admin(words);
     expect(told).toContain(what);
@@ -353,6 +362,92 @@ describe("bootstrap", () => {
     restarted.send("SIGTERM");
     expect(await restarted.ended()).toBe(0);
   });
+});
+
+describe("rotate-key", () => {
+  const newKey = () => randomBytes(32).toString("base64");
+
+  /** An installation with something sealed, made by a server that has ended. */
+  async function sealed(env: Record<string, string>) {
+    await using plane = await startTestPlaneOn(env);
+    const { user } = await plane.client.users.getAuthenticatedUser({});
+    const scope = { scope: { case: "userId" as const, value: user?.id ?? "" } };
+    const mount = { case: "environmentVariable" as const, value: true };
+    await plane.client.secrets.createSecret({ name: "API_KEY", value: "s3cret", scope, mount });
+    await plane.client.identity.getIDToken({ audience: ["a"] });
+  }
+
+  async function startTestPlaneOn(env: Record<string, string>) {
+    const adminToken = tokenText(TokenKind.PERSONAL_ACCESS, randomBytes);
+    const settings = { BERTH_PORT: "0", BERTH_RUNNER: "off", BERTH_BOOTSTRAP_ADMIN_TOKEN: adminToken, ...env };
+    const plane = await startControlPlane(readServerConfig(settings), pino({ level: "silent" }));
+    const client = createBerthClient({ baseUrl: plane.server.url, token: adminToken });
+    return { plane, client, [Symbol.asyncDispose]: () => plane.stop() };
+  }
+
+  test("replaces a key of the operator's own: the old one opens nothing any more, the new one all", async () => {
+    await using database = await createDatabase();
+    const [before, after] = [newKey(), newKey()];
+    const env = { DATABASE_URL: database.url, BERTH_DATA_DIR: await mkdtemp(join(folder, "data-")) };
+    await sealed({ ...env, BERTH_MASTER_KEY: before });
+    const file = join(env.BERTH_DATA_DIR, "next");
+
+    const without = await admin("rotate-key", [], { ...env, BERTH_MASTER_KEY: before });
+    expect([without.code, without.told]).toEqual([2, expect.stringContaining("--new-key-file")]);
+    const absent = await admin("rotate-key --new-key-file", [file], { ...env, BERTH_MASTER_KEY: before });
+    expect(absent.code).toBe(2);
+    await writeFile(file, after.slice(4));
+    const damaged = await admin("rotate-key --new-key-file", [file], { ...env, BERTH_MASTER_KEY: before });
+    expect([damaged.code, damaged.told]).toEqual([2, expect.stringContaining("base64")]);
+    await writeFile(file, `${after}\n`);
+    const wrong = await admin("rotate-key --new-key-file", [file], { ...env, BERTH_MASTER_KEY: newKey() });
+    expect([wrong.code, wrong.told]).toEqual([3, expect.stringContaining("master key")]);
+
+    const done = await admin("rotate-key --new-key-file", [file], { ...env, BERTH_MASTER_KEY: before });
+    expect([done.code, done.printed]).toEqual([0, ""]);
+    expect(done.told).toContain("2 sealed values");
+    for (const key of [before, after]) expect(done.told).not.toContain(key);
+    const again = await admin("rekey --new-key-file", [file], { ...env, BERTH_MASTER_KEY: before });
+    expect([again.code, again.told]).toEqual([0, expect.stringContaining("0 sealed values")]);
+    const entries = await database.db
+      .point`select actor_id, actor_principal from audit_log where action = 'Master key replaced'`;
+    expect(entries).toEqual([{ actor_id: null, actor_principal: Principal.UNSPECIFIED }]);
+
+    const refused = startTestPlaneOn({ ...env, BERTH_MASTER_KEY: before });
+    await expect(refused).rejects.toThrow(/master key/);
+    const keys = { from: Buffer.from(after, "base64"), row: await sealedSecret(database.db) };
+    expect(open(keys.from, keys.row)).toBe("s3cret");
+  });
+
+  test("replaces the key beside the data by one that it makes, whatever interrupts it", async () => {
+    await using database = await createDatabase();
+    const env = { DATABASE_URL: database.url, BERTH_DATA_DIR: await mkdtemp(join(folder, "data-")) };
+    await sealed(env);
+    const path = join(env.BERTH_DATA_DIR, "master.key");
+    const before = await readFile(path, "utf8");
+    const done = await admin("rekey", [], env);
+    expect([done.code, done.told]).toEqual([0, expect.stringContaining("2 sealed values")]);
+    const after = await readFile(path, "utf8");
+    expect(after).not.toBe(before);
+    expect((await stat(path)).mode & 0o777).toBe(0o600);
+    expect(open(Buffer.from(after, "base64"), await sealedSecret(database.db))).toBe("s3cret");
+    // As if it had been killed before it put the new key into its place.
+    await writeFile(path, before);
+    await writeFile(`${path}.next`, after);
+    expect((await admin("rekey", [], env)).code).toBe(0);
+    expect(await readFile(path, "utf8")).toBe(after);
+    expect((await readdir(env.BERTH_DATA_DIR)).filter((name) => name.startsWith("master"))).toEqual(["master.key"]);
+  });
+
+  async function sealedSecret(db: Db) {
+    const [row] = await db.point<{ id: string; organization: string; sealed: Uint8Array }[]>`
+      select id, organization_id as organization, sealed_value as sealed from secrets`;
+    if (!row) throw new Error("no secret");
+    return row;
+  }
+
+  const open = (key: Uint8Array, { id, organization, sealed }: Awaited<ReturnType<typeof sealedSecret>>) =>
+    Buffer.from(unseal(key, `secret ${id} of ${organization}`, sealed)).toString();
 });
 
 test("the embedded database serves commands beside a server, after one that was killed, and before the next", async () => {

@@ -171,3 +171,56 @@ test("the official SDK drives the story unmodified, with auto-paging of page siz
     60_000,
   );
 });
+
+test("the official SDK drives projects unmodified", { timeout: 120_000 }, async () => {
+  const sdk = new Gitpod({ baseURL: `${berth.url}/api`, bearerToken: berth.adminToken });
+  const classes = await sdk.environments.classes.list({ filter: { canCreateEnvironments: true } });
+  const environmentClass = { environmentClassId: classes.environmentClasses[0]?.id };
+  const specs = [{ git: { remoteUri: git.url("project"), targetMode: "CLONE_TARGET_MODE_REMOTE_HEAD" as const } }];
+  const ids: string[] = [];
+  for (const name of ["One", "Two", "Three"]) {
+    const { project } = await sdk.projects.create({ name, environmentClass, initializer: { specs } });
+    expect(project?.initializer?.specs).toEqual(specs);
+    ids.push(project?.id ?? "");
+  }
+  const listed: string[] = [];
+  for await (const project of sdk.projects.list({ pageSize: 1 })) listed.push(project.id ?? "");
+  expect(listed.filter((id) => ids.includes(id))).toEqual([...ids].reverse());
+
+  const [projectId = ""] = ids;
+  const updated = await sdk.projects.update({ projectId, name: "First", automationsFilePath: "auto.yaml" });
+  expect(updated.project).toMatchObject({ automationsFilePath: "auto.yaml", metadata: { name: "First" } });
+  expect((await sdk.projects.retrieve({ projectId })).project?.metadata?.name).toBe("First");
+  for (const id of ids) await sdk.projects.delete({ projectId: id });
+  await eventually(async () => {
+    const gone = await Promise.allSettled(ids.map((id) => sdk.projects.retrieve({ projectId: id })));
+    return gone.every((each) => each.status === "rejected" && (each.reason as { status?: number }).status === 404);
+  }, "the projects go");
+});
+
+test("ENV-6 an environment from a project on main is on the branch that its creator asked for", {
+  timeout: 120_000,
+}, async () => {
+  await git.createRepository("branches", { defaultBranch: "main", branches: { dev: { "dev.txt": "only here" } } });
+  const client = createBerthClient({ baseUrl: berth.url, token: berth.adminToken });
+  const on = (cloneTarget: string) => ({
+    ...{ specs: [{ spec: { case: "git" as const, value: { remoteUri: git.url("branches"), cloneTarget } } }] },
+  });
+  const { project } = await client.projects.createProject({ name: "Branches", initializer: on("main") });
+  const projectId = project?.id ?? "";
+  const projectEnvironmentClasses = [{ environmentClass: { case: "localRunner" as const, value: true } }];
+  await client.projects.updateProjectEnvironmentClasses({ projectId, projectEnvironmentClasses });
+  const { environment } = await client.environments.createEnvironmentFromProject({
+    ...{ projectId, spec: { content: { initializer: on("dev") } } },
+  });
+  const running = await reaches(client, environment?.id ?? "", EnvironmentPhase.RUNNING);
+  expect(running.metadata?.projectId).toBe(projectId);
+  const ops = await enter(client, running.id, running.status?.environmentUrls?.ops ?? "");
+  const { stdout } = await ops.exec({ command: "git rev-parse --abbrev-ref HEAD && cat dev.txt" });
+  expect(stdout).toBe("dev\nonly here");
+  // Asked for from this environment, a project holds what it was made from.
+  const copy = await client.projects.createProjectFromEnvironment({ name: "Copy", environmentId: running.id });
+  expect(copy.project?.initializer).toMatchObject(on("dev"));
+  await client.environments.deleteEnvironment({ environmentId: running.id });
+  await reaches(client, running.id, EnvironmentPhase.DELETED);
+});

@@ -2,6 +2,7 @@ import { auditExportCommand } from "./admin/audit-export.ts";
 import { bootstrapCommand } from "./admin/bootstrap.ts";
 import type { AdminCommand } from "./admin/operator.ts";
 import { restoreCommand } from "./admin/restore.ts";
+import { rotateKeyCommand } from "./admin/rotate-key.ts";
 import { runnerTokenCommand } from "./admin/runner-token.ts";
 import { tokenCreateCommand } from "./admin/token.ts";
 import { ExitCode } from "./exit.ts";
@@ -13,8 +14,11 @@ const COMMANDS: readonly AdminCommand[] = [
   tokenCreateCommand,
   restoreCommand,
   runnerTokenCommand,
+  rotateKeyCommand,
   auditExportCommand,
 ];
+
+const ALIASES = new Map([["rekey", [rotateKeyCommand.name]]]);
 
 export const ADMIN_USAGE = `berth admin: what the operator does on the database of the installation, running or not
 
@@ -31,9 +35,10 @@ export async function runAdmin(args: readonly string[], env: NodeJS.ProcessEnv):
     say(ADMIN_USAGE);
     return ExitCode.CLEAN;
   }
-  const startsWith = ({ name }: AdminCommand) => name.split(" ").every((word, index) => args[index] === word);
+  const words = ALIASES.get(first)?.concat(args.slice(1)) ?? args;
+  const startsWith = ({ name }: AdminCommand) => name.split(" ").every((word, index) => words[index] === word);
   const command = COMMANDS.find(startsWith);
   if (!command) throw new UsageError(`unknown command: admin ${args.join(" ")}\n\n${ADMIN_USAGE}`);
-  await command.run(args.slice(command.name.split(" ").length), env);
+  await command.run(words.slice(command.name.split(" ").length), env);
   return ExitCode.CLEAN;
 }

@@ -214,14 +214,17 @@ function partProblems(spec: EnvironmentSpec | UpdateEnvironmentRequest_Spec): Fi
   ];
 }
 
-/** Problems of a create request that come before anything is looked up: the goal, and the form of the class id. */
-export function goalProblems(spec: EnvironmentSpec | undefined): FieldProblem[] {
+/**
+ * Problems of a create request that come before anything is looked up: the goal, and the form of the class id, which may
+ * be absent where a project offers one.
+ */
+export function goalProblems(spec: EnvironmentSpec | undefined, needsClass = true): FieldProblem[] {
   const goal = spec?.desiredPhase ?? EnvironmentPhase.UNSPECIFIED;
   const starts = goal === EnvironmentPhase.UNSPECIFIED || goal === EnvironmentPhase.RUNNING;
   const machineClass = spec?.machine?.class ?? "";
   return [
     ...(starts ? [] : [{ field: "spec.desired_phase", message: "must be unset or RUNNING" }]),
-    ...(isUuid(machineClass)
+    ...(isUuid(machineClass) || (!machineClass && !needsClass)
       ? []
       : [{ field: "spec.machine.class", message: "must be the id of an environment class" }]),
   ];

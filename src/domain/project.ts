@@ -16,7 +16,7 @@ import {
   type UpdateProjectRequest,
 } from "../../gen/gitpod/v1/project_pb.js";
 import { editorByIdOrAlias } from "./editors.ts";
-import type { FieldProblem } from "./errors.ts";
+import { actionable, type FieldProblem } from "./errors.ts";
 
 /** Most projects of an organization. */
 export const MAX_PROJECTS = 5_000;
@@ -188,6 +188,12 @@ export function classEntries(list: readonly ProjectEnvironmentClass[]): {
 }
 
 // Environments made from a project.
+
+/** FAILED_PRECONDITION for a project whose deletion has begun: nobody changes it or makes anything from it any more. */
+export function refuseDeleting({ id, isDeleting }: { id: string; isDeleting: boolean }): void {
+  if (!isDeleting) return;
+  throw actionable("failed_precondition", "PROJECT_STATE_DELETING", "the project is being deleted", { project_id: id });
+}
 
 /**
  * What is asked for with the project's values where nothing is: an initializer without specs counts as none, or a

@@ -37,6 +37,9 @@ const KIND_BY_PREFIX = new Map(Object.entries(PREFIXES).map(([kind, prefix]) => 
 const DAY_MS = 24 * 60 * 60_000;
 /** Lifetimes that nobody asked for otherwise, in milliseconds. */
 export const PERSONAL_ACCESS_MS = 30 * DAY_MS;
+export const SERVICE_ACCOUNT_MS = 90 * DAY_MS;
+/** Lifetime of a token that lets a person act as a service account. */
+export const SERVICE_ACCOUNT_ACCESS_MS = 30 * 60_000;
 /** How long the list of somebody's tokens shows one after its end. */
 export const SHOWN_AFTER_END_MS = 30 * DAY_MS;
 

@@ -1,10 +1,10 @@
 import { create } from "@bufbuild/protobuf";
 import type { ServiceImpl } from "@connectrpc/connect";
 import { ActionableErrorDetailsSchema } from "../../gen/gitpod/v1/actionable_error_pb.js";
-import {
+import type {
   EnvironmentService,
-  type EnvironmentSpec_Secret,
-  type ListEnvironmentsRequest,
+  EnvironmentSpec_Secret,
+  ListEnvironmentsRequest,
 } from "../../gen/gitpod/v1/environment_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import {
@@ -30,7 +30,6 @@ import { COUNT_CAP, closePage, countAnswer, openPage } from "../domain/pages.ts"
 import { policyRefusal } from "../domain/policies.ts";
 import type { Caller } from "../domain/principal.ts";
 import { TokenKind } from "../domain/tokens.ts";
-import { withPending } from "../pending.ts";
 import { principal } from "../rpc/authenticate.ts";
 import type { Tx } from "../store/db.ts";
 import {
@@ -45,6 +44,7 @@ import {
 import { readPolicies } from "../store/organizations.ts";
 import { getOwnRunner, getRunner, type StoredRunner } from "../store/runners.ts";
 import { createEnvironment } from "./environment/create.ts";
+import { createEnvironmentFromProject } from "./environment/from-project.ts";
 import { startSecrets } from "./environment/git-credentials.ts";
 import { checkCapacity, checkQuotas, checkRunner } from "./environment/limits.ts";
 import { allow, apply } from "./environment/move.ts";
@@ -157,15 +157,12 @@ async function list(app: App, caller: Caller, req: ListEnvironmentsRequest) {
   return { environments: items.map((state) => shown(caller, state)), pagination: { nextToken }, count };
 }
 
-/**
- * EnvironmentService, as far as it is built. ListEnvironmentClasses is one answer that the contract offers in two
- * services; it is handed in.
- */
+/** EnvironmentService. ListEnvironmentClasses is one answer that the contract offers in two services; it is handed in. */
 export function environmentService(
   app: App,
   listEnvironmentClasses: ServiceImpl<typeof EnvironmentService>["listEnvironmentClasses"],
 ): ServiceImpl<typeof EnvironmentService> {
-  return withPending(EnvironmentService, ["createEnvironmentFromProject"], {
+  return {
     async getEnvironment(req, context) {
       const caller = principal(context);
       return { environment: shown(caller, await getEnvironment(app.db.point, caller, req.environmentId)) };
@@ -174,6 +171,9 @@ export function environmentService(
     listEnvironmentClasses,
     async createEnvironment(req, context) {
       return { environment: await createEnvironment(app, principal(context), req) };
+    },
+    async createEnvironmentFromProject(req, context) {
+      return { environment: await createEnvironmentFromProject(app, principal(context), req) };
     },
     async startEnvironment(req, context) {
       await startEnvironment(app, principal(context), req.environmentId);
@@ -246,5 +246,5 @@ export function environmentService(
     async allowPortAccess(req, context) {
       return { allowed: await mayReachPort(app, principal(context), req.environmentId, req.port) };
     },
-  });
+  };
 }

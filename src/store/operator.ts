@@ -1,10 +1,10 @@
-import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
+import { AuditLogEntryKind, ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { OrganizationRole } from "../../gen/gitpod/v1/organization_pb.js";
 import { RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase } from "../../gen/gitpod/v1/runner_pb.js";
 import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
 import { SYSTEM } from "../domain/principal.ts";
-import type { Sql, Tx } from "./db.ts";
+import type { Db, Sql, Tx } from "./db.ts";
 import { syncBuiltInGroups } from "./groups.ts";
 import { record } from "./record.ts";
 
@@ -85,6 +85,16 @@ export async function restoreAdmin(
     audit: { id: newId(), actor: SYSTEM, action: user ? "User restored as admin" : "User added as admin" },
   });
   return user ? "restored" : "added";
+}
+
+/** An entry in the audit log of every organization about something that concerns them all. */
+export async function recordForAll(db: Db, action: string, by: { newId: () => string; at: Date }): Promise<void> {
+  for (const { id } of await db.list<{ id: string }[]>`select id from organizations`) {
+    await db.write`
+      insert into audit_log (id, organization_id, actor_principal, subject_id, subject_type, kind, action, created_at)
+      values (${by.newId()}, ${id}, ${SYSTEM.principal}, ${id}, ${ResourceType.ORGANIZATION},
+        ${AuditLogEntryKind.RESOURCE_CHANGE}, ${action}, ${by.at})`;
+  }
 }
 
 /** Runners with a process, by id or name. */

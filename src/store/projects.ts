@@ -156,10 +156,14 @@ export async function lockProject(tx: Tx, caller: Caller, id: string): Promise<S
   return toProject(row);
 }
 
-/** As `lockProject`, for work that others may do at the same time; nobody can begin to change or delete it meanwhile. */
-export async function holdProject(tx: Tx, caller: Caller, id: string): Promise<StoredProject> {
-  const [row] = await tx<ProjectRow[]>`
-    select ${columns(tx, caller)} from projects p where p.id = ${id} and ${readsProject(tx, caller)} for share of p`;
+/**
+ * A project that the caller may read, being deleted or not, for whoever makes something of it. `hold` keeps it from being
+ * changed or deleted until the transaction ends.
+ */
+export async function getProjectToUse(sql: Sql | Tx, caller: Caller, id: string, hold = false): Promise<StoredProject> {
+  const [row] = await sql<ProjectRow[]>`
+    select ${columns(sql, caller)} from projects p
+    where p.id = ${id} and ${readsProject(sql, caller)} ${hold ? sql`for share of p` : sql``}`;
   if (!row) throw notFound("project", id);
   return toProject(row);
 }

@@ -18,7 +18,10 @@ export interface SealedColumn {
 
 /** Every column with sealed values; all of these tables have ids. */
 export const SEALED_COLUMNS: readonly SealedColumn[] = [
+  { table: "host_tokens", column: "sealed_refresh_token", context: "'host token ' || id || ' refresh'" },
+  { table: "host_tokens", column: "sealed_token", context: "'host token ' || id || ' token'" },
   { table: "runners", column: "sealed_metrics_password", context: "'runner ' || id || ' metrics'" },
+  { table: "runners", column: "sealed_private_key", context: "'runner ' || id || ' private key'" },
   { table: "secrets", column: "sealed_value", context: "'secret ' || id || ' of ' || organization_id" },
   { table: "signing_keys", column: "sealed_private_key", context: "'signing key ' || id" },
 ];

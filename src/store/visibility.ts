@@ -1,6 +1,14 @@
 import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import type { Caller } from "../domain/principal.ts";
-import { readsClass, readsEnvironment, readsGroup, readsRunner, readsSecret } from "./access.ts";
+import {
+  readsClass,
+  readsEnvironment,
+  readsGroup,
+  readsRunner,
+  readsSecret,
+  readsServiceAccount,
+  readsUser,
+} from "./access.ts";
 import { readsAssignment } from "./assignment-rows.ts";
 import type { Fragment, Sql } from "./db.ts";
 import type { OutboxEvent } from "./hub.ts";
@@ -22,6 +30,7 @@ export const PARTS_OF_ENVIRONMENT: ReadonlySet<ResourceType> = new Set([
 const OPEN_TYPES: ReadonlySet<ResourceType> = new Set([
   ResourceType.ORGANIZATION,
   ResourceType.USER,
+  ResourceType.SERVICE_ACCOUNT,
   ResourceType.GROUP,
   ResourceType.GROUP_MEMBERSHIP_CHANGED,
   ResourceType.ORGANIZATION_POLICY,
@@ -69,6 +78,14 @@ function readable(sql: Sql, caller: Caller, type: ResourceType, ids: string[]): 
     case ResourceType.GROUP:
     case ResourceType.GROUP_MEMBERSHIP_CHANGED:
       return sql`select g.id from groups g where g.id = any(${ids}) and ${readsGroup(sql, caller)}`;
+    case ResourceType.USER:
+      return sql`select u.id from users u where u.id = any(${ids}) and ${readsUser(sql, caller)}`;
+    case ResourceType.SERVICE_ACCOUNT:
+      return sql`select s.id from service_accounts s where s.id = any(${ids}) and ${readsServiceAccount(sql, caller)}`;
+    case ResourceType.PERSONAL_ACCESS_TOKEN:
+      return sql`select id from tokens where id = any(${ids}) and subject_id = ${caller.id}`;
+    case ResourceType.USER_PREFERENCE:
+      return sql`select id from user_preferences where id = any(${ids}) and user_id = ${caller.id}`;
     case ResourceType.ROLE_ASSIGNMENT:
       return sql`select a.id from role_assignments a where a.id = any(${ids}) and ${readsAssignment(sql, caller)}`;
     case ResourceType.ROLE_ASSIGNMENT_CHANGED:

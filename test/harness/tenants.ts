@@ -1,19 +1,21 @@
 import { randomBytes } from "node:crypto";
-import { create, type MessageShape, toBinary } from "@bufbuild/protobuf";
+import type { MessageShape } from "@bufbuild/protobuf";
+import { durationFromMs, timestampFromMs } from "@bufbuild/protobuf/wkt";
 import { v7 as uuidv7 } from "uuid";
 import type { ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import type { OrganizationPoliciesSchema } from "../../gen/gitpod/v1/organization_pb.js";
 import { RunnerProvider } from "../../gen/gitpod/v1/runner_configuration_pb.js";
-import { ServiceAccountSchema } from "../../gen/gitpod/v1/service_account_pb.js";
+import type { BerthClient } from "../../src/client.ts";
 import { SYSTEM } from "../../src/domain/principal.ts";
-import { TokenKind, tokenText } from "../../src/domain/tokens.ts";
-import { syncBuiltInGroups } from "../../src/store/groups.ts";
+import { tokenText } from "../../src/domain/tokens.ts";
 import { insertOrganization } from "../../src/store/organizations.ts";
 import { insertToken, type NewToken } from "../../src/store/tokens.ts";
 import { FakeRunner } from "./fake-runner.ts";
 import { shareRunner, type TestPlane, type TestUser } from "./plane.ts";
+
+const YEAR_MS = 365 * 24 * 60 * 60_000;
 
 // What organizations consist of, written to the database where the API for it does not exist yet.
 
@@ -68,17 +70,24 @@ export async function mint(
   return text;
 }
 
+/** What only an access token of a service account may do, as its administrator has one issued; a client with it. */
+export async function actAsServiceAccount(
+  test: TestPlane,
+  serviceAccountId: string,
+  by = test.admin,
+): Promise<BerthClient> {
+  const { token } = await by.serviceAccounts.createServiceAccountAccessToken({ serviceAccountId });
+  return test.client(token);
+}
+
 /** A service account with a token, member of `org-members`. */
 export async function addServiceAccount(test: TestPlane, name = "Robot"): Promise<TestUser> {
-  const { app } = test.plane;
-  const id = uuidv7();
-  const message = create(ServiceAccountSchema, { id, organizationId: test.organizationId, name });
-  await app.db.write`insert into service_accounts (id, organization_id, name, message)
-    values (${id}, ${test.organizationId}, ${name}, ${toBinary(ServiceAccountSchema, message)})`;
-  const member = { organizationId: test.organizationId, memberId: id };
-  await app.db.begin((tx) => syncBuiltInGroups(tx, member, { newId: uuidv7, at: app.now() }));
-  const subjectPrincipal = Principal.SERVICE_ACCOUNT;
-  const token = await mint(test, { kind: TokenKind.SERVICE_ACCOUNT, subjectId: id, subjectPrincipal });
+  const validUntil = timestampFromMs(test.plane.app.now().getTime() + 10 * YEAR_MS);
+  const { serviceAccount } = await test.admin.serviceAccounts.createServiceAccount({ name, validUntil });
+  const { id = "" } = serviceAccount ?? {};
+  const access = await actAsServiceAccount(test, id);
+  const validFor = durationFromMs(9 * YEAR_MS);
+  const { token } = await access.serviceAccounts.createServiceAccountToken({ validFor });
   return { id, token, client: test.client(token) };
 }
 

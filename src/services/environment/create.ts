@@ -3,6 +3,7 @@ import { durationMs } from "@bufbuild/protobuf/wkt";
 import {
   CreateEnvironmentPreconditionFailureDetailsSchema,
   type CreateEnvironmentRequest,
+  type Environment,
   type EnvironmentSpec,
   EnvironmentSpecSchema,
 } from "../../../gen/gitpod/v1/environment_pb.js";
@@ -14,6 +15,7 @@ import { denied, notFound, precondition, refuseProblems } from "../../domain/err
 import { policyRefusal } from "../../domain/policies.ts";
 import type { Caller } from "../../domain/principal.ts";
 import { initializerHosts, initializerProblems, repositoryName } from "../../scm/initializer.ts";
+import type { Tx } from "../../store/db.ts";
 import { getClass, getClassHoldingRunner, type StoredClass } from "../../store/environment-classes.ts";
 import { insertEnvironment, ownsSession, type StoredEnvironment } from "../../store/environments.ts";
 import { missingSignIns } from "../../store/host-tokens.ts";
@@ -59,43 +61,60 @@ function checkSignedIn(missing: readonly string[]): void {
   ]);
 }
 
-/** CreateEnvironment: makes an environment and wants it to run. */
-export async function createEnvironment(app: App, caller: Caller, request: CreateEnvironmentRequest) {
-  const [{ policies, localRunners }, dotfilesRepository] = await Promise.all([
+/** What the organization allows, and what the caller has set for new environments. */
+export interface Rules {
+  policies: OrganizationPolicies;
+  localRunners: boolean;
+  dotfilesRepository: string;
+}
+
+export async function readRules(app: App, caller: Caller): Promise<Rules> {
+  const [policies, dotfilesRepository] = await Promise.all([
     readPolicies(app.db.point, caller.organizationId),
     findDotfiles(app.db.point, caller.id),
   ]);
-  checkSource(caller, policies, request.spec);
-  refuseProblems(goalProblems(request.spec));
-  const spec = request.spec ?? create(EnvironmentSpecSchema);
-  const stored = await getClass(app.db.point, caller, spec.machine?.class ?? "");
-  checkClass(stored);
-  const schemes = app.config.scm.schemes;
-  const problems = initializerProblems(spec.content?.initializer, { schemes, field: "spec.content.initializer" });
-  refuseProblems([...problems, ...specProblems(spec, request.annotations)]);
-  if (request.sessionId && !(await ownsSession(app.db.point, caller, request.sessionId))) {
-    throw notFound("session", request.sessionId);
-  }
-  checkUsable(stored, localRunners);
-  checkPolicies(policies, spec);
-  const now = app.now();
-  const where = { runnerId: stored.message.runnerId, subjectId: caller.id };
-  checkSignedIn(await missingSignIns(app.db.point, where, initializerHosts(spec.content?.initializer), now));
+  return { ...policies, dotfilesRepository };
+}
 
-  const id = app.newId();
-  const [primary] = spec.content?.initializer?.specs ?? [];
+/** What an environment is to be made of, once its source and its class have been chosen. */
+export interface Wanted extends Pick<CreateEnvironmentRequest, "annotations" | "sessionId"> {
+  spec: EnvironmentSpec;
+  /** Empty for a generated one. */
+  name?: string;
+  environmentClass: StoredClass;
+  /** Empty without a project. */
+  projectId: string;
+}
+
+async function checkWanted(app: App, caller: Caller, wanted: Wanted, rules: Rules, now: Date): Promise<void> {
+  const { spec, annotations, sessionId, environmentClass } = wanted;
+  const initializer = spec.content?.initializer;
+  const schemes = app.config.scm.schemes;
+  checkClass(environmentClass);
+  const problems = initializerProblems(initializer, { schemes, field: "spec.content.initializer" });
+  refuseProblems([...problems, ...specProblems(spec, annotations)]);
+  if (sessionId && !(await ownsSession(app.db.point, caller, sessionId))) throw notFound("session", sessionId);
+  checkUsable(environmentClass, rules.localRunners);
+  checkPolicies(rules.policies, spec);
+  const where = { runnerId: environmentClass.message.runnerId, subjectId: caller.id };
+  checkSignedIn(await missingSignIns(app.db.point, where, initializerHosts(initializer), now));
+}
+
+function newState(app: App, caller: Caller, wanted: Wanted, rules: Rules, now: Date): StoredEnvironment {
+  const { policies, dotfilesRepository } = rules;
+  const [primary] = wanted.spec.content?.initializer?.specs ?? [];
   const state = newEnvironment({
-    id,
-    spec,
-    name: request.name ?? "",
-    annotations: request.annotations,
+    id: app.newId(),
+    spec: wanted.spec,
+    name: wanted.name ?? "",
+    annotations: wanted.annotations,
     nameSuffix: Buffer.from(app.random(NAME_SUFFIX_BYTES)).toString("hex"),
     repositoryName: repositoryName(primary),
-    sessionId: request.sessionId.toLowerCase() || app.newId(),
+    sessionId: wanted.sessionId.toLowerCase() || app.newId(),
     sessions: { machine: app.newId(), content: app.newId(), devcontainer: app.newId(), automationsFile: app.newId() },
     creator: caller,
-    environmentClass: stored.message,
-    projectId: "",
+    environmentClass: wanted.environmentClass.message,
+    projectId: wanted.projectId,
     secrets: [],
     defaults: {
       dotfilesRepository,
@@ -105,27 +124,53 @@ export async function createEnvironment(app: App, caller: Caller, request: Creat
     },
     now,
   });
-  const environment: StoredEnvironment = {
+  return {
     ...state,
     organizationId: caller.organizationId,
     reportEpoch: 0,
     reportSeq: 0,
     relation: { owner: true, user: false, self: false, runner: false },
   };
+}
+
+/**
+ * Makes an environment and wants it to run, after all checks but those of its source. `confirm` looks once more at what
+ * it is made from, in the transaction that makes it.
+ */
+export async function make(
+  app: App,
+  caller: Caller,
+  wanted: Wanted,
+  rules: Rules,
+  confirm: (tx: Tx) => Promise<void> = async () => undefined,
+): Promise<Environment> {
+  const { policies, localRunners } = rules;
+  const { id: classId, runnerId } = wanted.environmentClass.message;
+  const now = app.now();
+  await checkWanted(app, caller, wanted, rules, now);
+  const environment = newState(app, caller, wanted, rules, now);
+  const creator = { id: caller.id, organizationId: caller.organizationId, limited: quotaApplies(caller) };
   await transact(app, async (tx, touched) => {
-    await checkQuotas(
-      tx,
-      { id: caller.id, organizationId: caller.organizationId, limited: quotaApplies(caller) },
-      policies,
-      true,
-    );
-    const current = await getClassHoldingRunner(tx, caller, stored.message.id);
+    await confirm(tx);
+    await checkQuotas(tx, creator, policies, true);
+    const current = await getClassHoldingRunner(tx, caller, classId);
     checkClass(current);
     checkUsable(current, localRunners);
-    await checkCapacity(tx, stored.message.runnerId, current.maxEnvironments);
+    await checkCapacity(tx, runnerId, current.maxEnvironments);
     environment.spec = { ...environment.spec, secrets: await startSecrets(app, tx, environment) };
     await insertEnvironment(tx, environment, actorOf(caller), app.newId(), now);
-    touched(stored.message.runnerId);
+    touched(runnerId);
   });
   return shown(caller, environment);
+}
+
+/** CreateEnvironment: makes an environment and wants it to run. */
+export async function createEnvironment(app: App, caller: Caller, request: CreateEnvironmentRequest) {
+  const rules = await readRules(app, caller);
+  checkSource(caller, rules.policies, request.spec);
+  refuseProblems(goalProblems(request.spec));
+  const spec = request.spec ?? create(EnvironmentSpecSchema);
+  const environmentClass = await getClass(app.db.point, caller, spec.machine?.class ?? "");
+  const { name, annotations, sessionId } = request;
+  return make(app, caller, { spec, name, annotations, sessionId, environmentClass, projectId: "" }, rules);
 }

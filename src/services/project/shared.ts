@@ -3,9 +3,9 @@ import type { EnvironmentInitializer } from "../../../gen/gitpod/v1/environment_
 import { type ResourceOperation, ResourceType } from "../../../gen/gitpod/v1/event_pb.js";
 import { type Project, ProjectSchema } from "../../../gen/gitpod/v1/project_pb.js";
 import { type App, actorOf } from "../../app.ts";
-import { actionable, denied, type FieldProblem } from "../../domain/errors.ts";
+import { denied, type FieldProblem } from "../../domain/errors.ts";
 import type { Caller } from "../../domain/principal.ts";
-import { MAX_SPECS } from "../../domain/project.ts";
+import { MAX_SPECS, refuseDeleting } from "../../domain/project.ts";
 import { initializerProblems, repositoryAddresses, repositoryKey, repositoryName } from "../../scm/initializer.ts";
 import type { RepositoryIndex, StoredProject } from "../../store/projects.ts";
 import type { Change } from "../../store/record.ts";
@@ -35,11 +35,7 @@ export function repositoryIndex(initializer: EnvironmentInitializer | undefined)
 /** PERMISSION_DENIED unless `allowed`, then FAILED_PRECONDITION for a project that is being deleted. */
 export function allow(project: StoredProject, allowed: boolean, action: string): void {
   if (!allowed) throw denied(`you may see this project, but not ${action} it`);
-  if (project.isDeleting) {
-    throw actionable("failed_precondition", "PROJECT_STATE_DELETING", "the project is being deleted", {
-      project_id: project.id,
-    });
-  }
+  refuseDeleting(project);
 }
 
 /** A change of a project for watchers and for the audit log. */
