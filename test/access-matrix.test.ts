@@ -191,12 +191,12 @@ const EXPECTED = `
   OrganizationService.getOrganization                       U U N ✓ ✓ ✓ ✓ ✓ D D ✓ ✓
   OrganizationService.updateOrganization                    U U i i D i i i D D D D
   OrganizationService.deleteOrganization                    U U i i D i i D D D D D
-  OrganizationService.listMembers                           U U i i i i i i D D D D
-  OrganizationService.setRole                               U U i i D i i i D D D D
+  OrganizationService.listMembers                           U U N ✓ ✓ ✓ ✓ ✓ D D D D
+  OrganizationService.setRole                               U U N D D D ✓ D D D D D
   OrganizationService.createOrganizationInvite              U U i i D i i i D D D D
   OrganizationService.getOrganizationInvite                 U U i i D i i i D D D D
   OrganizationService.getOrganizationInviteSummary          U U i i i i i i D D D D
-  OrganizationService.leaveOrganization                     U U i i D i i i D D D D
+  OrganizationService.leaveOrganization                     U U N N D N N N D D D D
   OrganizationService.createSSOConfiguration                U U i i D i i i D D D D
   OrganizationService.getSSOConfiguration                   U U i i i i i i D D D D
   OrganizationService.listSSOConfigurations                 U U i i i i i i D D D D
@@ -296,8 +296,8 @@ const EXPECTED = `
   ServiceAccountService.deleteServiceAccountToken           U U N N D N N D D D D D
   UserService.getAuthenticatedUser                          U U ✓ ✓ ✓ ✓ ✓ D D D D D
   UserService.getUser                                       U U N ✓ ✓ ✓ ✓ ✓ D D ✓ N
-  UserService.setSuspended                                  U U i i D i i D D D D D
-  UserService.deleteUser                                    U U i i D i i D D D D D
+  UserService.setSuspended                                  U U N D D D ✓ D D D D D
+  UserService.deleteUser                                    U U N N D N N D D D D D
   UserService.createPersonalAccessToken                     U U N D D ✓ D D D D D D
   UserService.getPersonalAccessToken                        U U N N ✓ ✓ ✓ D D D D D
   UserService.listPersonalAccessTokens                      U U ✓ ✓ ✓ ✓ ✓ D D D D D
@@ -369,6 +369,7 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "IdentityService.exchangeToken": ({ exchangeToken }) => ({ exchangeToken }),
   "IdentityService.getIDToken": () => ({ audience: ["a"] }),
   ...Object.fromEntries(OrganizationService.methods.map((method) => [nameOf(method), onOrganization])),
+  "OrganizationService.leaveOrganization": ({ unknownId }) => ({ userId: unknownId }),
   "ProjectService.createProject": () => newProject,
   "ProjectService.createProjects": () => ({ projects: [newProject] }),
   // It holds no repository.
@@ -452,7 +453,7 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "ServiceAccountService.deleteServiceAccountToken": ({ unknownId }) => ({ serviceAccountTokenId: unknownId }),
   "UserService.getUser": onUser,
   "UserService.setSuspended": onUser,
-  "UserService.deleteUser": onUser,
+  "UserService.deleteUser": ({ unknownId }) => ({ userId: unknownId }),
   "UserService.createPersonalAccessToken": onUser,
   "UserService.getPersonalAccessToken": ({ tokenId }) => ({ personalAccessTokenId: tokenId }),
   "UserService.deletePersonalAccessToken": ({ unknownId }) => ({ personalAccessTokenId: unknownId }),

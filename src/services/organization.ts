@@ -4,6 +4,7 @@ import type { App } from "../app.ts";
 import { withPending } from "../pending.ts";
 import { principal } from "../rpc/authenticate.ts";
 import { getOrganization } from "../store/organizations.ts";
+import { members } from "./organization/members.ts";
 import { oidcConfig } from "./organization/oidc-config.ts";
 import { policies } from "./organization/policies.ts";
 
@@ -16,12 +17,9 @@ export function organizationService(app: App): ServiceImpl<typeof OrganizationSe
       "joinOrganization",
       "updateOrganization",
       "deleteOrganization",
-      "listMembers",
-      "setRole",
       "createOrganizationInvite",
       "getOrganizationInvite",
       "getOrganizationInviteSummary",
-      "leaveOrganization",
       "createSSOConfiguration",
       "getSSOConfiguration",
       "listSSOConfigurations",
@@ -51,6 +49,7 @@ export function organizationService(app: App): ServiceImpl<typeof OrganizationSe
         return { organization };
       },
       ...oidcConfig(app),
+      ...members(app),
       ...policies(app),
     },
   );

@@ -7,7 +7,7 @@ import type {
   ServiceAccountService,
   UpdateServiceAccountRequest,
 } from "../../gen/gitpod/v1/service_account_pb.js";
-import { type App, actorOf, transact } from "../app.ts";
+import { type App, attribution, transact } from "../app.ts";
 import { actionable, denied, invalid, precondition } from "../domain/errors.ts";
 import { closePage, openPage } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
@@ -26,15 +26,13 @@ import {
 } from "../store/service-accounts.ts";
 import { serviceAccountTokens } from "./service-account/tokens.ts";
 
-const byOf = (app: App, caller: Caller) => ({ actor: actorOf(caller), newId: app.newId, at: app.now() });
-
 function checkAdmin(caller: Caller): void {
   if (!caller.orgAdmin) throw denied("managing service accounts needs the role admin in the organization");
 }
 
 async function create(app: App, caller: Caller, request: CreateServiceAccountRequest): Promise<ServiceAccount> {
   checkAdmin(caller);
-  const by = byOf(app, caller);
+  const by = attribution(app, caller);
   const validUntil = request.validUntil && timestampDate(request.validUntil);
   if (!validUntil || validUntil <= by.at) throw invalid({ field: "valid_until", message: "must be in the future" });
   const { name, description } = request;
@@ -67,7 +65,7 @@ async function update(app: App, caller: Caller, request: UpdateServiceAccountReq
     if (before.suspended) throw precondition("the service account is deleted");
     const { name = before.name, description = before.description } = request;
     const next = { ...before, name, description };
-    await updateServiceAccount(tx, before, next, byOf(app, caller));
+    await updateServiceAccount(tx, before, next, attribution(app, caller));
     return serviceAccountMessage(next);
   });
 }
@@ -97,7 +95,7 @@ export function serviceAccountService(app: App): ServiceImpl<typeof ServiceAccou
       const caller = principal(context);
       await transact(app, async (tx, touched) => {
         const account = await holdChangeable(tx, caller, request.serviceAccountId);
-        if (!account.suspended) await endServiceAccount(tx, account, byOf(app, caller), touched);
+        if (!account.suspended) await endServiceAccount(tx, account, attribution(app, caller), touched);
       });
       return {};
     },

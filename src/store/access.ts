@@ -92,8 +92,9 @@ export function readsEnvironment(sql: Sql | Tx, caller: Caller): Fragment {
     or e.id in ${sharedWith(sql, caller, ResourceType.ENVIRONMENT, ENVIRONMENT_ROLES)}))`;
 }
 
-/** Condition: may read user `u`, whatever its status. An environment knows its creator alone. */
+/** Condition: may read user `u`, whatever its status. An environment knows its creator alone, an account its own users. */
 export function readsUser(sql: Sql | Tx, caller: Caller): Fragment {
+  if (caller.principal === Principal.ACCOUNT) return sql`u.account_id = ${caller.id}`;
   const here = sql`u.organization_id = ${caller.organizationId}`;
   if (caller.principal === Principal.RUNNER) return sql`false`;
   if (caller.principal === Principal.ENVIRONMENT) return sql`(${here} and u.id = ${caller.creatorId})`;

@@ -1,17 +1,17 @@
-import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { OrganizationRole } from "../../gen/gitpod/v1/organization_pb.js";
 import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
 import { actionable } from "../domain/errors.ts";
 import { Scope } from "../domain/secret.ts";
 import { TokenKind } from "../domain/tokens.ts";
+import { deleteAccount, isOwnedBy } from "./accounts.ts";
 import type { Tx } from "./db.ts";
-import { removeFromGroups, syncBuiltInGroups } from "./groups.ts";
+import { removeFromGroups } from "./groups.ts";
 import { orderHalt } from "./halts.ts";
 import { endHostTokens } from "./host-tokens.ts";
-import { type Attribution, record } from "./record.ts";
+import type { Attribution } from "./record.ts";
 import { deleteSecretsOf } from "./secrets.ts";
 import { type StoredServiceAccount, suspendServiceAccount } from "./service-accounts.ts";
-import type { StoredUser } from "./users.ts";
+import { type StoredUser, setUserStatus } from "./users.ts";
 
 // All that ends with a user or service account, in the transaction that ends it. Rows are taken in one order: the
 // organization, the principal, its environments, their runners, groups, secrets.
@@ -48,12 +48,16 @@ export async function refuseLastAdmin(tx: Tx, { id, organizationId, role, status
 }
 
 /** How a membership ends: for a time, or for good. */
-export type Departure = { status: typeof UserStatus.SUSPENDED | typeof UserStatus.LEFT; action: string };
+export interface Departure {
+  status: typeof UserStatus.SUSPENDED | typeof UserStatus.LEFT;
+  /** Text of the audit entry. */
+  action: string;
+}
 
 /**
  * Ends the membership of a user whom the transaction holds together with the organization. Its credentials end, and its
- * environments are asked to stop; when it leaves, also its shares, secrets, host tokens, preferences and dotfiles go.
- * What others can use stays. FAILED_PRECONDITION if no admin would be left.
+ * environments are asked to stop; when it leaves, also its shares, secrets, host tokens, preferences and dotfiles go, and
+ * its account if the organization owns that. What others can use stays. FAILED_PRECONDITION if no admin would be left.
  */
 export async function endMembership(
   tx: Tx,
@@ -64,20 +68,16 @@ export async function endMembership(
 ): Promise<void> {
   const { id, organizationId } = user;
   await refuseLastAdmin(tx, user);
-  await tx`update users set status = ${status} where id = ${id}`;
   await endTokens(tx, id);
   await orderHalt(tx, { subjectId: id, organizationId, createdAt: by.at }, by, touched);
-  if (status === UserStatus.LEFT) {
-    await endBelongings(tx, user, Scope.USER, by);
-    await tx`delete from user_preferences where user_id = ${id}`;
-    await tx`update users set dotfiles_repository = '' where id = ${id}`;
-  } else {
-    await syncBuiltInGroups(tx, { organizationId, memberId: id }, by);
-  }
-  await record(tx, {
-    ...{ organizationId, resourceType: ResourceType.USER, resourceId: id, operation: ResourceOperation.UPDATE },
-    ...{ at: by.at, audit: { id: by.newId(), actor: by.actor, action } },
-  });
+  await setUserStatus(tx, user, status, { ...by, action });
+  if (status !== UserStatus.LEFT) return;
+  await endBelongings(tx, user, Scope.USER, by);
+  await tx`delete from user_preferences where user_id = ${id}`;
+  await tx`update users set dotfiles_repository = '' where id = ${id}`;
+  const { accountId } = user;
+  if (accountId && (await isOwnedBy(tx, accountId, organizationId)))
+    await deleteAccount(tx, accountId, { ...by, action: "Account deleted with its user", forgets: false });
 }
 
 /** As for a user who leaves; the row of a service account, which the transaction holds, stays suspended. */

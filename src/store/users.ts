@@ -1,11 +1,14 @@
 import { create } from "@bufbuild/protobuf";
 import { timestampFromDate } from "@bufbuild/protobuf/wkt";
-import type { OrganizationRole } from "../../gen/gitpod/v1/organization_pb.js";
+import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
+import { OrganizationRole } from "../../gen/gitpod/v1/organization_pb.js";
 import { type User, UserSchema, UserStatus } from "../../gen/gitpod/v1/user_pb.js";
 import { notFound, Refusal } from "../domain/errors.ts";
 import type { Caller } from "../domain/principal.ts";
 import { readsUser } from "./access.ts";
 import type { Sql, Tx } from "./db.ts";
+import { syncBuiltInGroups } from "./groups.ts";
+import { type Attribution, type Change, recorded } from "./record.ts";
 
 /** A user with what it shows of its account, which may be gone. */
 export interface StoredUser {
@@ -24,7 +27,8 @@ export interface StoredUser {
   memberSince: Date;
 }
 
-interface UserRow {
+/** A row of `userColumns`. */
+export interface UserRow {
   id: string;
   organization_id: string;
   account_id: string | null;
@@ -38,10 +42,12 @@ interface UserRow {
   member_since: Date;
 }
 
-const columns = (sql: Sql | Tx) => sql`u.id, u.organization_id, u.account_id, u.role, u.status, u.full_name, u.email,
+export const userColumns = (
+  sql: Sql | Tx,
+) => sql`u.id, u.organization_id, u.account_id, u.role, u.status, u.full_name, u.email,
   u.avatar_url, u.login_provider, u.created_at, u.member_since`;
 
-const toUser = (row: UserRow): StoredUser => ({
+export const toUser = (row: UserRow): StoredUser => ({
   id: row.id,
   organizationId: row.organization_id,
   accountId: row.account_id ?? undefined,
@@ -71,9 +77,45 @@ export function userMessage(user: StoredUser): User {
 /** A user that the caller may read, also one who has left; NOT_FOUND otherwise. */
 export async function getUser(sql: Sql | Tx, caller: Caller, id: string): Promise<StoredUser> {
   const [row] = await sql<UserRow[]>`
-    select ${columns(sql)} from users u where u.id = ${id} and ${readsUser(sql, caller)}`;
+    select ${userColumns(sql)} from users u where u.id = ${id} and ${readsUser(sql, caller)}`;
   if (!row) throw notFound("user", id);
   return toUser(row);
+}
+
+/**
+ * A user as it is now, who stays so until the transaction ends, as do the roles and states of all others in the
+ * organization: whoever changes them holds its row, too.
+ */
+export async function holdUser(tx: Tx, { id, organizationId }: Pick<StoredUser, "id" | "organizationId">) {
+  await tx`select from organizations where id = ${organizationId} for no key update`;
+  const [row] = await tx<UserRow[]>`select ${userColumns(tx)} from users u where u.id = ${id} for no key update`;
+  if (!row) throw notFound("user", id);
+  return toUser(row);
+}
+
+function change(user: StoredUser, action: string, by: Attribution): Change {
+  return {
+    ...{ organizationId: user.organizationId, resourceType: ResourceType.USER, resourceId: user.id },
+    ...{ operation: ResourceOperation.UPDATE, at: by.at, audit: { id: by.newId(), actor: by.actor, action } },
+  };
+}
+
+/** Writes the status of a user whom the transaction holds; what follows from its end is in departures.ts. */
+export async function setUserStatus(
+  tx: Tx,
+  user: StoredUser,
+  status: UserStatus,
+  by: Attribution & { action: string },
+): Promise<void> {
+  await tx`with ${recorded(tx, change(user, by.action, by))} update users set status = ${status} where id = ${user.id}`;
+  await syncBuiltInGroups(tx, { organizationId: user.organizationId, memberId: user.id }, by);
+}
+
+/** Writes the role of a user whom the transaction holds. */
+export async function setUserRole(tx: Tx, user: StoredUser, role: OrganizationRole, by: Attribution): Promise<void> {
+  const action = `User has the role ${OrganizationRole[role].toLowerCase()}`;
+  await tx`with ${recorded(tx, change(user, action, by))} update users set role = ${role} where id = ${user.id}`;
+  await syncBuiltInGroups(tx, { organizationId: user.organizationId, memberId: user.id }, by);
 }
 
 /**

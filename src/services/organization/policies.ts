@@ -1,7 +1,7 @@
 import type { ServiceImpl } from "@connectrpc/connect";
 import { ResourceOperation, ResourceType } from "../../../gen/gitpod/v1/event_pb.js";
 import type { OrganizationService, UpdateOrganizationPoliciesRequest } from "../../../gen/gitpod/v1/organization_pb.js";
-import { type App, actorOf, transact } from "../../app.ts";
+import { type App, attribution, transact } from "../../app.ts";
 import { denied, refuseProblems } from "../../domain/errors.ts";
 import {
   changedPolicies,
@@ -24,7 +24,7 @@ async function updatePolicies(app: App, caller: Caller, request: UpdateOrganizat
     refuseProblems([...problems, ...(await missingReferences(tx, organizationId, policyReferences(next, request)))]);
     const changed = changedPolicies(before, next);
     if (!changed.length) return;
-    const by = { actor: actorOf(caller), newId: app.newId, at: app.now() };
+    const by = attribution(app, caller);
     await setPolicies(tx, next);
     await record(tx, {
       ...{ organizationId, resourceType: ResourceType.ORGANIZATION_POLICY, resourceId: organizationId },
