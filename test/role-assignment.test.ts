@@ -1,3 +1,4 @@
+import { Code } from "@connectrpc/connect";
 import { v7 as uuidv7 } from "uuid";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { ActionableErrorDetailsSchema } from "../gen/gitpod/v1/actionable_error_pb.js";
@@ -12,11 +13,13 @@ import { eventText, watchEvents } from "./harness/event-stream.ts";
 import type { FakeRunner } from "./harness/fake-runner.ts";
 import { assignmentsOn, builtInGroup, newGroup } from "./harness/groups.ts";
 import { liftQuotas, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
+import { createProject, offer } from "./harness/projects.ts";
 import { codeOf, refusal, violatedFields } from "./harness/refusal.ts";
 import { addOrganization, addServiceAccount, connectRunner } from "./harness/tenants.ts";
+import { eventually } from "./harness/wait.ts";
 
 const { CREATE, UPDATE, DELETE } = ResourceOperation;
-const { ORGANIZATION, RUNNER, ENVIRONMENT, GROUP, SERVICE_ACCOUNT, ROLE_ASSIGNMENT, ROLE_ASSIGNMENT_CHANGED } =
+const { ORGANIZATION, RUNNER, PROJECT, ENVIRONMENT, GROUP, SERVICE_ACCOUNT, ROLE_ASSIGNMENT, ROLE_ASSIGNMENT_CHANGED } =
   ResourceType;
 const { ORG_ADMIN, ORG_RUNNERS_ADMIN, ORG_GROUPS_ADMIN, ORG_AUDIT_LOG_READER, RUNNER_ADMIN, RUNNER_USER } =
   ResourceRole;
@@ -566,5 +569,89 @@ describe("derived assignments", () => {
       expect(found).toEqual(whole);
     }
     await groups().deleteGroup({ groupId: wide });
+  });
+});
+
+describe("projects", () => {
+  const { PROJECT_ADMIN, PROJECT_EDITOR, PROJECT_USER } = ResourceRole;
+  const onProject = (resourceId: string) => ({ resourceType: PROJECT, resourceId });
+  const create = async () => (await createProject(plane.admin)).id;
+
+  test("PLT-20: a project is hidden until org-members may use it, and hidden again once they may not", async () => {
+    const projectId = await create();
+    const listed = async () =>
+      (await member.client.projects.listProjects({})).projects.some(({ id }) => id === projectId);
+    expect(await listed()).toBe(false);
+    const { id } = await assign(await builtInGroup(plane, "org-members"), onProject(projectId), PROJECT_USER);
+    expect(await listed()).toBe(true);
+    await groups().deleteRoleAssignment({ assignmentId: id });
+    expect(await listed()).toBe(false);
+  });
+
+  test("PLT-26: a group needs a runner of one of the classes, which it can use in one way or another", async () => {
+    const { runner: hidden, classId: hiddenClass } = await connectRunner(plane, { shared: false });
+    await using _connected = hidden;
+    const projectId = await create();
+    const refused = async (groupId: string) => {
+      const error = await refusal(assign(groupId, onProject(projectId), PROJECT_USER));
+      return [await codeOf(Promise.reject(error)), ...error.findDetails(ActionableErrorDetailsSchema)];
+    };
+    const early = await newGroup(plane);
+    const beforeClasses = await assign(early, onProject(projectId), PROJECT_USER);
+    await offer(plane.admin, projectId, hiddenClass);
+    const groupId = await newGroup(plane);
+    expect(await refused(groupId)).toMatchObject([
+      "FailedPrecondition",
+      { errorCode: "ROLE_RUNNER_NO_ACCESS", metadata: { group_id: groupId, project_id: projectId } },
+    ]);
+    const shared = await assign(groupId, onRunner(hidden.id), RUNNER_USER);
+    await assign(groupId, onProject(projectId), PROJECT_USER);
+    // What a group has been given stays when the runner goes.
+    await groups().deleteRoleAssignment({ assignmentId: shared.id });
+    const stays = await filtered(plane.admin, { resourceId: projectId, resourceRoles: [PROJECT_USER] });
+    expect(stays.map((each) => each.groupId)).toEqual(expect.arrayContaining([groupId, early]));
+    await groups().deleteRoleAssignment({ assignmentId: beforeClasses.id });
+    expect((await refused(early))[0]).toBe("FailedPrecondition");
+
+    await assign(
+      await newGroup(plane, { organizationRoles: [ORG_RUNNERS_ADMIN] }),
+      onProject(projectId),
+      PROJECT_EDITOR,
+    );
+    // The runner of the other class is shared with everybody.
+    await offer(plane.admin, projectId, hiddenClass, classId);
+    await assign(early, onProject(projectId), PROJECT_ADMIN);
+    await offer(plane.admin, projectId, "local");
+    await assign(await newGroup(plane), onProject(projectId), PROJECT_USER);
+    // Nobody asks when it is one person.
+    await offer(plane.admin, projectId, hiddenClass);
+    const share = { ...onProject(projectId), ...withUser(member) };
+    await groups().shareResourceWithPrincipal({ ...share, role: PROJECT_USER });
+    expect((await member.client.projects.getProject({ projectId })).project?.id).toBe(projectId);
+  });
+
+  test("PLT-25: a group with ORG_PROJECTS_ADMIN is an admin of each project, which is read-only", async () => {
+    const groupId = await newGroup(plane, { organizationRoles: [ResourceRole.ORG_PROJECTS_ADMIN] });
+    const projectId = await create();
+    const [derived, ...others] = await filtered(plane.admin, { resourceId: projectId, groupId });
+    expect(others).toEqual([]);
+    const derivedFromOrgRole = ResourceRole.ORG_PROJECTS_ADMIN;
+    expect(derived).toMatchObject({ ...onProject(projectId), resourceRole: PROJECT_ADMIN, derivedFromOrgRole });
+    expect(await codeOf(groups().deleteRoleAssignment({ assignmentId: derived!.id }))).toBe("FailedPrecondition");
+  });
+
+  test("one that is being deleted takes no roles any more", async () => {
+    const groupId = await newGroup(plane);
+    // The job that ends it may be faster, though not time and again.
+    const refused = await eventually(async () => {
+      const projectId = await create();
+      await plane.admin.projects.deleteProject({ projectId });
+      const error = await refusal(assign(groupId, onProject(projectId), PROJECT_USER));
+      const details = error.findDetails(ActionableErrorDetailsSchema);
+      return error.code === Code.FailedPrecondition && { projectId, details };
+    }, "a project that is being deleted");
+    expect(refused.details).toMatchObject([
+      { errorCode: "PROJECT_STATE_DELETING", metadata: { project_id: refused.projectId } },
+    ]);
   });
 });

@@ -1,8 +1,10 @@
-import type { ResourceType } from "../../gen/gitpod/v1/event_pb.js";
-import type { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
-import { notFound } from "../domain/errors.ts";
-import { checkTakesRoles } from "../domain/group.ts";
+import { ResourceType } from "../../gen/gitpod/v1/event_pb.js";
+import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
+import { RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
+import { actionable, notFound } from "../domain/errors.ts";
+import { checkTakesRoles, MEMBERS_GROUP } from "../domain/group.ts";
 import type { Caller } from "../domain/principal.ts";
+import { DERIVATIONS, rolesFrom } from "../domain/roles.ts";
 import {
   type AssignmentRow,
   assignmentColumns,
@@ -14,12 +16,17 @@ import {
 } from "./assignment-rows.ts";
 import type { Tx } from "./db.ts";
 import { holdMember, type MemberRef } from "./group-members.ts";
-import { getGroup } from "./groups.ts";
+import { getGroup, type StoredGroup } from "./groups.ts";
 import type { Attribution } from "./record.ts";
 import { holdSharedResource } from "./shared-resources.ts";
 
 // Whoever changes who may do what, through whichever service, comes through here: assignments, policies of runners and
 // projects, and direct shares are the same rows under the same rules.
+
+const USES_RUNNER = rolesFrom(ResourceRole.RUNNER_USER) as number[];
+const USES_EVERY_RUNNER = DERIVATIONS.filter(({ type }) => type === ResourceType.RUNNER).map(
+  ({ from }) => from,
+) as number[];
 
 /** A group on a resource. */
 export interface Holding {
@@ -43,6 +50,31 @@ async function lockHolding(
 }
 
 /**
+ * Refuses a group that could see a project but create nothing from it: the project names classes, and the group can use
+ * the runner of none, be it by a role of its own, through `org-members` or by a role on the organization.
+ */
+async function checkUsesRunner(tx: Tx, group: StoredGroup, projectId: string): Promise<void> {
+  const [row] = await tx<{ usable: boolean }[]>`
+    select not exists (select from project_environment_classes where project_id = ${projectId})
+      or exists (
+        select from project_environment_classes offer left join environment_classes c on c.id = offer.class_id
+          join runners r on r.id = c.runner_id or offer.class_id is null and r.kind = ${RunnerKind.LOCAL}
+        where offer.project_id = ${projectId} and r.organization_id = ${group.organizationId} and r.deleted_at is null
+          and exists (
+            select from role_assignments a join groups g on g.id = a.group_id
+            where (g.id = ${group.id} or g.system_managed and g.name = ${MEMBERS_GROUP})
+              and (a.resource_id = r.id and a.resource_role = any(${USES_RUNNER})
+                or a.resource_id = ${group.organizationId} and a.resource_role = any(${USES_EVERY_RUNNER}))
+          )
+      ) as usable`;
+  if (row?.usable) return;
+  const message = "the group can use no runner of the project's environment classes: share one with it first";
+  throw actionable("failed_precondition", "ROLE_RUNNER_NO_ACCESS", message, {
+    ...{ group_id: group.id, project_id: projectId },
+  });
+}
+
+/**
  * Gives a group a role on a resource. NOT_FOUND for what the caller cannot see, PERMISSION_DENIED if it may not assign
  * roles there, FAILED_PRECONDITION for a group or resource that takes none now, ALREADY_EXISTS if the group has one.
  */
@@ -55,6 +87,9 @@ export async function assignRole(
   const group = await getGroup(tx, caller, wanted.groupId, "existing");
   await holdSharedResource(tx, caller, wanted.resourceType, wanted.resourceId);
   checkTakesRoles(group, wanted.resourceType);
+  // Whoever shares with a single person is not asked: it may be about to share the runner, too.
+  if (wanted.resourceType === ResourceType.PROJECT && !group.directShare)
+    await checkUsesRunner(tx, group, wanted.resourceId);
   const { organizationId, id: groupId, name: groupName } = group;
   return insertAssignment(tx, { ...wanted, id: by.newId(), organizationId, groupId, groupName }, by);
 }

@@ -2,7 +2,7 @@ import { EnvironmentPhase } from "../../gen/gitpod/v1/environment_pb.js";
 import { ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase } from "../../gen/gitpod/v1/runner_pb.js";
-import { denied, notFound, precondition } from "../domain/errors.ts";
+import { actionable, denied, notFound, precondition } from "../domain/errors.ts";
 import type { Caller } from "../domain/principal.ts";
 import { resourceName } from "../domain/roles.ts";
 import {
@@ -107,7 +107,9 @@ export async function holdSharedResource(tx: Tx, caller: Caller, type: ResourceT
     where ${kind.id(tx)} = ${id} and ${kind.reads(tx, caller)} for share`;
   if (!row) throw notFound(resourceName(type), id);
   if (!row.assigns) throw denied(`you may see this ${resourceName(type)}, but not share it`);
-  if (row.closed) throw precondition(row.closed);
+  if (!row.closed) return;
+  if (type !== ResourceType.PROJECT) throw precondition(row.closed);
+  throw actionable("failed_precondition", "PROJECT_STATE_DELETING", row.closed, { project_id: id });
 }
 
 /** Condition: may give and take roles on the resource of assignment `a`. */
