@@ -33,7 +33,7 @@ import { assignmentsEnded } from "./assignment-rows.ts";
 import { followEnvironment } from "./automation/environment.ts";
 import { conjunction, containing, oneOf } from "./conditions.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
-import { usedProject } from "./project-usage.ts";
+import { ranProject, usedProject } from "./project-usage.ts";
 import { type Actor, type Attribution, recorded } from "./record.ts";
 import { revised } from "./runners.ts";
 
@@ -252,8 +252,12 @@ export async function advanceEnvironment(
     : phaseChanged && HALTED.has(status.phase)
       ? tx`, tokens_gone as (delete from tokens where environment_id = ${id} and kind = ${TokenKind.ENVIRONMENT})`
       : tx``;
+  const { projectId } = metadata;
+  const run = projectId
+    ? ranProject(tx, { id, organizationId, projectId }, before.facts.runningSince, next.facts.runningSince, by.at)
+    : tx``;
   await tx`
-    with ${told} ${revision} ${tokens}
+    with ${told} ${revision} ${tokens} ${run}
     update environments set phase = ${status.phase}, desired_phase = ${spec.desiredPhase}, admission = ${spec.admission},
       archived_at = ${date(metadata.archivedAt)}, lockdown_at = ${date(metadata.lockdownAt)}, search = ${searchText(id, next)},
       metadata = ${metadataBytes}, spec = ${specBytes}, status = ${toBinary(EnvironmentStatusSchema, status)}, facts = ${facts},
