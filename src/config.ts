@@ -31,6 +31,8 @@ export interface ServerConfig {
   databaseUrl?: string;
   masterKey?: Uint8Array;
   bootstrap: BootstrapConfig;
+  /** Domains at which anybody can get a mail address, in lower case, beside those that everybody knows. */
+  publicEmailDomains: readonly string[];
   /** In the order of their names; at least one. */
   gateways: readonly GatewayConfig[];
   metricsToken?: string;
@@ -118,6 +120,11 @@ function dataDir(read: Reader): string {
   return resolve(read.text("BERTH_DATA_DIR", own));
 }
 
+function emailDomains(read: Reader): string[] {
+  const isDomain = (item: string) => HOST.test(item) && item.includes(".");
+  return read.list("BERTH_PUBLIC_EMAIL_DOMAINS", isDomain, "domains").map((domain) => domain.toLowerCase());
+}
+
 function gateways(read: Reader, publicUrl: string): GatewayConfig[] {
   const given = read.objects("BERTH_GATEWAYS", ["name", "url", "region"]);
   if (!given) return [{ name: "default", url: publicUrl, region: "local" }];
@@ -202,6 +209,7 @@ export function readServerConfig(env: Environment): ServerConfig {
       adminToken: read.secret("BERTH_BOOTSTRAP_ADMIN_TOKEN"),
       tokenFile: read.optional("BERTH_BOOTSTRAP_TOKEN_FILE"),
     },
+    publicEmailDomains: emailDomains(read),
     gateways: gateways(read, publicUrl),
     metricsToken: read.optional("BERTH_METRICS_TOKEN"),
     docsUrl: read.optional("BERTH_DOCS_URL") && read.url("BERTH_DOCS_URL", ""),

@@ -188,6 +188,12 @@ const VARIABLES: Record<string, Variable> = {
     good: [["10.0.0.1, 10.1.0.0/16,,fd00::/8", ["10.0.0.1", "10.1.0.0/16", "fd00::/8"]]],
     bad: ["proxy.example.org", "10.0.0.0/33", "10.0.0.1,x", "10.0.0.0/8/8", "fd00::/129", "10.0.0.0/"],
   },
+  BERTH_PUBLIC_EMAIL_DOMAINS: {
+    read: (config) => config.publicEmailDomains,
+    unset: [],
+    good: [["Mail.Example.org, example.net", ["mail.example.org", "example.net"]]],
+    bad: ["example", "a@example.org", "*.example.org"],
+  },
   BERTH_METRICS_TOKEN: {
     read: (config) => config.metricsToken,
     unset: undefined,

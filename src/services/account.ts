@@ -1,20 +1,70 @@
 import type { ServiceImpl } from "@connectrpc/connect";
-import { AccountService } from "../../gen/gitpod/v1/account_pb.js";
-import type { App } from "../app.ts";
+import {
+  type Account,
+  AccountService,
+  type DeleteAccountRequest,
+  type ListJoinableOrganizationsRequest,
+} from "../../gen/gitpod/v1/account_pb.js";
+import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
+import { type App, attribution, transact } from "../app.ts";
+import { emailDomain, isPublicEmailDomain } from "../domain/email-domains.ts";
+import { notFound, precondition } from "../domain/errors.ts";
+import { closePage, openPage } from "../domain/pages.ts";
+import type { Caller } from "../domain/principal.ts";
 import { withPending } from "../pending.ts";
+import { principal } from "../rpc/authenticate.ts";
+import { deleteAccount, getAccount, holdAccount, listJoinable } from "../store/accounts.ts";
+import { endMembership } from "../store/departures.ts";
+import { holdUser } from "../store/users.ts";
+
+async function ownAccount(app: App, { accountId }: Caller): Promise<Account> {
+  const account = await getAccount(app.db.point, accountId);
+  const publicEmailProvider = isPublicEmailDomain(emailDomain(account.email), app.config.publicEmailDomains);
+  return { ...account, publicEmailProvider };
+}
+
+async function remove(app: App, caller: Caller, { accountId, reason }: DeleteAccountRequest): Promise<void> {
+  if (accountId.toLowerCase() !== caller.accountId) throw notFound("account", accountId);
+  const by = attribution(app, caller);
+  const action = reason?.trim() ? `Account deleted: ${reason.trim()}` : "Account deleted";
+  await transact(app, async (tx, touched) => {
+    const users = await holdAccount(tx, caller.accountId);
+    if (users.some(({ status }) => status === UserStatus.ACTIVE))
+      throw precondition("the account is a member of an organization: leave it first");
+    for (const suspended of users) {
+      const user = await holdUser(tx, suspended);
+      const departure = { status: UserStatus.LEFT, action: "User left", keepsAccount: true } as const;
+      await endMembership(tx, user, departure, by, touched);
+    }
+    await deleteAccount(tx, caller.accountId, { ...by, action, forgets: true });
+  });
+}
+
+async function joinable(app: App, caller: Caller, request: ListJoinableOrganizationsRequest) {
+  const page = openPage(request.pagination, ["joinable organizations", caller.accountId]);
+  const rows = await listJoinable(app.db.list, caller.accountId, page);
+  const { items, nextToken } = closePage(page, rows, (each) => each.organizationId);
+  return { joinableOrganizations: items, pagination: { nextToken } };
+}
 
 /** AccountService, as far as it is built. */
-export function accountService(_app: App): ServiceImpl<typeof AccountService> {
-  return withPending(
-    AccountService,
-    [
-      "getAccount",
-      "deleteAccount",
-      "getSSOLoginURL",
-      "listSSOLogins",
-      "listLoginProviders",
-      "listJoinableOrganizations",
-    ],
-    {},
-  );
+export function accountService(app: App): ServiceImpl<typeof AccountService> {
+  return withPending(AccountService, ["listLoginProviders"], {
+    async getAccount(_request, context) {
+      return { account: await ownAccount(app, principal(context)) };
+    },
+    async deleteAccount(request, context) {
+      await remove(app, principal(context), request);
+      return {};
+    },
+    // Organizations cannot bring a login of their own yet, so no domain has one.
+    async getSSOLoginURL({ email }) {
+      throw notFound("login for the domain", emailDomain(email));
+    },
+    async listSSOLogins(request) {
+      openPage(request.pagination, ["logins", emailDomain(request.email), request.returnTo]);
+      return { logins: [], pagination: {} };
+    },
+    listJoinableOrganizations: (request, context) => joinable(app, principal(context), request),
+  });
 }

@@ -52,6 +52,8 @@ export interface Departure {
   status: typeof UserStatus.SUSPENDED | typeof UserStatus.LEFT;
   /** Text of the audit entry. */
   action: string;
+  /** Its account is left to the caller. */
+  keepsAccount?: true;
 }
 
 /**
@@ -62,7 +64,7 @@ export interface Departure {
 export async function endMembership(
   tx: Tx,
   user: StoredUser,
-  { status, action }: Departure,
+  { status, action, keepsAccount }: Departure,
   by: Attribution,
   touched: Touched,
 ): Promise<void> {
@@ -76,7 +78,7 @@ export async function endMembership(
   await tx`delete from user_preferences where user_id = ${id}`;
   await tx`update users set dotfiles_repository = '' where id = ${id}`;
   const { accountId } = user;
-  if (accountId && (await isOwnedBy(tx, accountId, organizationId)))
+  if (accountId && !keepsAccount && (await isOwnedBy(tx, accountId, organizationId)))
     await deleteAccount(tx, accountId, { ...by, action: "Account deleted with its user", forgets: false });
 }
 
