@@ -7,7 +7,6 @@ import {
   type HandlerContext,
   type Interceptor,
 } from "@connectrpc/connect";
-import type { UniversalServerResponse } from "@connectrpc/connect/protocol";
 import { universalRequestFromNodeRequest } from "@connectrpc/connect-node";
 import type { Logger } from "pino";
 import { callKey, callOf } from "../rpc/call.ts";
@@ -18,10 +17,10 @@ import {
   answerJson,
   bodyChunks,
   breakOff,
-  drained,
   type Exchange,
   type Limits,
   OPEN_AFTER_MS,
+  sendAnswer,
   toNodeHeaders,
 } from "./exchange.ts";
 import type { Rpc } from "./rpcs.ts";
@@ -109,22 +108,6 @@ function refuse(rpc: Rpc, { request, response }: Exchange, status: number): void
   answerJson(response, status, { message: REFUSALS[status] ?? "the request is not understood" });
 }
 
-async function write(answer: UniversalServerResponse, exchange: Exchange, limits: Limits): Promise<void> {
-  const { response } = exchange;
-  const chunks = answer.body?.[Symbol.asyncIterator]();
-  try {
-    if (!response.headersSent) response.writeHead(answer.status, toNodeHeaders(answer.header ?? new Headers()));
-    for (let next = await chunks?.next(); next && !next.done && !exchange.closed; next = await chunks?.next()) {
-      if (!response.write(next.value)) await drained(response, limits);
-    }
-    if (exchange.closed) return;
-    if (answer.trailer) response.addTrailers(toNodeHeaders(answer.trailer));
-    response.end();
-  } finally {
-    chunks?.return?.()?.catch(() => undefined);
-  }
-}
-
 const REFUSALS: Record<number, string> = {
   405: "this method is not allowed here: use POST, or GET for RPCs without side effects",
   415: "use application/json, application/proto, application/connect+json, application/connect+proto, application/grpc or application/grpc-web",
@@ -151,7 +134,7 @@ export async function serveBridged(limits: Limits, rpc: Rpc, exchange: Exchange)
     const answer = await rpc.handler({ ...universal, body: bodyChunks(request, limits, manyRequests) });
     clearTimeout(opening);
     if (!answer.body && answer.status >= 400) refuse(rpc, exchange, answer.status);
-    else await write(answer, exchange, limits);
+    else await sendAnswer(answer, response, limits, () => exchange.closed);
   } catch (error) {
     if (!exchange.closed) throw error;
   } finally {

@@ -1,6 +1,7 @@
 import type { IncomingMessage, ServerResponse } from "node:http";
 import { constants, type Http2ServerRequest, type Http2ServerResponse } from "node:http2";
 import { Code, ConnectError } from "@connectrpc/connect";
+import type { UniversalServerResponse } from "@connectrpc/connect/protocol";
 import type { Call } from "../rpc/call.ts";
 
 /** Streams that do not say themselves when they are open are taken to be after this time. */
@@ -142,7 +143,7 @@ export async function* bodyChunks(request: HttpRequest, limits: Limits, unlimite
 }
 
 /** Resolves when a response takes more bytes again, or its connection is gone; one that stalls for long is cut off. */
-export function drained(response: HttpResponse, limits: Limits): Promise<void> {
+export function drained(response: HttpResponse, limits: Pick<Limits, "stallMs">): Promise<void> {
   return new Promise((resolve) => {
     const timer = setTimeout(() => response.destroy(), limits.stallMs);
     const done = () => {
@@ -165,6 +166,27 @@ export function toNodeHeaders(headers: Headers): Record<string, string | string[
     else found[name] = Array.isArray(before) ? [...before, value] : [before, value];
   }
   return found;
+}
+
+/** Sends what connect answers, as fast as the caller reads it; `isOver` tells that the caller has left. */
+export async function sendAnswer(
+  answer: UniversalServerResponse,
+  response: HttpResponse,
+  limits: Pick<Limits, "stallMs">,
+  isOver: () => boolean,
+): Promise<void> {
+  const chunks = answer.body?.[Symbol.asyncIterator]();
+  try {
+    if (!response.headersSent) response.writeHead(answer.status, toNodeHeaders(answer.header ?? new Headers()));
+    for (let next = await chunks?.next(); next && !next.done && !isOver(); next = await chunks?.next()) {
+      if (!response.write(next.value)) await drained(response, limits);
+    }
+    if (isOver()) return;
+    if (answer.trailer) response.addTrailers(toNodeHeaders(answer.trailer));
+    response.end();
+  } finally {
+    chunks?.return?.()?.catch(() => undefined);
+  }
 }
 
 /** Headers of a request as the web knows them, without the pseudo headers of HTTP/2. */

@@ -1,7 +1,7 @@
 import type { IncomingMessage } from "node:http";
 import type { Duplex } from "node:stream";
 import { Code, ConnectError, createContextKey, createContextValues, type Interceptor } from "@connectrpc/connect";
-import { connectNodeAdapter } from "@connectrpc/connect-node";
+import { compressionBrotli, compressionGzip } from "@connectrpc/connect-node";
 import type { Logger } from "pino";
 import { Gauge, Registry } from "prom-client";
 import { IntrospectTokenResponse_Kind as Kind } from "../../gen/berth/runner/v1/runner_control_pb.js";
@@ -16,7 +16,9 @@ import type { EnvironmentLog } from "./logs.ts";
 import { refuseUpgrade } from "./ports/proxy.ts";
 import { portRoute } from "./ports/route.ts";
 import { portServer } from "./ports/server.ts";
+import { connectHandler } from "./supervisor/connect-handler.ts";
 import { forwardOps } from "./supervisor/forward.ts";
+import { streamGate } from "./supervisor/gate.ts";
 import { MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES } from "./supervisor/ops.ts";
 
 /** What the port of a runner serves. */
@@ -34,6 +36,8 @@ export interface ServerDeps {
   /** The link to the control plane is in force. */
   connected(): boolean;
   log: Logger;
+  /** Milliseconds between two looks at the token of an open stream, by default 30 s. */
+  recheckMs?: number;
 }
 
 const LIMITS: Limits = {
@@ -50,6 +54,8 @@ const LIMITS: Limits = {
   streams: 1_000,
 };
 const RECHECK_MS = 30_000;
+/** Smallest message that is worth compressing. */
+const COMPRESS_MIN_BYTES = 16 * 1024;
 const PATH = /^\/environments\/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\/(logs|ops(?:\/.*)?)$/;
 const OPS_KINDS = [Kind.ENVIRONMENT_ACCESS, Kind.ENVIRONMENT];
 const LOGS_KINDS = [Kind.ENVIRONMENT_ACCESS, Kind.ENVIRONMENT_LOGS];
@@ -87,18 +93,23 @@ async function judgeOperation(access: Access, token: string | undefined, environ
   }
 }
 
-/** Passes messages on until the check, made every 30 seconds, says that the stream has to end. */
-async function* whileGranted<T>(messages: AsyncIterable<T>, mustEnd: () => Promise<boolean>): AsyncIterable<T> {
+/** Passes messages on until the check, made again and again, says that the stream has to end. */
+async function* whileGranted<T>(
+  messages: AsyncIterable<T>,
+  recheckMs: number,
+  mustEnd: () => Promise<boolean>,
+): AsyncIterable<T> {
   const iterator = messages[Symbol.asyncIterator]();
   let timer: NodeJS.Timeout | undefined;
   const tick = () =>
     new Promise<undefined>((resolve) => {
-      timer = setTimeout(() => resolve(undefined), RECHECK_MS);
+      timer = setTimeout(() => resolve(undefined), recheckMs);
     });
   try {
     let due = tick();
     for (let next = iterator.next(); ; ) {
-      const result = await Promise.race([next, due]);
+      // A stream that always has something to say must not put off the check.
+      const result = await Promise.race([due, next]);
       if (result === undefined) {
         if (await mustEnd()) throw new ConnectError("the token has been withdrawn", Code.Unauthenticated);
         due = tick();
@@ -125,7 +136,8 @@ interface Operation {
 const operationKey = createContextKey<Operation | undefined>(undefined, { description: "operation" });
 
 /** Ends the public protocols and passes each call on to the supervisor of its environment. */
-function operations({ environments, access }: ServerDeps, operationOf: (request: object) => Operation | undefined) {
+function operations({ environments, access, recheckMs = RECHECK_MS }: ServerDeps) {
+  const counted = streamGate(LIMITS.streams);
   const follow: Interceptor = (next) => async (request) => {
     const operation = request.contextValues.get(operationKey);
     if (!operation) throw new ConnectError("a valid environment access token is needed", Code.Unauthenticated);
@@ -137,7 +149,8 @@ function operations({ environments, access }: ServerDeps, operationOf: (request:
     const response = await next(request);
     touch();
     if (!response.stream) return response;
-    return { ...response, message: whileGranted(response.message, () => access.isWithdrawn(token, grant)) };
+    const message = whileGranted(response.message, recheckMs, () => access.isWithdrawn(token, grant));
+    return { ...response, message: counted(message) };
   };
   const implementation = forwardOps(async (context) => {
     const environmentId = context.values.get(operationKey)?.environmentId ?? "";
@@ -145,12 +158,13 @@ function operations({ environments, access }: ServerDeps, operationOf: (request:
     if (!client) throw new ConnectError("the environment is not running", Code.Unavailable);
     return client;
   });
-  return connectNodeAdapter({
-    routes: (router) => router.service(EnvironmentOpsService, implementation),
+  return connectHandler((router) => router.service(EnvironmentOpsService, implementation), {
     interceptors: [follow],
+    acceptCompression: [compressionGzip, compressionBrotli],
+    compressMinBytes: COMPRESS_MIN_BYTES,
     readMaxBytes: LIMITS.bodyBytes,
     writeMaxBytes: LIMITS.answerBytes,
-    contextValues: (request) => createContextValues().set(operationKey, operationOf(request)),
+    stallMs: LIMITS.stallMs,
   });
 }
 
@@ -230,18 +244,17 @@ function metrics({ environments, connected }: ServerDeps): Registry {
 
 /** Serves the operations of environments. Who may use them is decided before anything of the request is read. */
 function operationsHandler(deps: ServerDeps) {
-  const allowed = new WeakMap<object, Operation>();
-  const serve = operations(deps, (request) => allowed.get(request));
+  const serve = operations(deps);
   return async (environmentId: string, request: HttpRequest, response: HttpResponse): Promise<void> => {
     for (const [name, value] of Object.entries(CORS)) response.setHeader(name, value);
     const token = bearerToken(request.headers.authorization);
     const grant = await judgeOperation(deps.access, token, environmentId);
     if (grant instanceof ConnectError) return answerError(request, response, grant);
-    allowed.set(request, { environmentId, token: token ?? "", grant });
     // Connect sees the path below the environment.
     const url = request.url ?? "";
     request.url = url.slice(url.indexOf("/ops") + "/ops".length);
-    serve(request as never, response as never);
+    const operation = { environmentId, token: token ?? "", grant };
+    await serve(request as IncomingMessage, response, createContextValues().set(operationKey, operation));
   };
 }
 

@@ -1805,8 +1805,9 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof WriteFileResponseSchema;
   },
   /**
-   * Starts a shell in a new terminal. INVALID_ARGUMENT for a shell that is not an absolute path to an executable,
-   * RESOURCE_EXHAUSTED at 50 terminals. Not idempotent.
+   * Starts a shell in a new terminal. INVALID_ARGUMENT for a shell that is not an absolute path to an executable, for a
+   * size outside 1 to 1000, variables that no process can have or more than 64 KiB of them, and annotations beyond 32 of
+   * 128 and 1024 characters; RESOURCE_EXHAUSTED at 50 terminals. Not idempotent.
    *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.CreateTerminal
    */
@@ -1816,8 +1817,9 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof CreateTerminalResponseSchema;
   },
   /**
-   * Streams a terminal's output: scrollback, then live until the shell ends. Any number of readers. NOT_FOUND for an
-   * unknown terminal.
+   * Streams a terminal's output: scrollback, then live until the shell ends. Up to 50 readers. A shell waits for its
+   * readers; one that takes nothing for 5 seconds is no longer waited for, and its stream ends with RESOURCE_EXHAUSTED
+   * once it has missed something. NOT_FOUND for an unknown terminal.
    *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.ReadTerminal
    */
@@ -1827,7 +1829,8 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof ReadTerminalResponseSchema;
   },
   /**
-   * Sends input to a terminal. NOT_FOUND when unknown, FAILED_PRECONDITION when its shell ended. Not idempotent.
+   * Sends input to a terminal. NOT_FOUND when unknown, FAILED_PRECONDITION when its shell ended, RESOURCE_EXHAUSTED when
+   * more than 1 MiB would wait for it to be read. Not idempotent.
    *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.WriteTerminal
    */
@@ -1848,8 +1851,8 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof ResizeTerminalResponseSchema;
   },
   /**
-   * Ends a terminal: SIGHUP to its shell, SIGKILL after 5 seconds. NOT_FOUND when unknown, FAILED_PRECONDITION when
-   * its shell already ended.
+   * Ends a terminal: SIGHUP to its shell and what that has started in its session, SIGKILL after 5 seconds to what is
+   * left. Answers when it has ended. NOT_FOUND when unknown, FAILED_PRECONDITION when its shell already ended.
    *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.CloseTerminal
    */
@@ -1869,8 +1872,8 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof ListTerminalsResponseSchema;
   },
   /**
-   * Streams a terminal for display: first a replay with buffer and size, then data, last the exit code. NOT_FOUND for
-   * an unknown terminal.
+   * Streams a terminal for display: first a replay with buffer and size, then data, last the exit code. Readers as for
+   * ReadTerminal. NOT_FOUND for an unknown terminal.
    *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.AttachTerminal
    */

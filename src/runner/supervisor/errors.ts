@@ -47,9 +47,17 @@ export function toOpsError(error: unknown, unforeseen: (error: unknown) => void)
 }
 
 export function opsErrors(unforeseen: (error: unknown) => void): Interceptor {
+  async function* translated<T>(messages: AsyncIterable<T>): AsyncIterable<T> {
+    try {
+      yield* messages;
+    } catch (error) {
+      throw toOpsError(error, unforeseen);
+    }
+  }
   return (next) => async (request) => {
     try {
-      return await next(request);
+      const response = await next(request);
+      return response.stream ? { ...response, message: translated(response.message) } : response;
     } catch (error) {
       throw toOpsError(error, unforeseen);
     }

@@ -1,8 +1,5 @@
 import type { ChildProcess } from "node:child_process";
 import { createHash, randomBytes } from "node:crypto";
-import { constants as fileConstants } from "node:fs";
-import { access, stat } from "node:fs/promises";
-import { constants } from "node:os";
 import type { Readable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import { create } from "@bufbuild/protobuf";
@@ -12,14 +9,22 @@ import {
   type ExecResponse,
   ExecResponseSchema,
 } from "../../../gen/supervisor/v1/environmentopts_pb.js";
-import { invalidArgument, withDeadline } from "./errors.ts";
+import { invalidArgument } from "./errors.ts";
 import type { ExecJournal, ExecRecord } from "./exec-journal.ts";
+import { checkDirectory } from "./files.ts";
 import { BoundedOutput } from "./output.ts";
-import { type ProcessRef, readProcess, spawnSession, terminateSession } from "./processes.ts";
+import {
+  exitCodeOf,
+  type ProcessEnd,
+  type ProcessRef,
+  processEnd,
+  readProcess,
+  spawnSession,
+  terminateSession,
+} from "./processes.ts";
 
 const HARD_LIMIT_MS = 24 * 60 * 60 * 1000;
 const DRAIN_MS = 1000;
-const DIRECTORY_DEADLINE_MS = 30_000;
 const MAX_RUNNING = 100;
 const MAX_BACKGROUND = 200;
 const EXIT_TIMED_OUT = 124;
@@ -43,24 +48,6 @@ interface Execution {
 
 const digest = (text: string) => createHash("sha256").update(text).digest("hex");
 
-async function checkDirectory(path: string): Promise<void> {
-  if (!(await stat(path)).isDirectory()) throw invalidArgument(`${path} is not a directory`);
-  await access(path, fileConstants.X_OK);
-}
-
-interface ProcessEnd {
-  code: number | null;
-  signal: NodeJS.Signals | null;
-}
-
-/** Resolves when the process ended; rejects if it could not be started. */
-function ended(child: ChildProcess): Promise<ProcessEnd> {
-  return new Promise((resolve, reject) => {
-    child.once("error", reject);
-    child.once("exit", (code, signal) => resolve({ code, signal }));
-  });
-}
-
 function collect(stream: Readable | null): BoundedOutput {
   const output = new BoundedOutput();
   stream?.on("data", (chunk: Buffer) => output.write(chunk));
@@ -71,7 +58,7 @@ function collect(stream: Readable | null): BoundedOutput {
 function exitCode(end: ProcessEnd | undefined, reason: StopReason | undefined): number {
   if (reason === "timeout") return EXIT_TIMED_OUT;
   if (reason === "cancel") return EXIT_CANCELLED;
-  return end?.code ?? 128 + constants.signals[end?.signal ?? "SIGKILL"];
+  return exitCodeOf(end ?? { code: null, signal: "SIGKILL" });
 }
 
 function withTimeoutLine(stderr: string, timeoutMs: number): string {
@@ -154,7 +141,7 @@ export class Execs {
     remembered: boolean,
     stopping: AbortSignal,
   ): Promise<ExecResponse> {
-    await withDeadline(checkDirectory(command.directory), DIRECTORY_DEADLINE_MS, "looking up the directory");
+    await checkDirectory(command.directory);
     const record = this.#begin(key, fingerprint, remembered);
     let response: ExecResponse;
     try {
@@ -184,7 +171,7 @@ export class Execs {
     started: (leader: ProcessRef) => void,
   ): Promise<ExecResponse> {
     const child = spawnSession("/bin/sh", ["-c", text], { cwd: directory, env: this.#environment() });
-    const exit = ended(child);
+    const exit = processEnd(child);
     const leader = child.pid === undefined ? undefined : readProcess(child.pid);
     if (leader) started({ pid: leader.pid, startTime: leader.startTime });
     const [stdout, stderr] = [collect(child.stdout), collect(child.stderr)];

@@ -27,13 +27,14 @@ import {
   WriteMode,
 } from "../../../gen/supervisor/v1/environmentopts_pb.js";
 import { inBatches } from "./batches.ts";
-import { errnoOf, failedPrecondition, invalidArgument } from "./errors.ts";
+import { errnoOf, failedPrecondition, invalidArgument, withDeadline } from "./errors.ts";
 
 /** Most bytes one ReadFile returns and one WriteFile takes. */
 export const MAX_FILE_BYTES = 32 * 1024 * 1024;
 /** Most entries of one directory listing or search. */
 export const MAX_ENTRIES = 65_536;
 const MAX_LINKS = 40;
+const DIRECTORY_DEADLINE_MS = 30_000;
 // Never block on a FIFO, never make a terminal the controlling one.
 const CAREFULLY = constants.O_NONBLOCK | constants.O_NOCTTY;
 
@@ -41,6 +42,25 @@ const CAREFULLY = constants.O_NONBLOCK | constants.O_NOCTTY;
 export function resolvePath(workspaceFolder: string, path: string): string {
   if (path === "" || path.includes("\0")) throw invalidArgument("path is empty or contains NUL");
   return resolve(workspaceFolder, path);
+}
+
+/** A directory that a command can start in; INVALID_ARGUMENT for anything else, system errors if it cannot be entered. */
+export async function checkDirectory(path: string): Promise<void> {
+  const check = async () => {
+    if (!(await stat(path)).isDirectory()) throw invalidArgument(`${path} is not a directory`);
+    await access(path, constants.X_OK);
+  };
+  await withDeadline(check(), DIRECTORY_DEADLINE_MS, "looking up the directory");
+}
+
+/** Whether a path leads to a file that may be started. */
+export async function isExecutable(path: string): Promise<boolean> {
+  try {
+    await access(path, constants.X_OK);
+    return (await stat(path)).isFile();
+  } catch {
+    return false;
+  }
 }
 
 const notAFile = (path: string) => failedPrecondition(`${path} is not a regular file`);

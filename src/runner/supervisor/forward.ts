@@ -2,6 +2,7 @@ import type { DescMethod } from "@bufbuild/protobuf";
 import { ConnectError, type HandlerContext, type ServiceImpl } from "@connectrpc/connect";
 import { EnvironmentOpsService } from "../../../gen/supervisor/v1/environmentopts_pb.js";
 import type { SupervisorClient } from "./client.ts";
+import { openStream } from "./connect-handler.ts";
 
 type Call = (request: object, options: object) => unknown;
 
@@ -32,8 +33,10 @@ function forwardCall(method: DescMethod, resolve: (context: HandlerContext) => P
       };
     case "server_streaming":
       return async function* (request: object, context: HandlerContext) {
+        const onHeader = () => openStream(context);
         try {
-          yield* callOf(await resolve(context))(request, options(context)) as AsyncIterable<object>;
+          const call = callOf(await resolve(context));
+          yield* call(request, { ...options(context), onHeader }) as AsyncIterable<object>;
         } catch (error) {
           throw withoutMetadata(error);
         }

@@ -19,3 +19,17 @@ export function gate(parallel: number, waiting: number): <T>(work: () => Promise
     }
   };
 }
+
+/** Lets at most `max` streams be read at once; one more is RESOURCE_EXHAUSTED. */
+export function streamGate(max: number): <T>(messages: AsyncIterable<T>) => AsyncGenerator<T> {
+  let open = 0;
+  return async function* (messages) {
+    if (open >= max) throw new ConnectError("too many streams are open", Code.ResourceExhausted);
+    open++;
+    try {
+      yield* messages;
+    } finally {
+      open--;
+    }
+  };
+}

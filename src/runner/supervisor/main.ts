@@ -1,9 +1,9 @@
 import { rmSync, statSync } from "node:fs";
 import { createServer } from "node:http";
 import { join } from "node:path";
-import { connectNodeAdapter } from "@connectrpc/connect-node";
 import { ActivityTracker } from "./activity.ts";
 import { readSupervisorConfig, type SupervisorConfig, SupervisorConfigError } from "./config.ts";
+import { connectHandler } from "./connect-handler.ts";
 import { Execs } from "./exec.ts";
 import { ExecJournal } from "./exec-journal.ts";
 import { BoundedLog } from "./log.ts";
@@ -14,6 +14,8 @@ import { ProcessEnvironment } from "./process-environment.ts";
 import { readProcess, terminateSession } from "./processes.ts";
 import { liveSupervisor, writeSupervisorRecord } from "./record.ts";
 import { listenExclusively, SocketInUseError } from "./socket.ts";
+import { CLOSE_GRACE_MS } from "./terminal.ts";
+import { Terminals } from "./terminals.ts";
 
 // Serves the operations of one environment and owns the processes it starts, independent of the runner that started
 // it: a runner may die and find it again. Everything is loaded before the privileges are dropped, since neither this
@@ -21,6 +23,8 @@ import { listenExclusively, SocketInUseError } from "./socket.ts";
 
 const SHUTDOWN_LIMIT_MS = 20_000;
 const ANSWER_MS = 2000;
+// Longer than the runner waits for its caller.
+const STALL_MS = 120_000;
 const PRUNE_MS = 60 * 60 * 1000;
 
 /** As root, the file that names the user to become must not be in that user's hands. */
@@ -39,6 +43,11 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
   const environment = new ProcessEnvironment(config);
   const journal = new ExecJournal(join(root, "run", "exec"));
   const execs = new Execs(journal, () => environment.read());
+  const terminals = new Terminals({
+    shell: config.shell,
+    environment: (more) => environment.read(more),
+    recordPath: join(root, "run", "terminals.json"),
+  });
   let { workspaceFolder } = config;
   const startTime = readProcess(process.pid)?.startTime ?? 0;
 
@@ -46,6 +55,7 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
     workspaceFolder: () => workspaceFolder,
     environment: () => environment.read(),
     execs,
+    terminals,
     activity,
     unforeseen: (error) => log.write("error", "call failed", { error: String(error) }),
   });
@@ -63,12 +73,16 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
       workspaceFolder = path;
     },
   });
-  const rpc = connectNodeAdapter({ routes, grpc: false, grpcWeb: false });
+  const rpc = connectHandler(routes, { grpc: false, grpcWeb: false, acceptCompression: [], stallMs: STALL_MS });
   const server = createServer({ requestTimeout: 60_000 }, (request, response) => {
     // A link in another environment may have led the runner here.
     if (request.headers.host !== config.environmentId) response.writeHead(421).end();
     else if (isControl(request)) control(request, response);
-    else rpc(request, response);
+    else
+      rpc(request, response).catch((error: unknown) => {
+        log.write("error", "call broke off", { error: String(error) });
+        response.destroy();
+      });
   });
   server.maxConnections = 1000;
   // Only the one that serves may touch the journal.
@@ -76,13 +90,14 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
   server.on("error", (error) => log.write("error", "connection refused", { error: error.message }));
   const orphans = journal.open();
   for (const orphan of orphans) void terminateSession(orphan);
+  for (const orphan of terminals.open()) void terminateSession(orphan, CLOSE_GRACE_MS, "first");
   writeSupervisorRecord(root, { pid: process.pid, startTime, version });
   setInterval(() => journal.prune(), PRUNE_MS).unref();
   log.write("info", "serving", { pid: process.pid, version, orphans: orphans.length });
 
   const stop = async () => {
     setTimeout(() => process.exit(0), SHUTDOWN_LIMIT_MS).unref();
-    await execs.stopAll();
+    await Promise.all([execs.stopAll(), terminals.stopAll()]);
     setTimeout(() => server.closeAllConnections(), ANSWER_MS).unref();
     await new Promise((resolve) => server.close(resolve));
     if (liveSupervisor(root)?.pid === process.pid) rmSync(join(root, "run", "supervisor.json"), { force: true });

@@ -1,60 +1,34 @@
 import type { ConnectRouter } from "@connectrpc/connect";
 import { EnvironmentOpsService } from "../../../gen/supervisor/v1/environmentopts_pb.js";
 import { type MethodName, withPending } from "../../pending.ts";
-import type { ActivityTracker } from "./activity.ts";
-import { opsErrors, withDeadline } from "./errors.ts";
-import type { Execs } from "./exec.ts";
-import { MAX_FILE_BYTES, readFile, resolvePath, writeFile } from "./files.ts";
+import { opsErrors } from "./errors.ts";
+import { MAX_FILE_BYTES, readFile, writeFile } from "./files.ts";
 import { find } from "./find.ts";
-import { gate } from "./gate.ts";
 import { defaultBranch } from "./git-branch.ts";
 import { changedFiles } from "./git-changes.ts";
 import type { GitOptions } from "./git-command.ts";
 import { fileDiffContent, gitDiff } from "./git-diff.ts";
 import { gitStatus } from "./git-status.ts";
+import { terminalOps } from "./ops-terminals.ts";
+import { type OpsDeps, opsTools } from "./ops-tools.ts";
 
 /** Largest request message: a file at its limit plus the other fields. */
 export const MAX_REQUEST_BYTES = MAX_FILE_BYTES + 1024 * 1024;
 /** Largest answer: two output streams of 8 MiB in which every byte became a three-byte replacement character. */
 export const MAX_RESPONSE_BYTES = 64 * 1024 * 1024;
-const DEADLINE_MS = 60_000;
 
-/** What the RPCs of one environment work with. */
-export interface OpsDeps {
-  workspaceFolder(): string;
-  /** Variables for processes, read anew at each call. */
-  environment(): Record<string, string>;
-  execs: Execs;
-  activity: ActivityTracker;
-  /** Errors nobody foresaw; the caller only sees INTERNAL. */
-  unforeseen(error: unknown): void;
-}
-
-const pending = [
-  "createTerminal",
-  "readTerminal",
-  "writeTerminal",
-  "resizeTerminal",
-  "closeTerminal",
-  "listTerminals",
-  "attachTerminal",
-  "watch",
-  "listTerminalProfiles",
-] as const satisfies readonly MethodName<typeof EnvironmentOpsService>[];
+const pending = ["watch"] as const satisfies readonly MethodName<typeof EnvironmentOpsService>[];
 
 /** Serves EnvironmentOpsService with the rights of the process it runs in. */
 export function createOpsRoutes(deps: OpsDeps): (router: ConnectRouter) => void {
   const { execs, activity } = deps;
-  const heavy = gate(4, 64);
-  const inTime = <T>(what: string, work: Promise<T>) => withDeadline(work, DEADLINE_MS, what);
-  const heavyInTime = <T>(what: string, work: () => Promise<T>) => inTime(what, heavy(work));
+  const tools = opsTools(deps);
+  const { absolute, directory, inTime, heavyInTime } = tools;
   const withGit = <T>(what: string, work: (options: GitOptions) => Promise<T>) =>
     heavyInTime(what, () => work({ directory: deps.workspaceFolder(), env: deps.environment() }));
-  const absolute = (path: string) => resolvePath(deps.workspaceFolder(), path);
   const service = withPending(EnvironmentOpsService, pending, {
     async exec(request) {
-      const directory = request.workingDirectory === "" ? deps.workspaceFolder() : absolute(request.workingDirectory);
-      return await activity.during("Ops API", execs.exec(request, directory));
+      return await activity.during("Ops API", execs.exec(request, directory(request.workingDirectory)));
     },
     cancelExec({ operationId }) {
       activity.onActivity("Ops API");
@@ -89,6 +63,7 @@ export function createOpsRoutes(deps: OpsDeps): (router: ConnectRouter) => void 
     async getDefaultBranch() {
       return { branch: await withGit("GetDefaultBranch", defaultBranch) };
     },
+    ...terminalOps(deps, tools),
     // WATCH would announce an RPC that is pending.
     listCapabilities: () => ({ capabilities: [] }),
   });

@@ -14,7 +14,7 @@ function wholeEnd(bytes: Uint8Array): Uint8Array {
 }
 
 /** Drops what is left of a UTF-8 sequence at the start. */
-function wholeStart(bytes: Uint8Array): Uint8Array {
+export function wholeStart(bytes: Uint8Array): Uint8Array {
   let start = 0;
   while (start < 3 && isContinuation(bytes[start])) start++;
   return bytes.subarray(start);

@@ -13,8 +13,11 @@ export class ProcessEnvironment {
     this.#config = config;
   }
 
-  /** Reads the file anew, since secrets change while the environment runs; an unreadable one leaves the last values. */
-  read(): Record<string, string> {
+  /**
+   * Reads the file anew, since secrets change while the environment runs; an unreadable one leaves the last values.
+   * What one process gets in addition wins over all but the environment's id, which its processes are found by.
+   */
+  read(more: Readonly<Record<string, string>> = {}): Record<string, string> {
     try {
       this.#fromFile = variables(JSON.parse(readSmallFile(this.#config.envFile, MAX_ENV_FILE_BYTES)));
     } catch {
@@ -29,6 +32,7 @@ export class ProcessEnvironment {
       PATH,
       LANG: "C.UTF-8",
       ...this.#fromFile,
+      ...more,
       BERTH_ENVIRONMENT_ID: environmentId,
       GITPOD_ENVIRONMENT_ID: environmentId,
     };

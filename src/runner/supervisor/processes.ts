@@ -1,6 +1,7 @@
 import { type ChildProcess, type SpawnOptions, spawn } from "node:child_process";
 import { readdirSync, readFileSync } from "node:fs";
 import { readFile } from "node:fs/promises";
+import { constants } from "node:os";
 import { setTimeout as delay } from "node:timers/promises";
 import { inBatches } from "./batches.ts";
 import { childStdio } from "./descriptors.ts";
@@ -120,10 +121,31 @@ async function carriesMarker(pid: number, marker: string): Promise<boolean> {
 export function spawnSession(
   file: string,
   args: readonly string[],
-  options: Pick<SpawnOptions, "cwd" | "uid" | "gid"> & { env: Record<string, string> },
+  {
+    output = "pipe",
+    ...options
+  }: Pick<SpawnOptions, "cwd" | "uid" | "gid"> & { env: Record<string, string>; output?: "pipe" | "ignore" },
 ): ChildProcess {
-  return spawn(file, args, { ...options, detached: true, stdio: childStdio(["ignore", "pipe", "pipe"]) });
+  return spawn(file, args, { ...options, detached: true, stdio: childStdio(["ignore", output, output]) });
 }
+
+/** How a process ended. */
+export interface ProcessEnd {
+  code: number | null;
+  signal: NodeJS.Signals | null;
+}
+
+/** Resolves when the process ended; rejects if it could not be started. */
+export function processEnd(child: ChildProcess): Promise<ProcessEnd> {
+  return new Promise((resolve, reject) => {
+    child.once("error", reject);
+    child.once("exit", (code, signal) => resolve({ code, signal }));
+  });
+}
+
+/** The exit code as shells tell it: 128 plus the number of a signal. */
+export const exitCodeOf = ({ code, signal }: ProcessEnd): number =>
+  code ?? 128 + constants.signals[signal ?? "SIGKILL"];
 
 /** Live members of the session a leader opened, and of its process group. */
 export function sessionMembers(leader: ProcessRef): ProcessEntry[] {
@@ -149,22 +171,24 @@ const signalAll = (entries: readonly ProcessEntry[], name: NodeJS.Signals) => {
 };
 
 /**
- * A first signal to everything in the leader's session, SIGKILL to what is left after the grace period.
- * Resolves when none is left, or 5 s after the first SIGKILL; false then.
+ * SIGTERM to everything in the leader's session, SIGKILL to what is left after the grace period. With `hangUp` the
+ * first signal is SIGHUP, or SIGHUP follows for the leader once it is alone: shells that people type into ignore
+ * SIGTERM. Resolves when none is left, or 5 s after the first SIGKILL; false then.
  */
 export async function terminateSession(
   leader: ProcessRef,
   graceMs = TERMINATION_GRACE_MS,
-  first: "SIGTERM" | "SIGHUP" = "SIGTERM",
+  hangUp?: "first" | "last",
 ): Promise<boolean> {
   const start = Date.now();
   let members = sessionMembers(leader);
-  signalAll(members, first);
+  signalAll(members, hangUp === "first" ? "SIGHUP" : "SIGTERM");
   signalAll(members, "SIGCONT");
   while (members.length > 0) {
     const elapsed = Date.now() - start;
     if (elapsed > graceMs + KILL_DEADLINE_MS) return false;
     if (elapsed >= graceMs) signalAll(members, "SIGKILL");
+    if (hangUp === "last" && members.every(({ pid }) => pid === leader.pid)) signalAll(members, "SIGHUP");
     await delay(POLL_MS);
     members = sessionMembers(leader);
   }
