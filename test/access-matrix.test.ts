@@ -11,7 +11,7 @@ import { ResourceType } from "../gen/gitpod/v1/event_pb.js";
 import { ResourceRole } from "../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../gen/gitpod/v1/identity_pb.js";
 import { OrganizationRole, OrganizationService } from "../gen/gitpod/v1/organization_pb.js";
-import { CreateProjectRequestSchema } from "../gen/gitpod/v1/project_pb.js";
+import { CreateProjectRequestSchema, ProjectRole } from "../gen/gitpod/v1/project_pb.js";
 import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase, RunnerRole } from "../gen/gitpod/v1/runner_pb.js";
 import type { BerthClient } from "../src/client.ts";
@@ -130,6 +130,9 @@ const onOrganization = ({ organizationId, userId, unknownId }: World) => ({
   },
 });
 const onProject = ({ projectId }: World) => ({ projectId });
+const onUnknownGroup = ({ projectId, unknownId }: World) => ({
+  ...{ projectId, groupId: unknownId, role: ProjectRole.USER },
+});
 const newProject = {
   ...{
     name: "App",
@@ -238,10 +241,10 @@ const EXPECTED = `
   ProjectService.updateProjects                             U U ✓ ✓ D ✓ ✓ ✓ D D D D
   ProjectService.deleteProject                              U U N N D ✓ ✓ N D D D D
   ProjectService.deleteProjects                             U U ✓ ✓ D ✓ ✓ ✓ D D D D
-  ProjectService.listProjectPolicies                        U U i i i i i i D D D D
-  ProjectService.createProjectPolicy                        U U i i D i i i D D D D
-  ProjectService.updateProjectPolicy                        U U i i D i i i D D D D
-  ProjectService.deleteProjectPolicy                        U U i i D i i i D D D D
+  ProjectService.listProjectPolicies                        U U N N ✓ ✓ ✓ N D D D D
+  ProjectService.createProjectPolicy                        U U N N D N N N D D D D
+  ProjectService.updateProjectPolicy                        U U N N D N N N D D D D
+  ProjectService.deleteProjectPolicy                        U U N N D N N N D D D D
   ProjectService.listProjectEnvironmentClasses              U U N N ✓ ✓ ✓ N D D D D
   ProjectService.updateProjectEnvironmentClasses            U U N N D ✓ ✓ N D D D D
   UsageService.getTopProjects                               U U ✓ ✓ ✓ ✓ ✓ ✓ D D D D
@@ -391,9 +394,9 @@ const REQUESTS: Record<string, (world: World) => Record<string, unknown>> = {
   "ProjectService.deleteProject": onProject,
   "ProjectService.deleteProjects": ({ projectId }) => ({ projectIds: [projectId] }),
   "ProjectService.listProjectPolicies": onProject,
-  "ProjectService.createProjectPolicy": (world) => ({ ...onGroup(world), ...onProject(world) }),
-  "ProjectService.updateProjectPolicy": (world) => ({ ...onGroup(world), ...onProject(world) }),
-  "ProjectService.deleteProjectPolicy": (world) => ({ ...onGroup(world), ...onProject(world) }),
+  "ProjectService.createProjectPolicy": onUnknownGroup,
+  "ProjectService.updateProjectPolicy": onUnknownGroup,
+  "ProjectService.deleteProjectPolicy": onUnknownGroup,
   "ProjectService.listProjectEnvironmentClasses": onProject,
   "ProjectService.updateProjectEnvironmentClasses": (world) => ({
     ...onProject(world),
