@@ -9,6 +9,7 @@ import { SYSTEM } from "../domain/principal.ts";
 import { POPULARITY_WINDOW_MS } from "../domain/project.ts";
 import { DELETE_DEADLINE_MS } from "../domain/runner.ts";
 import { rotateSigningKeys } from "../signing.ts";
+import { purgeExecutions } from "../store/automation/executions.ts";
 import type { Tx } from "../store/db.ts";
 import {
   advanceEnvironment,
@@ -50,6 +51,7 @@ import { alone, BATCH, type Sweep } from "./sweep.ts";
 
 const RETENTION_BATCH = 5_000;
 const KEPT_REVISIONS = 10_000;
+const KEPT_EXECUTION_DAYS = 30;
 const DAY_MS = 24 * 60 * 60_000;
 const RETRY_MS = 60_000;
 
@@ -205,6 +207,9 @@ export const sweeps: readonly Sweep[] = [
   retention("abandoned calls", (app, limit) => purgeCalls(app.db.write, daysAgo(app, 1), limit)),
   retention("old project uses", (app, limit) =>
     purgeProjectUses(app.db.write, new Date(app.now().getTime() - POPULARITY_WINDOW_MS), limit),
+  ),
+  retention("old task executions", (app, limit) =>
+    purgeExecutions(app.db.write, daysAgo(app, KEPT_EXECUTION_DAYS), app.now(), limit),
   ),
   retention("old audit entries", purgeOldAudit),
 ];

@@ -19,10 +19,12 @@ export async function followEnvironment(
   tx: Tx,
   before: EnvironmentState,
   next: HomeEnvironment,
-  by: Attribution,
+  { actor, newId, at }: Attribution,
 ): Promise<void> {
   const found = consequences(before, next);
   if (!found) return;
+  // Without the words for the environment: what follows from them is not put down again.
+  const by = { actor, newId, at };
   if (found.end) return removeAll(tx, next, by.at);
   if (found.stop || found.rebuild || found.halt) {
     for (const service of await servicesOf(tx, next.id)) await endService(tx, service, found, by);
