@@ -253,3 +253,23 @@ describe("ways to sign in", () => {
     );
   });
 });
+
+test("PLT-47 what is outside of the contract is UNIMPLEMENTED, with and without a credential", async () => {
+  const outside = [
+    ...["AccountService/BlockAccount", "AccountService/UnblockAccount", "InsightsService/GetInsights"],
+    ...["TeamService/ListTeams", "WebhookService/CreateWebhook", "BillingService/GetBilling"],
+    ...["PrebuildService/CreatePrebuild", "OrganizationService/SetStripeCustomerID"],
+  ];
+  for (const rpc of outside) {
+    for (const authorization of [undefined, `Bearer ${plane.adminToken}`, "Bearer nonsense"]) {
+      const response = await fetch(`${plane.url}/gitpod.v1.${rpc}`, {
+        method: "POST",
+        headers: { "content-type": "application/json", ...(authorization && { authorization }) },
+        body: "{}",
+      });
+      expect([rpc, response.status, ((await response.json()) as { code: string }).code]).toEqual([
+        ...[rpc, 501, "unimplemented"],
+      ]);
+    }
+  }
+});
