@@ -475,6 +475,7 @@ describe("lists", () => {
     await groups().deleteRoleAssignment({ assignmentId: ownUse.id });
     const ownAdmin = await assign(own, onRunner(runnerId), RUNNER_ADMIN);
     expect(await sees()).toEqual([false, true]);
+    expect(await sees({ groupId: other })).toEqual([false, true]);
     expect(await sees({ resourceId: runnerId })).toEqual([true, false]);
     expect(await codeOf(person.client.groups.deleteRoleAssignment({ assignmentId: organizationWide.id }))).toBe(
       "PermissionDenied",

@@ -23,7 +23,7 @@ import {
   type StoredGroup,
   updateGroup,
 } from "../store/groups.ts";
-import { forgetAllowedGroup } from "../store/organizations.ts";
+import { forgetAllowedGroup, holdPolicies } from "../store/organizations.ts";
 import { roleAssignments } from "./group/assignments.ts";
 import { memberships } from "./group/memberships.ts";
 
@@ -63,12 +63,14 @@ async function update(app: App, caller: Caller, request: UpdateGroupRequest): Pr
 
 async function remove(app: App, caller: Caller, groupId: string): Promise<void> {
   await transact(app, async (tx) => {
+    // The organization comes first everywhere, or two transactions could wait for each other.
+    const policies = await holdPolicies(tx, caller.organizationId);
     const group = await getGroup(tx, caller, groupId, "exclusive");
     if (!mayCreate(caller)) throw denied("only organization admins and groups admins delete groups");
     checkMayChange(group, caller);
     checkEditable(group);
     const by = attribution(app, caller);
-    await forgetAllowedGroup(tx, group.organizationId, group.id, by);
+    await forgetAllowedGroup(tx, policies, group.id, by);
     await deleteGroup(tx, group, by);
   });
 }

@@ -8,6 +8,7 @@ import {
   type AssignmentRow,
   assignmentColumns,
   readsAssignment,
+  readsAssignmentUnasked,
   type StoredAssignment,
   toAssignment,
 } from "./assignment-rows.ts";
@@ -97,7 +98,8 @@ async function listMade(
   limit: number,
 ): Promise<ListedAssignment[]> {
   const roles = wantedRoles(filter);
-  const conditions = [readsAssignment(sql, caller), ...groupConditions(sql, filter)];
+  const reads = filter.resourceIds.length ? readsAssignment : readsAssignmentUnasked;
+  const conditions = [reads(sql, caller), ...groupConditions(sql, filter)];
   if (roles) conditions.push(sql`a.resource_role = any(${roles as number[]}::int[])`);
   if (after) conditions.push(sql`a.id < ${after}`);
   const found = sources(sql, caller, filter, roles).map(

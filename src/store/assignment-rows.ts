@@ -48,15 +48,18 @@ export const toAssignment = (row: AssignmentRow): StoredAssignment => ({
  * assign roles on its resource any other, organization admins all.
  */
 export function readsAssignment(sql: Sql | Tx, caller: Caller): Fragment {
-  const here = sql`a.organization_id = ${caller.organizationId}`;
-  if (caller.orgAdmin) return here;
-  return sql`(${here} and (a.resource_type = ${ResourceType.ORGANIZATION} or ${isOfOwnGroup(sql, caller)}
-    or ${assignsOnResource(sql, caller)}))`;
+  const unasked = readsAssignmentUnasked(sql, caller);
+  if (caller.orgAdmin) return unasked;
+  return sql`(${unasked} or a.organization_id = ${caller.organizationId} and ${assignsOnResource(sql, caller)})`;
 }
 
-/** Condition: assignment `a` is one of a group that the caller belongs to. */
-export const isOfOwnGroup = (sql: Sql | Tx, caller: Caller): Fragment =>
-  sql`a.group_id in (select own.group_id from group_members own where own.member_id = ${caller.id})`;
+/** As `readsAssignment`, of what there is to see without asking for a resource. */
+export function readsAssignmentUnasked(sql: Sql | Tx, caller: Caller): Fragment {
+  const here = sql`a.organization_id = ${caller.organizationId}`;
+  if (caller.orgAdmin) return here;
+  return sql`(${here} and (a.resource_type = ${ResourceType.ORGANIZATION}
+    or a.group_id in (select own.group_id from group_members own where own.member_id = ${caller.id})))`;
+}
 
 /** The same rule, asked of an assignment that goes: ids of all beside organization admins. */
 const readers = (sql: Sql | Tx): Fragment => sql`

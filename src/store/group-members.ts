@@ -82,8 +82,9 @@ export async function listMemberships(
   search: string,
   page: Page,
 ): Promise<StoredMembership[]> {
+  const pattern = containing(search);
   const found = search
-    ? sql`lower(concat_ws(E'\n', u.full_name, u.email, s.name, m.member_id)) like ${containing(search)}`
+    ? sql`(u.search like ${pattern} or s.search like ${pattern} or m.member_id::text like ${pattern})`
     : sql`true`;
   const rows = await sql<MembershipRow[]>`
     select ${columns(sql)} from ${memberships(sql)}

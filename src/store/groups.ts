@@ -42,7 +42,7 @@ interface GroupRow {
 const columns = (sql: Sql | Tx, caller: Caller) =>
   sql`g.id, g.organization_id, g.name, g.description, g.system_managed, g.direct_share, g.scim_managed, g.member_count,
     g.created_at, g.updated_at, ${administersGroup(sql, caller)} as administers,
-    exists (select from role_assignments o where o.group_id = g.id and o.resource_type = ${ResourceType.ORGANIZATION})
+    exists (select from role_assignments o where o.resource_id = g.organization_id and o.group_id = g.id)
       as holds_organization_role`;
 
 const toGroup = (row: GroupRow): StoredGroup => ({

@@ -180,14 +180,14 @@ export async function readPolicies(
   return { policies, localRunners: policies.allowLocalRunners && row.local_active === true };
 }
 
-/** Clears the policy that names a group, which is about to go, as the one that may use tools of source control. */
+/** Clears, in policies that the transaction holds, the one that names a group which is about to go as the one that may use tools of source control. */
 export async function forgetAllowedGroup(
   tx: Tx,
-  organizationId: string,
+  policies: OrganizationPolicies,
   groupId: string,
   by: Attribution,
 ): Promise<void> {
-  const policies = await holdPolicies(tx, organizationId);
+  const { organizationId } = policies;
   if (policies.agentPolicy?.scmToolsAllowedGroupId.toLowerCase() !== groupId) return;
   policies.agentPolicy.scmToolsAllowedGroupId = "";
   await setPolicies(tx, policies);

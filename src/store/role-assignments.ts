@@ -163,8 +163,9 @@ export async function shareWithMember(
   by: Attribution,
 ): Promise<void> {
   const { member, role, ...resource } = wanted;
-  await holdSharedResource(tx, caller, resource.resourceType, resource.resourceId);
+  // In the order in which one who leaves is taken out of everything.
   await holdMember(tx, caller, member);
+  await holdSharedResource(tx, caller, resource.resourceType, resource.resourceId);
   const groupId = await shareGroup(tx, caller, member, by);
   const before = await lockHolding(tx, { ...resource, groupId });
   if (!before) await assignRole(tx, caller, { ...resource, groupId, role }, by);

@@ -34,9 +34,9 @@ function memberOf(subject: Subject | undefined): MemberRef {
 async function join(app: App, caller: Caller, request: CreateMembershipRequest): Promise<StoredMembership | undefined> {
   const member = memberOf(request.subject);
   return transact(app, async (tx) => {
+    await holdMember(tx, caller, member);
     const group = await getGroup(tx, caller, request.groupId, "unchanged");
     checkMayChange(group, caller);
-    await holdMember(tx, caller, member);
     checkEditable(group);
     const most = app.limits.groupMembers;
     // One who is a member already is told so first.
