@@ -6,9 +6,6 @@ import { ResourceRole } from "../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../gen/gitpod/v1/identity_pb.js";
 import { OrganizationRole } from "../gen/gitpod/v1/organization_pb.js";
 import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
-import { UserStatus } from "../gen/gitpod/v1/user_pb.js";
-import { removeFromGroups, syncBuiltInGroups } from "../src/store/groups.ts";
-import { Topic } from "../src/store/hub.ts";
 import { auditActions, traces } from "./harness/audit.ts";
 import { eventText, watchEvents } from "./harness/event-stream.ts";
 import { assignmentsOn, builtInGroup, newGroup } from "./harness/groups.ts";
@@ -17,7 +14,7 @@ import { codeOf, refusal, violatedFields } from "./harness/refusal.ts";
 import { addOrganization, addServiceAccount } from "./harness/tenants.ts";
 
 const { CREATE, UPDATE, DELETE } = ResourceOperation;
-const { GROUP, GROUP_MEMBERSHIP_CHANGED, ROLE_ASSIGNMENT, RUNNER } = ResourceType;
+const { GROUP, GROUP_MEMBERSHIP_CHANGED, ROLE_ASSIGNMENT, ROLE_ASSIGNMENT_CHANGED, RUNNER } = ResourceType;
 const LIMITS = { groups: 60, groupMembers: 5 };
 
 let plane: TestPlane;
@@ -263,6 +260,11 @@ describe("memberships", () => {
     expect(await find("LOVE")).toEqual([member.id]);
     expect(await find(`${member.id}@EXAMPLE`)).toEqual([member.id]);
     expect(await find(robot.id)).toEqual([robot.id]);
+    await plane.admin.serviceAccounts.updateServiceAccount({
+      serviceAccountId: robot.id,
+      description: "Ships releases",
+    });
+    expect(await find("RELEASE")).toEqual([robot.id]);
     expect(await find("%")).toEqual([]);
     const first = await groups().listMemberships({ groupId, pagination: { pageSize: 1 } });
     const second = await groups().listMemberships({
@@ -305,11 +307,10 @@ describe("memberships", () => {
     expect(await fields()).toEqual(["subject.id"]);
     expect(await fields({ id: uuidv7(), principal: Principal.ENVIRONMENT })).toEqual(["subject.principal"]);
     expect(await fields({ id: uuidv7() })).toEqual(["subject.principal"]);
-    const { db } = plane.plane.app;
     const [gone, suspended, robot] = [await plane.addUser(), await plane.addUser(), await addServiceAccount(plane)];
-    await db.write`update users set status = ${UserStatus.LEFT} where id = ${gone.id}`;
-    await db.write`update users set status = ${UserStatus.SUSPENDED} where id = ${suspended.id}`;
-    await db.write`update service_accounts set suspended = true where id = ${robot.id}`;
+    await plane.admin.users.deleteUser({ userId: gone.id });
+    await plane.admin.users.setSuspended({ userId: suspended.id, suspended: true });
+    await plane.admin.serviceAccounts.deleteServiceAccount({ serviceAccountId: robot.id });
     for (const subject of [
       user({ id: uuidv7() }),
       user(gone),
@@ -392,14 +393,6 @@ async function builtInGroupsOf(memberId: string): Promise<string[]> {
   return rows.map(({ name }) => name);
 }
 
-/** What whoever changes a user or service account has to do, in the same transaction. */
-async function changed(memberId: string): Promise<void> {
-  const { app } = plane.plane;
-  const member = { organizationId: plane.organizationId, memberId };
-  await app.db.begin((tx) => syncBuiltInGroups(tx, member, { newId: uuidv7, at: app.now() }));
-  app.hub.wake(Topic.EVENTS);
-}
-
 describe("built-in groups", () => {
   test("PLT-22: take neither members nor another name, and new members of the organization are in them by themselves", async () => {
     const robot = await addServiceAccount(plane);
@@ -426,31 +419,30 @@ describe("built-in groups", () => {
   });
 
   test("follow status and role of users and the end of service accounts, and tell only when something changed", async () => {
-    const { db } = plane.plane.app;
+    const { organizationId, admin } = plane;
     const person = await plane.addUser({ role: OrganizationRole.ADMIN });
     const robot = await addServiceAccount(plane);
     expect(await builtInGroupsOf(person.id)).toEqual(["org-admins", "org-members"]);
     expect(await builtInGroupsOf(robot.id)).toEqual(["org-members"]);
 
-    await db.write`update users set role = ${OrganizationRole.MEMBER} where id = ${person.id}`;
-    await changed(person.id);
+    const setRole = (role: OrganizationRole) =>
+      admin.organizations.setRole({ organizationId, userId: person.id, role });
+    await setRole(OrganizationRole.MEMBER);
     expect(await builtInGroupsOf(person.id)).toEqual(["org-members"]);
     const before = (await traces(plane, GROUP_MEMBERSHIP_CHANGED)).events;
     const told = async () => (await traces(plane, GROUP_MEMBERSHIP_CHANGED)).events - before;
-    await changed(person.id);
+    await setRole(OrganizationRole.MEMBER);
     expect(await told()).toBe(0);
-    await db.write`update users set status = ${UserStatus.SUSPENDED} where id = ${person.id}`;
-    await changed(person.id);
-    expect(await builtInGroupsOf(person.id)).toEqual([]);
-    expect(await told()).toBe(1);
+    await admin.users.setSuspended({ userId: person.id, suspended: true });
+    expect([await builtInGroupsOf(person.id), await told()]).toEqual([[], 1]);
+    await admin.users.setSuspended({ userId: person.id, suspended: false });
+    expect([await builtInGroupsOf(person.id), await told()]).toEqual([["org-members"], 2]);
 
-    await db.write`update service_accounts set suspended = true where id = ${robot.id}`;
-    await changed(robot.id);
+    await admin.serviceAccounts.deleteServiceAccount({ serviceAccountId: robot.id });
     expect(await builtInGroupsOf(robot.id)).toEqual([]);
   });
 
   test("whoever leaves is in no group any more, and what was shared with them directly has ended", async () => {
-    const { app } = plane.plane;
     const runnerId = await newRunner();
     const person = await plane.addUser();
     const groupId = await newGroup(plane, { users: [person] });
@@ -459,16 +451,14 @@ describe("built-in groups", () => {
       ...{ principal: Principal.USER, principalId: person.id },
     });
     const [assignment] = await assignmentsOn(plane, runnerId);
-    const stream = await watchEvents(person.client);
-    await app.db.begin((tx) =>
-      removeFromGroups(tx, { organizationId: plane.organizationId, memberId: person.id }, app.now()),
-    );
-    app.hub.wake(Topic.EVENTS);
+    const stream = await watchEvents(plane.admin);
+    await person.client.organizations.leaveOrganization({ userId: person.id });
     await stream.next(eventText(ROLE_ASSIGNMENT, DELETE, assignment!.id));
+    await stream.next(eventText(ROLE_ASSIGNMENT_CHANGED, UPDATE, runnerId));
     await stream.next(eventText(GROUP_MEMBERSHIP_CHANGED, UPDATE, groupId));
     stream.stop();
     expect(await builtInGroupsOf(person.id)).toEqual([]);
-    expect(await codeOf(person.client.runners.getRunner({ runnerId }))).toBe("NotFound");
+    expect((await groups().listRoleAssignments({ filter: { groupId: assignment!.groupId } })).assignments).toEqual([]);
     expect(await codeOf(groups().getGroup({ groupId: assignment!.groupId }))).toBe("NotFound");
     expect((await groups().getGroup({ groupId })).group?.memberCount).toBe(0);
   });

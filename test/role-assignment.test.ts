@@ -7,7 +7,6 @@ import { ResourceRole, type RoleAssignment } from "../gen/gitpod/v1/group_pb.js"
 import { Principal } from "../gen/gitpod/v1/identity_pb.js";
 import { OrganizationRole } from "../gen/gitpod/v1/organization_pb.js";
 import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
-import { UserStatus } from "../gen/gitpod/v1/user_pb.js";
 import { auditActions, traces } from "./harness/audit.ts";
 import { eventText, watchEvents } from "./harness/event-stream.ts";
 import type { FakeRunner } from "./harness/fake-runner.ts";
@@ -331,7 +330,7 @@ describe("who may assign", () => {
     const { runners } = await plane.admin.runners.listRunners({});
     const local = runners.at(-1)!.runnerId;
     const robot = await addServiceAccount(plane);
-    await plane.plane.app.db.write`update service_accounts set suspended = true where id = ${robot.id}`;
+    await plane.admin.serviceAccounts.deleteServiceAccount({ serviceAccountId: robot.id });
     const account = { resourceType: SERVICE_ACCOUNT, resourceId: robot.id };
     expect(await codes(onRunner(local), RUNNER_USER, [adminUser(), member])).toEqual([
       "FailedPrecondition",
@@ -392,7 +391,7 @@ describe("direct shares", () => {
     await share(Principal.SERVICE_ACCOUNT, robot.id);
     expect((await robot.client.runners.getRunner({ runnerId })).runner?.runnerId).toBe(runnerId);
     const gone = await plane.addUser();
-    await plane.plane.app.db.write`update users set status = ${UserStatus.LEFT} where id = ${gone.id}`;
+    await plane.admin.users.deleteUser({ userId: gone.id });
     for (const [principal, id] of [
       [Principal.USER, uuidv7()],
       [Principal.USER, gone.id],

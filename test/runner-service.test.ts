@@ -3,7 +3,6 @@ import { createConnectTransport } from "@connectrpc/connect-node";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { ActionableErrorDetailsSchema } from "../gen/gitpod/v1/actionable_error_pb.js";
 import { EnvironmentPhase } from "../gen/gitpod/v1/environment_pb.js";
-import { ResourceType } from "../gen/gitpod/v1/event_pb.js";
 import { ResourceRole } from "../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../gen/gitpod/v1/identity_pb.js";
 import { PolicyEnforcedFailedPreconditionDetailsSchema } from "../gen/gitpod/v1/organization_pb.js";
@@ -18,6 +17,7 @@ import {
 import type { BerthClient } from "../src/client.ts";
 import { FakeRunner } from "./harness/fake-runner.ts";
 import { startGitServer } from "./harness/git-server.ts";
+import { newGroup } from "./harness/groups.ts";
 import { liftQuotas, shareRunner, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
 import { codeOf, refusal, violatedFields } from "./harness/refusal.ts";
 
@@ -227,15 +227,7 @@ describe("CreateRunner", () => {
 
   test("a group with RUNNERS_ADMIN creates runners and administers all of them", async () => {
     const runnersAdmin = await plane.addUser();
-    const { db } = plane.plane.app;
-    const [group] = await db.write<{ id: string }[]>`
-      insert into groups (id, organization_id, name, created_at, updated_at)
-      values (gen_random_uuid(), ${plane.organizationId}, 'runner admins', now(), now()) returning id`;
-    await db.write`insert into group_members (id, group_id, organization_id, member_id, member_principal, created_at)
-      values (gen_random_uuid(), ${group!.id}, ${plane.organizationId}, ${runnersAdmin.id}, ${Principal.USER}, now())`;
-    await db.write`insert into role_assignments (id, organization_id, group_id, resource_type, resource_id, resource_role, created_at)
-      values (gen_random_uuid(), ${plane.organizationId}, ${group!.id}, ${ResourceType.ORGANIZATION}, ${plane.organizationId},
-        ${ResourceRole.ORG_RUNNERS_ADMIN}, now())`;
+    await newGroup(plane, { users: [runnersAdmin], organizationRoles: [ResourceRole.ORG_RUNNERS_ADMIN] });
     const { id } = await newRunner();
     expect((await runnersAdmin.client.runners.getRunner({ runnerId: id })).runner?.runnerId).toBe(id);
     await runnersAdmin.client.runners.deleteRunner({ runnerId: id });

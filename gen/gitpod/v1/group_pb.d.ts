@@ -1672,9 +1672,9 @@ export declare const GroupService: GenService<{
     output: typeof CreateRoleAssignmentResponseSchema;
   },
   /**
-   * Lists assignments, newest first. Organization admins see all; others those on the organization, those of their own
-   * groups, and, when filtered by resource, all on resources where they may assign. INVALID_ARGUMENT when `resource_id`
-   * and `resource_ids` are both set.
+   * Lists assignments, newest first, derived ones last. Organization admins see all; others those on the organization,
+   * those of their own groups, and, when filtered by resource, all on resources where they may assign. INVALID_ARGUMENT
+   * when `resource_id` and `resource_ids` are both set.
    *
    * @generated from rpc gitpod.v1.GroupService.ListRoleAssignments
    */
