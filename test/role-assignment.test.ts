@@ -630,6 +630,17 @@ describe("projects", () => {
     expect((await member.client.projects.getProject({ projectId })).project?.id).toBe(projectId);
   });
 
+  test("PLT-23: shared with one person as USER and then as EDITOR, a project has one direct entry, which says EDITOR", async () => {
+    const projectId = await create();
+    const share = { ...onProject(projectId), ...withUser(await plane.addUser()) };
+    for (const role of [PROJECT_USER, PROJECT_EDITOR]) await groups().shareResourceWithPrincipal({ ...share, role });
+    const assignments = await assignmentsOn(plane, projectId);
+    const direct = assignments.filter(({ derivedFromOrgRole }) => derivedFromOrgRole === undefined);
+    expect(direct).toMatchObject([{ ...onProject(projectId), resourceRole: PROJECT_EDITOR }]);
+    const { groups: listed } = await groups().listGroups({ pagination: { pageSize: 100 } });
+    expect(listed.map(({ id }) => id)).not.toContain(direct[0]!.groupId);
+  });
+
   test("PLT-25: a group with ORG_PROJECTS_ADMIN is an admin of each project, which is read-only", async () => {
     const groupId = await newGroup(plane, { organizationRoles: [ResourceRole.ORG_PROJECTS_ADMIN] });
     const projectId = await create();
