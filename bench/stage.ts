@@ -55,6 +55,8 @@ export interface Stage {
   environment: Environment;
   /** Size of the environment on the wire. */
   environmentBytes: number;
+  /** Another control plane on the same database, in a process of its own; whoever asks for it stops it. */
+  replica(): Promise<Child<PlaneApi>>;
   /** As many members, with tokens of their own. */
   people(count: number): Promise<Person[]>;
   /** As many runners that everybody may use. */
@@ -223,6 +225,7 @@ export async function openStage(): Promise<Stage> {
       },
       admin: Object.assign(Object.create(admin), { id: subject?.id ?? "", token }) as BerthClient & Person,
       environmentBytes: toBinary(EnvironmentSchema, environment).length,
+      replica: () => startChild<PlaneApi>("plane.ts", settings),
       people: (count) => addPeople(db, organizationId, count),
       async places(count) {
         const made: Place[] = [];

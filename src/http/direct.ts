@@ -12,6 +12,7 @@ import { parseTimeout as parseGrpcTimeout, setTrailerStatus } from "@connectrpc/
 import { trailerFlag, trailerSerialize } from "@connectrpc/connect/protocol-grpc-web";
 import type { Logger } from "pino";
 import { Refusal } from "../domain/errors.ts";
+import type { Outlet } from "../rpc/call.ts";
 import { recordFailure } from "../rpc/observe.ts";
 import { applyPagingQuery } from "../rpc/paging.ts";
 import {
@@ -44,6 +45,9 @@ export interface Format {
   contentType: string;
   /** Messages are wrapped in envelopes that tell their length. */
   enveloped: boolean;
+  /** Frames of messages that go to many streams, and the same as chunks of HTTP/1.1. */
+  frames: WeakMap<Message, Uint8Array>;
+  chunks: WeakMap<Message, Uint8Array>;
   /** Request header with the compression of messages. */
   encoding: string;
   /** Request header with the compressions that an answer may have. */
@@ -52,7 +56,8 @@ export interface Format {
 
 function format(protocol: Format["protocol"], type: string, enveloped: boolean): Format {
   const contentType = `application/${type}`;
-  const common = { protocol, contentType, json: type.endsWith("json") || type === "jsonl", enveloped };
+  const json = type.endsWith("json") || type === "jsonl";
+  const common = { protocol, contentType, json, enveloped, frames: new WeakMap(), chunks: new WeakMap() };
   if (protocol.startsWith("grpc")) {
     return { ...common, encoding: "grpc-encoding", acceptEncoding: "grpc-accept-encoding" };
   }
@@ -94,6 +99,9 @@ export function directFormat({ methodKind }: DescMethod, request: HttpRequest): 
   if (!found || (found.protocol === "grpc" && !isHttp2(request))) return undefined;
   return (request.headers[found.encoding] ?? "identity") === "identity" ? found : undefined;
 }
+
+const asChunk = (bytes: Uint8Array): Uint8Array =>
+  Buffer.concat([Buffer.from(`${bytes.length.toString(16)}\r\n`), bytes, Buffer.from("\r\n")]);
 
 /** The only message in a body of envelopes. */
 function unwrap(body: Uint8Array): Uint8Array {
@@ -145,12 +153,13 @@ export interface DirectOptions {
 }
 
 /** Serves one call in one format: reads the message, runs the RPC, writes the answer. */
-class DirectCall {
+class DirectCall implements Outlet {
   readonly #options: DirectOptions;
   readonly #rpc: Rpc;
   readonly #format: Format;
   readonly #exchange: Exchange;
   readonly #invocation: Invocation;
+  #full: Promise<void> | undefined;
   #opened = false;
   #opening: NodeJS.Timeout | undefined;
 
@@ -224,19 +233,55 @@ class DirectCall {
     const { limits } = this.#options;
     const answer = await this.#rpc.invoke(this.#invocation.request(once(message), true));
     call.open = () => this.#open(true);
+    call.outlet = this;
     this.#opening = setTimeout(call.open, OPEN_AFTER_MS);
     const messages = (answer.message as AsyncIterable<Message>)[Symbol.asyncIterator]();
     try {
       for (let next = await messages.next(); !next.done && !this.#exchange.closed; next = await messages.next()) {
-        const bytes = this.#bytes(next.value);
+        const frame = this.#frame(next.value);
         this.#open();
-        const frame = this.#format.enveloped ? encodeEnvelope(0, bytes) : Buffer.concat([bytes, NEWLINE]);
         if (!response.write(frame)) await drained(response, limits);
       }
       this.#end();
     } finally {
       messages.return?.()?.catch(() => undefined);
     }
+  }
+
+  #frame(message: Message): Uint8Array {
+    const bytes = this.#bytes(message);
+    return this.#format.enveloped ? encodeEnvelope(0, bytes) : Buffer.concat([bytes, NEWLINE]);
+  }
+
+  get isFull(): boolean {
+    return this.#full !== undefined;
+  }
+
+  drained(): Promise<void> {
+    return this.#full ?? Promise.resolve();
+  }
+
+  send(messages: readonly Message[]): void {
+    const { closed, request, response } = this.#exchange;
+    if (closed) return;
+    this.#open(true);
+    // Node writes a chunk of HTTP/1.1 in four pieces, which takes longer than the write itself. Chunks that many streams
+    // share are made once, and go to the socket as they are.
+    const socket = !isHttp2(request) && response.chunkedEncoding ? response.socket : undefined;
+    const { chunks, frames } = this.#format;
+    const known = socket ? chunks : frames;
+    const pieces = messages.map((message) => {
+      const piece = known.get(message) ?? (socket ? asChunk(this.#frame(message)) : this.#frame(message));
+      known.set(message, piece);
+      return piece;
+    });
+    const target = socket ?? response;
+    const [only] = pieces;
+    const takesMore = target.write(only && pieces.length === 1 ? only : Buffer.concat(pieces));
+    if (takesMore || this.#full) return;
+    this.#full = drained(response, this.#options.limits, target).then(() => {
+      this.#full = undefined;
+    });
   }
 
   /** Sends the headers of an answer in frames; at once if nothing follows that would take them along. */

@@ -1,5 +1,6 @@
 import type { IncomingMessage, ServerResponse } from "node:http";
 import { constants, type Http2ServerRequest, type Http2ServerResponse } from "node:http2";
+import type { Writable } from "node:stream";
 import { Code, ConnectError } from "@connectrpc/connect";
 import type { UniversalServerResponse } from "@connectrpc/connect/protocol";
 import type { Call } from "../rpc/call.ts";
@@ -142,17 +143,24 @@ export async function* bodyChunks(request: HttpRequest, limits: Limits, unlimite
   }
 }
 
-/** Resolves when a response takes more bytes again, or its connection is gone; one that stalls for long is cut off. */
-export function drained(response: HttpResponse, limits: Pick<Limits, "stallMs">): Promise<void> {
+/**
+ * Resolves when a response takes more bytes again, or its connection is gone; one that stalls for long is cut off.
+ * `written` is what the bytes are written to, if that is not the response itself.
+ */
+export function drained(
+  response: HttpResponse,
+  limits: Pick<Limits, "stallMs">,
+  written: Writable = response,
+): Promise<void> {
   return new Promise((resolve) => {
     const timer = setTimeout(() => response.destroy(), limits.stallMs);
     const done = () => {
       clearTimeout(timer);
-      response.off("drain", done);
+      written.off("drain", done);
       response.off("close", done);
       resolve();
     };
-    response.on("drain", done);
+    written.on("drain", done);
     response.on("close", done);
   });
 }

@@ -1,4 +1,5 @@
 import { randomUUID } from "node:crypto";
+import type { Message } from "@bufbuild/protobuf";
 import {
   type ContextValues,
   createContextKey,
@@ -6,6 +7,16 @@ import {
   type StreamRequest,
   type UnaryRequest,
 } from "@connectrpc/connect";
+
+/** Where the messages of an open stream can be put by somebody else than its handler. */
+export interface Outlet {
+  /** Sends messages, and does not wait. One that goes into many streams is encoded once for all of them. */
+  send(messages: readonly Message[]): void;
+  /** The caller does not keep up: nothing more should be sent until `drained` resolves. */
+  readonly isFull: boolean;
+  /** Resolves when more is taken, or nothing ever will be. */
+  drained(): Promise<void>;
+}
 
 /** What is known of a call beside its message. */
 export interface Call {
@@ -21,6 +32,8 @@ export interface Call {
   outcome?: "ok" | "error";
   /** Sends the response headers of a stream, once; absent where nothing can be sent early. */
   open?: () => void;
+  /** Sends messages of a stream past its handler; absent where only the handler can. */
+  outlet?: Outlet;
 }
 
 /** A call whose message has not been read yet. */
@@ -53,3 +66,7 @@ export function callOf(values: ContextValues, header: Headers): Call {
 export function streamOpened(context: Pick<HandlerContext, "values">): void {
   context.values.get(callKey)?.open?.();
 }
+
+/** Where somebody else than the handler can put the messages of a stream; absent where only the handler can. */
+export const outletOf = (context: Pick<HandlerContext, "values">): Outlet | undefined =>
+  context.values.get(callKey)?.outlet;

@@ -26,8 +26,8 @@ export function sharedWith(
   )`;
 }
 
-const RUNNER_ROLES = rolesFrom(ResourceRole.RUNNER_USER);
-const ENVIRONMENT_ROLES = rolesFrom(ResourceRole.ENVIRONMENT_VIEWER);
+export const RUNNER_ROLES = rolesFrom(ResourceRole.RUNNER_USER);
+export const ENVIRONMENT_ROLES = rolesFrom(ResourceRole.ENVIRONMENT_VIEWER);
 
 /** Condition: holds ADMIN on runner `r`. */
 export function administersRunner(sql: Sql | Tx, caller: Caller): Fragment {
@@ -49,7 +49,7 @@ export function readsRunner(sql: Sql | Tx, caller: Caller): Fragment {
   return sql`(${here} and (r.kind = ${RunnerKind.LOCAL_CONFIGURATION} or ${usesRunner(sql, caller)}))`;
 }
 
-const PROJECT_USERS = rolesFrom(ResourceRole.PROJECT_USER);
+export const PROJECT_USERS = rolesFrom(ResourceRole.PROJECT_USER);
 const PROJECT_EDITORS = rolesFrom(ResourceRole.PROJECT_EDITOR);
 
 function holdsOnProject(sql: Sql | Tx, caller: Caller, roles: readonly ResourceRole[]): Fragment {

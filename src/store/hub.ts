@@ -1,5 +1,6 @@
 import { setTimeout as delay } from "node:timers/promises";
 import type { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
+import type { OutboxEvent } from "../domain/event.ts";
 import type { Db, Listening } from "./db.ts";
 
 /** What somebody can wait for. */
@@ -7,23 +8,11 @@ export const Topic = { EVENTS: "events", SECRETS: "secrets" } as const;
 export const runnerTopic = (runnerId: string) => `runner:${runnerId}`;
 export const callTopic = (callId: string) => `call:${callId}`;
 
-/** One row of the outbox. */
-export interface OutboxEvent {
-  organizationId: string;
-  environmentId: string | null;
-  resourceType: ResourceType;
-  resourceId: string;
-  operation: ResourceOperation;
-  creatorId: string | null;
-  /** Who could read the resource before it was deleted. */
-  readers: readonly string[] | null;
-}
-
 type Listener = () => void;
 type EventListener = (events: readonly OutboxEvent[]) => void;
 
 const CHANNEL = "berth";
-const NOTIFY_DELAY_MS = 10;
+const NOTIFY_EVERY_MS = 10;
 const NOTIFY_BYTES = 7_000;
 const EVERYTHING = "*";
 const POLL_MS = 1_000;
@@ -127,6 +116,7 @@ export class EventHub {
   readonly #stop = new AbortController();
   #listening?: Listening;
   #notifyTimer?: NodeJS.Timeout;
+  #notifiedAt = Number.NEGATIVE_INFINITY;
   #poll?: NodeJS.Timeout;
   #behindTimer?: NodeJS.Timeout;
   #behindMs = BEHIND_MS;
@@ -176,7 +166,9 @@ export class EventHub {
       this.#pending.add(topic);
       this.#emit(topic);
     }
-    this.#notifyTimer ??= setTimeout(() => void this.#notify(), NOTIFY_DELAY_MS);
+    // At once after a pause, and what comes soon after that together.
+    const waitMs = Math.max(0, this.#notifiedAt + NOTIFY_EVERY_MS - performance.now());
+    this.#notifyTimer ??= setTimeout(() => void this.#notify(), waitMs);
   }
 
   /**
@@ -226,6 +218,7 @@ export class EventHub {
     const topics = [...this.#pending].join(" ");
     this.#pending.clear();
     this.#notifyTimer = undefined;
+    this.#notifiedAt = performance.now();
     if (this.#stop.signal.aborted) return;
     const payload = `${this.#origin} ${topics.length < NOTIFY_BYTES ? topics : EVERYTHING}`;
     await this.#listening?.notify(payload).catch(this.#onError);
@@ -298,7 +291,7 @@ export class EventHub {
       resourceId: row.resource_id,
       operation: row.operation,
       creatorId: row.creator_id,
-      readers: row.readers,
+      readers: row.readers && new Set(row.readers),
     }));
     for (const { listener, since } of [...this.#subscribers]) {
       const news = since ? events.filter((event) => !since.covers(event.xid)) : events;

@@ -1,6 +1,7 @@
 import { AuditLogEntryKind, ResourceOperation, type ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import type { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import type { Fragment, Sql, Tx } from "./db.ts";
+import { principalsOf } from "./readers.ts";
 
 /** Who is written into the audit log. */
 export interface Actor {
@@ -31,8 +32,9 @@ export interface Change {
   runnerId?: string;
   at: Date;
   /**
-   * Who could read what has been deleted, an expression of type uuid[]; by default its creator and whoever holds a role
-   * on it. The id of the organization stands for all its members.
+   * Who could read what has been deleted, an expression of type uuid[]; by default its creator, whoever holds a role on
+   * it, and if the statement that deletes it is the one that records it, whoever may read it for any other reason. The
+   * id of the organization stands for all its members.
    */
   readers?: Fragment;
   /** Text of the audit entry; without it only the event is written. */
@@ -42,10 +44,11 @@ export interface Change {
 // A deleted resource can no longer be asked who may read it, so the event keeps the answer.
 function readersOf(sql: Sql | Tx, change: Change): Fragment {
   if (change.operation !== ResourceOperation.DELETE) return sql`null`;
+  const held = sql`select member.member_id from role_assignments share
+    join group_members member on member.group_id = share.group_id where share.resource_id = ${change.resourceId}`;
+  const now = principalsOf(sql, change);
   return (
-    change.readers ??
-    sql`array(select member.member_id from role_assignments share join group_members member on member.group_id = share.group_id
-      where share.resource_id = ${change.resourceId} union select ${change.creatorId}::uuid)`
+    change.readers ?? sql`array(${held} union select ${change.creatorId}::uuid ${now ? sql`union ${now}` : sql``})`
   );
 }
 

@@ -90,8 +90,8 @@ export type Credential =
   | { state: "ok"; caller: Caller /** `last_used_at` is over a minute old. */; stale: boolean }
   | { state: "expired" | "unknown" };
 
-async function lookUp(sql: Sql, which: Fragment, now: Date): Promise<CallerRow | undefined> {
-  const [row] = await sql<CallerRow[]>`
+async function lookUp(sql: Sql, which: Fragment, now: Date): Promise<CallerRow[]> {
+  return sql<CallerRow[]>`
     select t.id as token_id, t.kind, t.organization_id, t.subject_id, t.subject_principal, t.read_only,
       coalesce(t.expires_at <= ${now}, false)
         or coalesce(coalesce(t.last_used_at, t.created_at) + t.idle_seconds * interval '1 second' <= ${now}, false) as expired,
@@ -116,7 +116,6 @@ async function lookUp(sql: Sql, which: Fragment, now: Date): Promise<CallerRow |
       left join runners r on t.subject_principal = ${Principal.RUNNER} and r.id = t.subject_id
       left join environments e on t.subject_principal = ${Principal.ENVIRONMENT} and e.id = t.subject_id
     where ${which}`;
-  return row;
 }
 
 function toCaller(row: CallerRow): Caller {
@@ -157,19 +156,29 @@ export const findSession = (sql: Sql, text: string, now: Date): Promise<Credenti
 async function findCredential(sql: Sql, kinds: readonly TokenKind[], text: string, now: Date): Promise<Credential> {
   const kind = tokenKind(text);
   if (!kind || !kinds.includes(kind)) return { state: "unknown" };
-  const row = await lookUp(sql, sql`t.hash = ${tokenHash(text)}`, now);
+  const [row] = await lookUp(sql, sql`t.hash = ${tokenHash(text)}`, now);
   if (!row || row.kind !== kind || !row.alive) return { state: "unknown" };
   if (row.expired) return { state: "expired" };
   return { state: "ok", stale: row.stale, caller: toCaller(row) };
 }
 
 /**
- * The caller behind an open stream as it is now, with the roles of this moment; undefined once its credential opens
- * nothing any more.
+ * The callers behind open streams as they are now, with the roles of this moment, by the id of their credential; those
+ * whose credential opens nothing any more are missing.
  */
+export async function refreshCallers(
+  sql: Sql,
+  callers: readonly Caller[],
+  now: Date,
+): Promise<ReadonlyMap<string, Caller>> {
+  const ids = [...new Set(callers.map((caller) => caller.tokenId))];
+  const rows = await lookUp(sql, sql`t.id = any(${ids})`, now);
+  return new Map(rows.filter((row) => row.alive && !row.expired).map((row) => [row.token_id, toCaller(row)]));
+}
+
+/** As `refreshCallers`, for one. */
 export async function refreshCaller(sql: Sql, caller: Caller, now: Date): Promise<Caller | undefined> {
-  const row = await lookUp(sql, sql`t.id = ${caller.tokenId}`, now);
-  return row?.alive && !row.expired ? toCaller(row) : undefined;
+  return (await refreshCallers(sql, [caller], now)).get(caller.tokenId);
 }
 
 /** Marks a token as used; called at most once a minute and token. */
