@@ -1,6 +1,7 @@
 import { isIP } from "node:net";
 import { homedir, hostname } from "node:os";
 import { join, resolve } from "node:path";
+import { type LoginConfig, loginConfig } from "./config/login.ts";
 import { ConfigError, type Environment, HOST, plainUrl, Reader } from "./config/reader.ts";
 
 export { ConfigError };
@@ -35,6 +36,7 @@ export interface ServerConfig {
   publicEmailDomains: readonly string[];
   /** In the order of their names; at least one. */
   gateways: readonly GatewayConfig[];
+  login: LoginConfig;
   metricsToken?: string;
   /** Base of help links in errors, without a slash at its end. */
   docsUrl?: string;
@@ -211,6 +213,7 @@ export function readServerConfig(env: Environment): ServerConfig {
     },
     publicEmailDomains: emailDomains(read),
     gateways: gateways(read, publicUrl),
+    login: loginConfig(read),
     metricsToken: read.optional("BERTH_METRICS_TOKEN"),
     docsUrl: read.optional("BERTH_DOCS_URL") && read.url("BERTH_DOCS_URL", ""),
     logLevel: logLevel(read),

@@ -5,13 +5,14 @@ import { type App, LIMITS, type Limits } from "./app.ts";
 import type { ServerConfig } from "./config.ts";
 import { cookieRules } from "./domain/browser.ts";
 import { checkAdminToken, firstStart } from "./first-start.ts";
+import { loginRoutes } from "./http/login.ts";
 import { wellKnown } from "./http/well-known.ts";
 import { openInstallation } from "./installation.ts";
 import { routes, services } from "./routes.ts";
 import { authentication, callerOf } from "./rpc/authenticate.ts";
 import { refusals, refusingGate } from "./rpc/errors.ts";
 import { observe } from "./rpc/observe.ts";
-import { rateLimit } from "./rpc/rate-limit.ts";
+import { addressLimit, rateLimit } from "./rpc/rate-limit.ts";
 import { validation, warmValidation } from "./rpc/validate.ts";
 import { createGuard } from "./scm/guard.ts";
 import { type Server, startServer } from "./server.ts";
@@ -78,7 +79,8 @@ export async function startControlPlane(
         );
       },
     });
-    const limit = rateLimit(config.rateLimit);
+    const addresses = addressLimit();
+    const limit = rateLimit(config.rateLimit, undefined, addresses);
     let isStarted = false;
     server = await startServer({
       host: config.host,
@@ -89,7 +91,10 @@ export async function startControlPlane(
         limit(request);
       }, config.docsUrl),
       interceptors: [observe({ log, callerOf }), refusals(config.docsUrl), validation()],
-      http: wellKnown(config.publicUrl, createSigner(app).publicKeys),
+      http: new Map([
+        ...wellKnown(config.publicUrl, createSigner(app).publicKeys),
+        ...loginRoutes(app, config.rateLimit > 0 ? addresses : () => 0),
+      ]),
       metricsToken: config.metricsToken,
       trustedProxies: config.trustedProxies,
       ready: async () => {

@@ -59,7 +59,7 @@ export interface ServerOptions {
   interceptors: Interceptor[];
   /** Runs before the body of a request is read; throws to refuse the call. */
   gate?: Gate;
-  /** Other paths: exact ones, or all below one that ends in a slash. */
+  /** Other paths: exact ones, or all below one that ends in a slash and is more than that. */
   http?: ReadonlyMap<string, HttpHandler>;
   /** Opens `/metrics`; open to everybody without. */
   metricsToken?: string;
@@ -135,9 +135,11 @@ class Traffic {
   }
 }
 
-/** Handlers by path: exact ones first, then those for all paths below one. */
+/** Handlers by path: exact ones first, then those for all paths below one; `/` is itself alone. */
 function finder(handlers: ReadonlyMap<string, HttpHandler>): (path: string) => HttpHandler | undefined {
-  const folders = [...handlers].filter(([path]) => path.endsWith("/")).sort(([a], [b]) => b.length - a.length);
+  const folders = [...handlers]
+    .filter(([path]) => path.length > 1 && path.endsWith("/"))
+    .sort(([a], [b]) => b.length - a.length);
   return (path) => handlers.get(path) ?? folders.find(([folder]) => path.startsWith(folder))?.[1];
 }
 
@@ -202,7 +204,7 @@ export async function startServer(options: ServerOptions): Promise<Server> {
 
   async function route(path: string, request: HttpRequest, response: HttpResponse) {
     const handler = find(path);
-    if (handler) return handler(request, response);
+    if (handler) return handler(request, response, peerOf(request));
     if (answerCors(request, response, corsOrigins)) return;
     const rpcPath = path.startsWith("/api/") ? path.slice("/api".length) : path;
     const rpc = rpcs.byPath.get(rpcPath);

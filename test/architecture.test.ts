@@ -12,14 +12,15 @@ const ROOT = join(import.meta.dirname, "..");
 // "protobuf", "connect", "postgres" and "node" stand for themselves and "library" for all the rest.
 const EVERYONE = ["gen", "config", "pending", "protobuf"];
 const CODE = ["app", "client", "control-plane", "first-start", "installation", "routes", "server", "signing"];
-const FOLDERS = ["cli", "domain", "http", "rpc", "runner", "scm", "services", "store", "sweep"];
+const FOLDERS = ["cli", "domain", "http", "login", "rpc", "runner", "scm", "services", "store", "sweep"];
 const PACKAGES = ["connect", "postgres", "node", "library"];
 const EVERYTHING = [...CODE, ...FOLDERS, ...PACKAGES];
 const TABLE: Record<string, readonly string[]> = {
   domain: ["domain"],
   store: ["domain", "store", "postgres", "node", "library"],
-  // The insides of server.ts: how bytes become calls.
-  http: ["domain", "http", "rpc", "connect", "node", "library"],
+  // The insides of server.ts: how bytes become calls, or pages for browsers.
+  http: ["app", "domain", "http", "login", "rpc", "connect", "node", "library"],
+  login: ["app", "domain", "login", "scm", "store", "node", "library"],
   rpc: ["domain", "rpc", "store/tokens", "connect", "node", "library"],
   services: ["app", "domain", "rpc", "scm", "signing", "store", "connect", "node", "library"],
   sweep: ["app", "domain", "signing", "store", "sweep", "node", "library"],
@@ -42,7 +43,7 @@ const TABLE: Record<string, readonly string[]> = {
   ],
   app: ["domain", "scm", "store", "node", "library"],
   client: ["client", "connect", "node", "library"],
-  config: ["node"],
+  config: ["domain/browser", "node"],
   pending: ["connect"],
   installation: ["domain", "store", "node", "library"],
   "first-start": ["domain", "installation", "store", "node", "library"],

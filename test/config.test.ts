@@ -43,6 +43,17 @@ const integer = (read: Variable["read"], unset: number, [min, max]: [number, num
   ],
   bad: [String(min - 1), String(max + 1), "1.5", "0x10", "1e3", "ten", "-0"],
 });
+const duration = (read: Variable["read"], unset: number): Variable => ({
+  read,
+  unset,
+  good: [
+    ["90s", 90_000],
+    ["15m", 900_000],
+    ["2h", 7_200_000],
+    ["365d", 365 * 86_400_000],
+  ],
+  bad: ["59s", "366d", "24", "h", "1.5h", "-1h", "24 h", "1w", "1e3s"],
+});
 const url = (read: Variable["read"], unset: string | undefined): Variable => ({
   read,
   unset,
@@ -180,6 +191,63 @@ const VARIABLES: Record<string, Variable> = {
       '[{"name":"a","url":"https://a"},{"name":"a","url":"https://b"}]',
     ],
   },
+  BERTH_OIDC_PROVIDERS: {
+    read: (config) => config.login.providers,
+    unset: [],
+    good: [
+      ["[]", []],
+      [
+        `[{"id":"corp","issuer":"https://login.example.org/","client_id":"b","client_secret":" s "},
+          {"id":"g-1","name":"Google","issuer":"https://g.example.org/t","client_id":"c","client_secret_file":"${file("client", "t\n")}"}]`,
+        [
+          { id: "corp", name: "corp", issuer: "https://login.example.org/", clientId: "b", clientSecret: "s" },
+          { id: "g-1", name: "Google", issuer: "https://g.example.org/t", clientId: "c", clientSecret: "t" },
+        ],
+      ],
+    ],
+    bad: [
+      '{"id":"a","issuer":"https://i","client_id":"c","client_secret":"SeCrEt"}',
+      ...[
+        { id: "" },
+        { id: "A" },
+        { id: "custom" },
+        { id: "local" },
+        { issuer: "http://login.example.org" },
+        { issuer: "http://127.0.0.1:9" },
+        { issuer: "https://login.example.org?x" },
+        { issuer: "https://u@login.example.org" },
+        { issuer: "login.example.org" },
+        { client_id: "" },
+        { client_secret: "" },
+        { client_secret_file: file("secret-of-client", "SeCrEt") },
+        { client_secret: "", client_secret_file: join(home, "absent") },
+        { scopes: "x" },
+      ].map((change) =>
+        JSON.stringify([
+          { id: "a", issuer: "https://i.example.org", client_id: "c", client_secret: "SeCrEt", ...change },
+        ]),
+      ),
+      JSON.stringify(
+        [1, 2].map(() => ({ id: "a", issuer: "https://i.example.org", client_id: "c", client_secret: "SeCrEt" })),
+      ),
+    ],
+  },
+  BERTH_SESSION_IDLE: duration((config) => config.login.sessionIdleMs, 24 * 3_600_000),
+  BERTH_SESSION_MAX: duration((config) => config.login.sessionMaxMs, 7 * 24 * 3_600_000),
+  BERTH_RETURN_TO_ORIGINS: {
+    read: (config) => config.login.returnToOrigins,
+    unset: [],
+    good: [["https://a.example.org, http://localhost:3000", ["https://a.example.org", "http://localhost:3000"]]],
+    bad: [
+      "a.example.org",
+      "https://a.example.org/",
+      "https://a.example.org/x",
+      "*",
+      "https://*.example.org/",
+      "file://x",
+    ],
+  },
+  BERTH_LOOPBACK_ISSUERS: flag((config) => config.login.loopbackIssuers, false),
   BERTH_AUDIT_RETENTION_DAYS: integer((config) => config.auditRetentionDays, 400, [0, 100_000]),
   BERTH_RATE_LIMIT: integer((config) => config.rateLimit, 50, [0, 1_000_000]),
   BERTH_TRUSTED_PROXIES: {
@@ -281,7 +349,8 @@ describe.each(Object.entries(VARIABLES))("%s", (name, { read, unset, good, bad }
     test.each(bad)("refuses %j by name, without showing it", (text) => {
       const message = refusal(() => readServerConfig({ ...base, [name]: text }));
       expect(message).toMatch(new RegExp(`^${name} `));
-      if (name.includes("KEY") || name.includes("TOKEN")) expect(message).not.toContain(text);
+      if (name.includes("KEY") || name.includes("TOKEN") || text.includes("SeCrEt"))
+        expect(message).not.toContain(text);
     });
   }
 });
@@ -294,12 +363,9 @@ test.each([...Object.keys(VARIABLES).filter((name) => name.startsWith("BERTH_"))
   },
 );
 
-test.each(["BERTH_OIDC_PROVIDERS", "BERTH_SESSION_IDLE", "BERTH_RUNNER_SSH_PORTS"])(
-  "%s, which has no effect yet, is refused rather than ignored",
-  (name) => {
-    expect(refusal(() => readServerConfig({ [name]: "x" }))).toContain(name);
-  },
-);
+test.each(["BERTH_RUNNER_SSH_PORTS"])("%s, which has no effect yet, is refused rather than ignored", (name) => {
+  expect(refusal(() => readServerConfig({ [name]: "x" }))).toContain(name);
+});
 
 test("variables of clients and of other programs are none of its business", () => {
   const others = { BERTH_TOKEN: "x", BERTH_ENVIRONMENT_ID: "x", PATH: "/bin", berth_port: "x", XBERTH_PORT: "x" };

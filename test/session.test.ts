@@ -293,20 +293,21 @@ describe("rules", () => {
     ["/auth/cli?a=b#c", "/auth/cli?a=b#c"],
     ["https://berth.example.org/x", "/x"],
     ["x", "/x"],
-    ["", "/"],
+    ["", "/base/"],
     ["https://dash.example.org/y?z", "https://dash.example.org/y?z"],
-    ["https://evil.example.org/", "/"],
-    ["//evil.example.org", "/"],
-    ["/.//evil.example.org", "/"],
-    ["/\\evil.example.org", "/"],
-    ["\\\\evil.example.org", "/"],
-    ["/\t/evil.example.org", "/"],
-    ["https://berth.example.org@evil.example.org", "/"],
-    ["https://u@berth.example.org/", "/"],
-    ["http://berth.example.org/", "/"],
-    ["javascript:alert(1)", "/"],
-    ["https://dash.example.org.evil/", "/"],
+    ["https://evil.example.org/", "/base/"],
+    ["//evil.example.org", "/base/"],
+    ["/.//evil.example.org", "/base/"],
+    ["/\\evil.example.org", "/base/"],
+    ["\\\\evil.example.org", "/base/"],
+    ["/\t/evil.example.org", "/base/"],
+    ["https://berth.example.org@evil.example.org", "/base/"],
+    ["https://u@berth.example.org/", "/base/"],
+    ["http://berth.example.org/", "/base/"],
+    ["javascript:alert(1)", "/base/"],
+    ["https://dash.example.org.evil/", "/base/"],
   ])("one returns from %j to %j", (text, target) => {
-    expect(safeReturnTo(text, "https://berth.example.org/base", ["https://dash.example.org"])).toBe(target);
+    expect(safeReturnTo(text, "https://berth.example.org/base/", ["https://dash.example.org"])).toBe(target);
+    expect(safeReturnTo("//x", "https://berth.example.org", [])).toBe("/");
   });
 });

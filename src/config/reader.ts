@@ -23,6 +23,11 @@ const VARIABLES = new Set([
   "BERTH_BOOTSTRAP_TOKEN_FILE",
   "BERTH_PUBLIC_EMAIL_DOMAINS",
   "BERTH_GATEWAYS",
+  "BERTH_OIDC_PROVIDERS",
+  "BERTH_SESSION_IDLE",
+  "BERTH_SESSION_MAX",
+  "BERTH_RETURN_TO_ORIGINS",
+  "BERTH_LOOPBACK_ISSUERS",
   "BERTH_AUDIT_RETENTION_DAYS",
   "BERTH_RATE_LIMIT",
   "BERTH_TRUSTED_PROXIES",
@@ -50,6 +55,7 @@ const OF_OTHERS = new Set(["BERTH_TOKEN", "BERTH_ENVIRONMENT_ID"]);
 
 /** A host name. */
 export const HOST = /^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$/;
+const UNITS: Readonly<Record<string, number>> = { s: 1000, m: 60_000, h: 3_600_000, d: 86_400_000 };
 const MAX_OBJECTS = 100;
 const MAX_SECRET_BYTES = 64 * 1024;
 
@@ -92,6 +98,18 @@ export class Reader {
       throw new ConfigError(`${name} must be a whole number from ${min} to ${max}`);
     }
     return number;
+  }
+
+  /** A span of time such as `90s`, `15m`, `24h` or `7d`, in milliseconds. */
+  duration(name: string, fallback: string, min: number, max: number): number {
+    const [, number = "", unit = ""] = /^(\d{1,9})([smhd])$/.exec(this.text(name, fallback)) ?? [];
+    const ms = Number(number) * (UNITS[unit] ?? Number.NaN);
+    if (!(ms >= min && ms <= max)) {
+      throw new ConfigError(
+        `${name} must be a time from ${min / 1000}s to ${max / 1000}s, such as 90s, 15m, 24h or 7d`,
+      );
+    }
+    return ms;
   }
 
   url(name: string, fallback: string): string {

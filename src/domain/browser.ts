@@ -58,15 +58,16 @@ export function isSameOrigin({ origin, fetchSite, host }: Origin): boolean {
 }
 
 /**
- * Where to send a browser afterwards: a path of this server, or a URL at one of `origins`; `/` for anything else, which
- * a link could lure somebody to.
+ * Where to send a browser afterwards: a path of this server, or a URL at one of `origins`; the root of this server for
+ * anything else, which a link could lure somebody to.
  */
 export function safeReturnTo(text: string, publicUrl: string, origins: readonly string[]): string {
-  const own = new URL(publicUrl).origin;
-  const target = URL.parse(text, own);
+  const { origin: own, pathname } = new URL(publicUrl);
+  const root = `${pathname.replace(/\/+$/, "")}/`;
+  const target = text === "" ? null : URL.parse(text, own);
   // Browsers read a backslash as a slash, and drop control characters.
-  if (!target || /[\\\p{Cc}]/u.test(text) || target.username || target.password) return "/";
-  if (target.origin === own)
-    return target.pathname.startsWith("//") ? "/" : target.pathname + target.search + target.hash;
-  return origins.includes(target.origin) ? target.href : "/";
+  if (!target || /[\\\p{Cc}]/u.test(text) || target.username || target.password) return root;
+  const path = target.pathname + target.search + target.hash;
+  if (target.origin === own) return path.startsWith("//") ? root : path;
+  return origins.includes(target.origin) ? target.href : root;
 }

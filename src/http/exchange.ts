@@ -14,8 +14,11 @@ export type HttpRequest = IncomingMessage | Http2ServerRequest;
 /** Of either version: what HTTP/2 has answers the same calls. */
 export type HttpResponse = ServerResponse;
 
-/** Serves one path outside of the RPCs. A promise that rejects is logged and answered with 500. */
-export type HttpHandler = (request: HttpRequest, response: HttpResponse) => void | Promise<void>;
+/**
+ * Serves one path outside of the RPCs; `peer` is the address of the caller. A promise that rejects is logged and answered
+ * with 500.
+ */
+export type HttpHandler = (request: HttpRequest, response: HttpResponse, peer: string) => void | Promise<void>;
 
 /** Sizes in bytes, times in milliseconds. */
 export interface Limits {
@@ -75,7 +78,11 @@ function withinTime(request: HttpRequest, ms: number, expired: (error: ConnectEr
  * The body of a request as a whole, of at most `overhead` bytes more than a message may have. Too large is
  * RESOURCE_EXHAUSTED, too slow DEADLINE_EXCEEDED.
  */
-export function readBody(request: HttpRequest, limits: Limits, overhead: number): Promise<Uint8Array> {
+export function readBody(
+  request: HttpRequest,
+  limits: Pick<Limits, "bodyBytes" | "requestMs">,
+  overhead: number,
+): Promise<Uint8Array> {
   const promised = Number(request.headers["content-length"] ?? 0);
   const left = () => new ConnectError("the caller left", Code.Canceled);
   // Its end and its close have been told already, to nobody.

@@ -46,21 +46,30 @@ class Buckets {
 }
 
 /**
+ * Limits what needs no credential to 30 a minute and address: tells how many milliseconds to wait, 0 if that is not
+ * necessary.
+ */
+export function addressLimit(clock: () => number = () => performance.now()): (peer: string) => number {
+  const addresses = new Buckets(PUBLIC_PER_SECOND, PUBLIC_BURST);
+  return (peer) => addresses.take(peer, clock());
+}
+
+/**
  * Limits calls per user or service account to `perSecond` with four times that as burst, 0 for no limit, and calls that
- * need no credential to 30 a minute and address. Runners and environments are exempt. RESOURCE_EXHAUSTED with RetryInfo.
+ * need no credential by `addresses`. Runners and environments are exempt. RESOURCE_EXHAUSTED with RetryInfo.
  */
 export function rateLimit(
   perSecond: number,
   clock: () => number = () => performance.now(),
+  addresses = addressLimit(clock),
 ): (request: Entering) => void {
   const people = new Buckets(perSecond, perSecond * BURST);
-  const addresses = new Buckets(PUBLIC_PER_SECOND, PUBLIC_BURST);
   return (request) => {
     if (perSecond === 0 || OPEN_SERVICES.test(request.service.typeName)) return;
     const caller = callerOf(request.contextValues);
     const isPublic = ruleOf(request.service, request.method).public === true;
     let waitMs = 0;
-    if (isPublic) waitMs = addresses.take(request.contextValues.get(callKey)?.peer ?? "", clock());
+    if (isPublic) waitMs = addresses(request.contextValues.get(callKey)?.peer ?? "");
     else if (caller && (isPerson(caller) || caller.principal === Principal.ACCOUNT))
       waitMs = people.take(caller.id, clock());
     if (waitMs === 0) return;

@@ -86,7 +86,7 @@ export async function record(tx: Tx, ...changes: [Change, ...Change[]]): Promise
   await tx`with ${recorded(tx, ...changes)} select`;
 }
 
-/** An audit entry about the use of a credential: nothing changed, so there is no event. */
+/** An audit entry about the use of a credential, or another kind of entry without an event: nothing changed. */
 export async function recordAccess(
   sql: Sql | Tx,
   entry: {
@@ -96,11 +96,13 @@ export async function recordAccess(
     subjectId: string;
     subjectType: ResourceType;
     action: string;
+    kind?: AuditLogEntryKind;
     at: Date;
   },
 ): Promise<void> {
+  const kind = entry.kind ?? AuditLogEntryKind.CREDENTIAL_ACCESS;
   await sql`
     insert into audit_log (id, organization_id, actor_id, actor_principal, credential_id, issuer_id, subject_id, subject_type, kind, action, created_at)
     values (${entry.id}, ${entry.organizationId}, ${entry.actor.id}, ${entry.actor.principal}, ${entry.actor.tokenId}, ${entry.actor.issuerId},
-      ${entry.subjectId}, ${entry.subjectType}, ${AuditLogEntryKind.CREDENTIAL_ACCESS}, ${entry.action}, ${entry.at})`;
+      ${entry.subjectId}, ${entry.subjectType}, ${kind}, ${entry.action}, ${entry.at})`;
 }

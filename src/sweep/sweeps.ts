@@ -22,6 +22,7 @@ import {
   type StoredEnvironment,
 } from "../store/environments.ts";
 import { purgeExpiredHostTokens } from "../store/host-tokens.ts";
+import { purgeLogins } from "../store/logins.ts";
 import { record } from "../store/record.ts";
 import {
   purgeAudit,
@@ -201,6 +202,7 @@ export const sweeps: readonly Sweep[] = [
   projectPopularity,
   retention("expired tokens", (app, limit) => purgeExpiredTokens(app.db.write, app.now(), limit)),
   retention("ended host tokens", (app, limit) => purgeExpiredHostTokens(app.db.write, daysAgo(app, 30), limit)),
+  retention("abandoned logins", (app, limit) => purgeLogins(app.db.write, app.now(), limit)),
   retention("old events", (app, limit) => purgeEvents(app.db.write, daysAgo(app, 1), limit)),
   retention("old revisions", (app, limit) => purgeRevisions(app.db.write, daysAgo(app, 1), limit)),
   retention("excess revisions", (app, limit) => trimRevisions(app.db.write, KEPT_REVISIONS, limit)),
