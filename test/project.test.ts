@@ -1,4 +1,4 @@
-import { create } from "@bufbuild/protobuf";
+import { create, toBinary } from "@bufbuild/protobuf";
 import { Code } from "@connectrpc/connect";
 import { v7 as uuidv7 } from "uuid";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
@@ -12,8 +12,10 @@ import { OrganizationRole } from "../gen/gitpod/v1/organization_pb.js";
 import { SortOrder } from "../gen/gitpod/v1/pagination_pb.js";
 import { ProjectPhase, ProjectPrebuildConfigurationSchema } from "../gen/gitpod/v1/project_pb.js";
 import { RunnerKind } from "../gen/gitpod/v1/runner_configuration_pb.js";
+import { SecretSchema } from "../gen/gitpod/v1/secret_pb.js";
 import type { BerthClient } from "../src/client.ts";
 import { MAX_PROJECTS } from "../src/domain/project.ts";
+import { Scope } from "../src/domain/secret.ts";
 import { type FakeRunner, runningStatus } from "./harness/fake-runner.ts";
 import { liftQuotas, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
 import { contextUrl, createProject, git, offer, REPOSITORY, sweep, traces } from "./harness/projects.ts";
@@ -386,6 +388,7 @@ describe("DeleteProject", () => {
     const { id: projectId } = await createProject(member.client);
     await offer(member.client, projectId, classId);
     await shareProject(other, projectId, ResourceRole.PROJECT_USER);
+    const secretId = await insertSecret(projectId);
     await member.client.projects.deleteProject({ projectId });
     await eventually(
       async () => (await codeOf(member.client.projects.getProject({ projectId }))) === "NotFound",
@@ -398,6 +401,10 @@ describe("DeleteProject", () => {
     const [event] = await point<{ readers: string[] }[]>`
       select readers from events where resource_id = ${projectId} and operation = ${DELETE}`;
     expect(event?.readers.toSorted()).toEqual([member.id, other.id].toSorted());
+    expect(await point`select from secrets where id = ${secretId}`).toHaveLength(0);
+    expect(await traces(plane, secretId)).toEqual({
+      ...{ events: [[ResourceType.SECRET, DELETE]], actions: ["Secret deleted with its owner"] },
+    });
     const { events, actions } = await traces(plane, projectId);
     expect(events.filter(([type]) => type === PROJECT).slice(-2)).toEqual([
       [PROJECT, UPDATE],
@@ -406,6 +413,20 @@ describe("DeleteProject", () => {
     expect(actions.slice(-2)).toEqual(["Project deletion requested", "Project deleted"]);
   });
 });
+
+/** A secret of a project; its id. */
+async function insertSecret(projectId: string): Promise<string> {
+  const id = uuidv7();
+  const message = create(SecretSchema, {
+    id,
+    name: "API_KEY",
+    scope: { scope: { case: "projectId", value: projectId } },
+  });
+  await plane.plane.app.db.write`
+    insert into secrets (id, organization_id, scope, scope_id, name, session, message)
+    values (${id}, ${plane.organizationId}, ${Scope.PROJECT}, ${projectId}, 'API_KEY', ${uuidv7()}, ${toBinary(SecretSchema, message)})`;
+  return id;
+}
 
 describe("ListProjects", () => {
   let mine: string[];

@@ -4,7 +4,7 @@ import { Code, type ServiceImpl } from "@connectrpc/connect";
 import { CallSchema, type CompleteCallRequest, ObjectKind } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { Principal, type Subject, SubjectSchema } from "../../gen/gitpod/v1/identity_pb.js";
-import { ListEnvironmentClassesRequest_FilterSchema, RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
+import { RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import {
   type CheckAuthenticationForHostRequest,
   type CreateRunnerRequest,
@@ -33,7 +33,6 @@ import { normalizeHost } from "../scm/hosts.ts";
 import { dropCall, findCompletion, insertCall } from "../store/calls.ts";
 import type { Tx } from "../store/db.ts";
 import { seal } from "../store/envelope.ts";
-import { listClasses } from "../store/environment-classes.ts";
 import {
   advanceEnvironment,
   environmentIdsOfRunner,
@@ -60,10 +59,10 @@ import {
 import { effectiveIntegrations } from "../store/scm-integrations.ts";
 import { insertToken } from "../store/tokens.ts";
 import { runnerPolicies } from "./runner/policies.ts";
+import { matchingProjects, recommendedClasses } from "./runner/recommendations.ts";
 
 const CALL_POLL_MS = 1_000;
 const MAX_PARSE_CANDIDATES = 3;
-const MAX_RECOMMENDED_CLASSES = 25;
 
 const hasExchangeTokens = (runner: StoredRunner) => runner.kind !== RunnerKind.LOCAL_CONFIGURATION;
 
@@ -336,28 +335,11 @@ async function parseContext(
   const { response, runner } = await parseOnRunners(app, caller, candidates, request.contextUrl, signal);
   // A runner knows nothing of these.
   response.originalContextUrl = request.contextUrl;
-  response.projectIds = [];
-  response.recommendedEnvironmentClasses = isEnvironment ? [] : await recommendedClasses(app, caller, named, runner);
+  response.projectIds = await matchingProjects(app, caller, response);
+  response.recommendedEnvironmentClasses = isEnvironment
+    ? []
+    : await recommendedClasses(app, caller, response.projectIds, named, runner);
   return response;
-}
-
-/** Usable classes: those of the runner that answered first, then the others, newest first. */
-async function recommendedClasses(
-  app: App,
-  caller: Caller,
-  named: StoredRunner | undefined,
-  answered: StoredRunner | undefined,
-): Promise<string[]> {
-  const { localRunners } = await readPolicies(app.db.point, caller.organizationId);
-  const page = { limit: MAX_RECOMMENDED_CLASSES, after: "", binding: "" };
-  const filter = create(ListEnvironmentClassesRequest_FilterSchema, {
-    runnerIds: named ? [named.id] : [],
-    canCreateEnvironments: true,
-  });
-  const classes = await listClasses(app.db.list, caller, filter, localRunners, page);
-  const first = classes.filter((each) => each.runnerId === answered?.id);
-  const rest = classes.filter((each) => each.runnerId !== answered?.id);
-  return [...first, ...rest].slice(0, MAX_RECOMMENDED_CLASSES).map((each) => each.id);
 }
 
 /**

@@ -31,28 +31,30 @@ export async function offerClass(tx: Tx, projectId: string, classId: string): Pr
 }
 
 /**
- * Classes of a project with which the caller could create an environment right now, the best first: by order, within
- * local runners those that the caller made, then the newest.
+ * Classes of projects with which the caller could create an environment right now, the best first: by project and order,
+ * within local runners those that the caller made, then the newest.
  */
 export async function usableClassIds(
   sql: Sql | Tx,
   caller: Caller,
-  projectId: string,
-  localRunners: boolean,
-  limit: number,
+  wanted: { projectIds: readonly string[]; localRunners: boolean; limit: number; runnerId?: string },
 ): Promise<string[]> {
+  const { projectIds, localRunners, limit, runnerId } = wanted;
+  if (!projectIds.length) return [];
   const rows = await sql<{ id: string }[]>`
     select id from (
-      select distinct on (c.id) c.id, offer.position, r.creator_id = ${caller.id} as own
-      from project_environment_classes offer cross join lateral (
+      select distinct on (c.id) c.id, project.place, offer.position, r.creator_id = ${caller.id} as own
+      from unnest(${projectIds as string[]}::uuid[]) with ordinality project (id, place)
+      join project_environment_classes offer on offer.project_id = project.id
+      cross join lateral (
         select * from environment_classes where id = offer.class_id
         union all
         select * from environment_classes where offer.class_id is null and organization_id = ${caller.organizationId}
       ) c join runners r on r.id = c.runner_id
-      where offer.project_id = ${projectId} and (offer.class_id is not null or r.kind = ${RunnerKind.LOCAL})
+      where (offer.class_id is not null or r.kind = ${RunnerKind.LOCAL}) and ${runnerId ? sql`r.id = ${runnerId}` : sql`true`}
         and ${canCreate(sql, caller, localRunners)}
-      order by c.id, offer.position
-    ) usable order by position, own desc, id desc limit ${limit}`;
+      order by c.id, project.place, offer.position
+    ) usable order by place, position, own desc, id desc limit ${limit}`;
   return rows.map((row) => row.id);
 }
 

@@ -278,16 +278,16 @@ export async function countProjects(
   return row?.count ?? 0;
 }
 
-/** Projects that the caller may read and that hold one of these repositories, the oldest first. */
-export async function projectsOfRepositories(
+/** Projects that the caller may read and that hold a repository, which is in its one spelling, the oldest first. */
+export async function projectsOfRepository(
   sql: Sql,
   caller: Caller,
-  repositories: readonly string[],
+  repository: string,
   limit: number,
 ): Promise<string[]> {
   const rows = await sql<{ id: string }[]>`
     select p.id from projects p
-    where p.repositories && ${repositories as string[]}::text[] and p.deleting_at is null and ${readsProject(sql, caller)}
+    where p.repositories @> ${[repository]}::text[] and p.deleting_at is null and ${readsProject(sql, caller)}
     order by p.id limit ${limit}`;
   return rows.map((row) => row.id);
 }

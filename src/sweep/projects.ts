@@ -2,21 +2,23 @@ import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js
 import { type App, transact } from "../app.ts";
 import { SYSTEM } from "../domain/principal.ts";
 import { POPULARITY_EVERY_MS, POPULARITY_HALF_LIFE_MS, POPULARITY_WINDOW_MS } from "../domain/project.ts";
+import { Scope } from "../domain/secret.ts";
 import { countPopularity } from "../store/project-usage.ts";
 import { claimDeletingProject, deletingProjects, eraseProject } from "../store/projects.ts";
+import { deleteSecretsOf } from "../store/secrets.ts";
 import { alone, BATCH, type Sweep } from "./sweep.ts";
 
 async function finishDeletion(app: App, projectId: string): Promise<void> {
   await transact(app, async (tx) => {
     const project = await claimDeletingProject(tx, projectId);
     if (!project) return;
+    const { organizationId, creatorId } = project;
+    const by = { actor: SYSTEM, newId: app.newId, at: app.now() };
+    // Whoever could read a secret is told that it is gone, by the roles on the project.
+    await deleteSecretsOf(tx, { scope: Scope.PROJECT, id: projectId }, { organizationId, ...by });
     await eraseProject(tx, projectId, {
-      organizationId: project.organizationId,
-      resourceType: ResourceType.PROJECT,
-      resourceId: projectId,
-      operation: ResourceOperation.DELETE,
-      creatorId: project.creatorId,
-      at: app.now(),
+      ...{ organizationId, resourceType: ResourceType.PROJECT, resourceId: projectId, creatorId },
+      ...{ operation: ResourceOperation.DELETE, at: by.at },
       audit: { id: app.newId(), actor: SYSTEM, action: "Project deleted" },
     });
   });

@@ -39,7 +39,9 @@ function checkRepositories(
 
 /** INVALID_ARGUMENT that names what the caller could ask for instead. */
 async function notOffered(app: App, caller: Caller, project: StoredProject, { localRunners }: Rules): Promise<Refusal> {
-  const environmentClassIds = await usableClassIds(app.db.point, caller, project.id, localRunners, MAX_NAMED_CLASSES);
+  const environmentClassIds = await usableClassIds(app.db.point, caller, {
+    ...{ projectIds: [project.id], localRunners, limit: MAX_NAMED_CLASSES },
+  });
   const problem = { field: "spec.machine.class", message: "is not a class of the project" };
   const desc = CreateEnvironmentFromProjectBadRequestEnvironmentClassDetailsSchema;
   return new Refusal("invalid_argument", `${problem.field}: ${problem.message}`, {
@@ -62,7 +64,8 @@ async function chooseClass(
     if (!isOffered) throw await notOffered(app, caller, project, rules);
     return getClass(point, caller, asked);
   }
-  const [best] = await usableClassIds(point, caller, project.id, rules.localRunners, 1);
+  const { localRunners } = rules;
+  const [best] = await usableClassIds(point, caller, { projectIds: [project.id], localRunners, limit: 1 });
   if (best) return getClass(point, caller, best);
   throw actionable(
     "failed_precondition",
