@@ -32,6 +32,8 @@ import {
   EnvironmentSchema,
   EnvironmentService,
   type EnvironmentSpec,
+  type EnvironmentSpec_Secret,
+  EnvironmentSpec_SecretSchema,
   EnvironmentSpecSchema,
   type EnvironmentStatus,
   EnvironmentStatusSchema,
@@ -94,8 +96,15 @@ export class FakeControlPlane implements AsyncDisposable {
   readonly reports: { environmentId: string; status: EnvironmentStatus; outcome: Outcome }[] = [];
   directive = Directive.UNSPECIFIED;
   heartbeats = 0;
+  /** Values by the ids of secrets; credentials by host. */
+  readonly secretValues = new Map<string, string>();
+  readonly hostTokens = new Map<string, string>();
+  /** Ids of secrets that were asked for, call by call. */
+  readonly secretsAsked: string[][] = [];
   /** No environment gets a token, so that no machine comes up. */
   withholdTokens = false;
+  /** No environment gets values of secrets. */
+  withholdSecrets = false;
   /** Revisions that streams were asked to resume from. */
   readonly resumed: bigint[] = [];
   /** Reports of this environment are answered with INVALID_ARGUMENT. */
@@ -151,6 +160,22 @@ export class FakeControlPlane implements AsyncDisposable {
               throw new ConnectError("another start", Code.FailedPrecondition);
             }
             return { token: this.grant(request.environmentId, Kind.ENVIRONMENT) };
+          },
+          getEnvironmentSecrets: (request, context) => {
+            this.#check(context);
+            if (this.withholdSecrets) throw new ConnectError("not now", Code.Unavailable);
+            this.secretsAsked.push(request.secretIds);
+            const { spec } = this.#state(request.environmentId);
+            const known = new Set(spec.secrets.map(({ sourceRef }) => sourceRef));
+            if (request.secretIds.some((id) => !known.has(id))) throw new ConnectError("not its", Code.NotFound);
+            const ids = request.secretIds.filter((id) => this.secretValues.has(id));
+            return { secrets: ids.map((id) => ({ id, value: this.secretValues.get(id) })) };
+          },
+          getHostToken: (request, context) => {
+            this.#check(context);
+            const token = this.hostTokens.get(request.host);
+            if (!token) throw new ConnectError("none", Code.NotFound);
+            return { token, scmId: "github" };
           },
           introspectToken: (request, context) => {
             this.#check(context);
@@ -422,6 +447,29 @@ export class FakeControlPlane implements AsyncDisposable {
     return id;
   }
 
+  /** An entry of a specification for a secret with this value. */
+  secret(
+    name: string,
+    mount: EnvironmentSpec_Secret["mount"],
+    value: string,
+    more: MessageInitShape<typeof EnvironmentSpec_SecretSchema> = {},
+  ): EnvironmentSpec_Secret {
+    const sourceRef = uuidv7();
+    this.secretValues.set(sourceRef, value);
+    const ids = { id: uuidv7(), session: uuidv7(), sourceRef };
+    return create(EnvironmentSpec_SecretSchema, { ...ids, name, mount, source: "control-plane", ...more });
+  }
+
+  /** Another value for the secret of an entry, and the marker that says so. */
+  renewSecret(environmentId: string, name: string, value: string): void {
+    this.edit(environmentId, ({ secrets }) => {
+      const entry = secrets.find((each) => each.name === name);
+      if (!entry) throw new Error(`no secret ${name}`);
+      this.secretValues.set(entry.sourceRef, value);
+      entry.session = uuidv7();
+    });
+  }
+
   /** Forgets an environment as if it had never been. */
   lose(id: string): void {
     this.#states.delete(id);
@@ -435,7 +483,8 @@ export class FakeControlPlane implements AsyncDisposable {
   }
 
   startEnvironment(id: string): void {
-    this.#apply(id, requestStart(this.#state(id), { machineSession: uuidv7(), secrets: [] }, new Date()));
+    const state = this.#state(id);
+    this.#apply(id, requestStart(state, { machineSession: uuidv7(), secrets: state.spec.secrets }, new Date()));
   }
 
   stopEnvironment(id: string): void {

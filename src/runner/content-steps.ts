@@ -15,9 +15,9 @@ import { ContentError } from "./git.ts";
 import { writeEnvironmentVariables } from "./machine-steps.ts";
 import type { ContentFacts } from "./record.ts";
 import { automationsFile, devContainerHash, hostDevContainer } from "./repository-files.ts";
-import { type EnvironmentSite, textOf } from "./site.ts";
-import { isReady, setUnserved } from "./status.ts";
-import type { UnixUser } from "./users.ts";
+import { gitHelpers } from "./secrets/git-helper.ts";
+import { type EnvironmentSite, textOf, userOf } from "./site.ts";
+import { isReady, setUnserved, variablesMark } from "./status.ts";
 
 // Steps that put the content of an environment in place and apply what its files ask for.
 
@@ -27,14 +27,10 @@ const contentOf = (spec: EnvironmentSpec) => spec.content ?? create(EnvironmentS
 const devContainerOf = (spec: EnvironmentSpec) => spec.devcontainer ?? create(EnvironmentSpec_DevContainerSchema);
 const automationsOf = (spec: EnvironmentSpec) => spec.automationsFile ?? create(EnvironmentSpec_AutomationsFileSchema);
 
-function userOf({ record }: EnvironmentSite): UnixUser {
-  if (!record.user) throw new Error("the machine has no user");
-  return record.user;
-}
-
 function workspaceOf(site: EnvironmentSite, signal: AbortSignal): Workspace {
   return {
     ...{ host: site.host, environmentId: site.id, paths: site.paths, user: userOf(site), signal },
+    helpers: gitHelpers(site.paths, site.record.secrets),
     write: (line) => site.log.write(line),
     save: (facts: ContentFacts) =>
       site.edit((record) => {
@@ -86,7 +82,7 @@ async function contentFailed(
   isFirst: boolean,
   error: unknown,
 ): Promise<boolean> {
-  const failureMessage = textOf(error);
+  const failureMessage = site.log.clean(textOf(error));
   if (!(error instanceof ContentError)) {
     site.host.log.error({ environmentId: site.id, error: failureMessage }, "content could not be initialized");
   }
@@ -153,7 +149,10 @@ export async function keepRepositoryFiles(
   signal.throwIfAborted();
   if (file?.failureMessage) site.log.write(`Automations: ${file.failureMessage}`);
   const next = clone(EnvironmentStatusSchema, site.status);
-  if (container) next.devcontainer = container.status;
+  if (container) {
+    const secretsInSync = variablesMark(spec) === site.record.secretVariables;
+    next.devcontainer = { ...container.status, secretsInSync };
+  }
   if (file) next.automationsFile = file;
   setUnserved(next, spec);
   const passes = !site.passed && isReady(next, spec);

@@ -37,6 +37,8 @@ export interface Workspace {
   environmentId: string;
   paths: EnvironmentPaths;
   user: UnixUser;
+  /** Settings that let git sign in to hosts. */
+  helpers: readonly string[];
   /** A line for the log. */
   write(line: string): void;
   /** Remembers the facts on disk before the work goes on. */
@@ -87,10 +89,10 @@ async function move(workspace: Workspace, from: string, to: string): Promise<voi
 }
 
 function gitContext(workspace: Workspace, cwd: string, plan: ClonePlan | undefined, deadline: number): GitContext {
-  const { host, environmentId, paths, user, signal } = workspace;
+  const { host, environmentId, paths, user, signal, helpers } = workspace;
   const scheme = plan?.admitted.url.protocol.slice(0, -1);
   return {
-    ...{ cwd, environmentId, signal },
+    ...{ cwd, environmentId, signal, helpers },
     home: paths.home,
     user: commandUser(user),
     timeoutMs: Math.max(1, deadline - Date.now()),

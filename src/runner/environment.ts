@@ -26,6 +26,7 @@ import { adopt, beginStart, keepMachine } from "./machine-steps.ts";
 import { environmentPaths } from "./paths.ts";
 import { portUrl } from "./ports/route.ts";
 import { type EnvironmentRecord, readRecord } from "./record.ts";
+import { forgetSecretValues, hideDelivered, keepSecrets } from "./secret-steps.ts";
 import { EnvironmentSite, textOf } from "./site.ts";
 import {
   acknowledgement,
@@ -213,6 +214,7 @@ export class ManagedEnvironment {
   async #work(): Promise<void> {
     let failures = 0;
     let pause: number | undefined;
+    await hideDelivered(this.#site);
     while (!this.#closed) {
       await this.#rest(pause);
       if (this.#closed) return;
@@ -345,7 +347,9 @@ export class ManagedEnvironment {
     if (!(await keepMachine(site, desired, spec, onState, signal))) return undefined;
     // A specification that is refused while the environment runs changes nothing.
     if (!refusal) {
+      await keepSecrets(site, spec, false, signal);
       if (!(await keepContent(site, spec, signal))) return undefined;
+      await keepSecrets(site, spec, true, signal);
       await keepRepositoryFiles(site, spec, signal);
     }
     if (this.#gitWatch.isDue) {
@@ -397,6 +401,7 @@ export class ManagedEnvironment {
       if (status.machine) status.machine.phase = MachinePhase.STOPPING;
     });
     await this.#endProcesses(true, signal);
+    await forgetSecretValues(site);
     site.sections.endAll(site.passed ? LogSectionOutcome.SUCCESS : LogSectionOutcome.CANCELLED);
     await site.editTowardsEnd((record) => {
       record.status = stoppedStatus(record.status);

@@ -14,6 +14,8 @@ export type GitContext = Pick<CommandOptions, "user" | "signal" | "timeoutMs" | 
   environmentId: string;
   /** Protocols that may be used, submodules included. */
   protocols: readonly string[];
+  /** Settings that let git sign in to hosts; none for commands that need not. */
+  helpers?: readonly string[];
   /** Hosts that have been checked: connections go to these addresses and no others. */
   pinned: readonly AdmittedUrl[];
 };
@@ -50,7 +52,7 @@ function sshCommand(pinned: readonly AdmittedUrl[]): string {
 /** Runs git with its own variables only; a failure is a result, not an exception. */
 export async function git(context: GitContext, args: readonly string[]): Promise<CommandResult> {
   const { cwd, home, environmentId, protocols, pinned, user, signal, timeoutMs, onOutput, onStart } = context;
-  const settings = [...SETTINGS, ...pins(pinned)].flatMap((setting) => ["-c", setting]);
+  const settings = [...SETTINGS, ...(context.helpers ?? []), ...pins(pinned)].flatMap((setting) => ["-c", setting]);
   return await runCommand("git", [...settings, ...args], {
     ...{ cwd, timeoutMs, user, signal, onOutput, onStart },
     env: {

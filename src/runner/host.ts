@@ -25,6 +25,8 @@ export interface Host {
   publicApiUrl: string;
   program: ProgramVersion;
   schema: RunnerConfigurationSchema;
+  /** Containers can be run. */
+  hasContainerEngine: boolean;
   /** Absent where limits cannot be enforced. */
   controlGroups: ControlGroups | undefined;
   guard: Guard;

@@ -6,11 +6,12 @@ import {
   LogSectionOutcome,
 } from "../../gen/gitpod/v1/environment_logs_pb.js";
 import type { OpenSection } from "./record.ts";
-import { redact } from "./redact.ts";
+import { hiddenTexts, redact } from "./redact.ts";
 
 /** Half of what is kept: the older half is dropped when the newer one is full. */
 const SEGMENT_BYTES = 5 * 1024 * 1024;
 const READ_BYTES = 64 * 1024;
+const MAX_HIDDEN = 10_000;
 const MAX_LINE_CHARACTERS = 16 * 1024;
 
 /** Bytes from `position` on, and where to go on. */
@@ -32,6 +33,8 @@ export class EnvironmentLog {
   #start: number;
   #end: number;
   #live = false;
+  #hidden: readonly string[] = [];
+  readonly #hiddenValues = new Set<string>();
   readonly #waiting = new Set<() => void>();
 
   constructor(path: string) {
@@ -56,10 +59,25 @@ export class EnvironmentLog {
     this.#wake();
   }
 
+  /** From now on these secret values are not written either; of very many only the newest. */
+  hide(values: Iterable<string>): void {
+    for (const value of values) this.#hiddenValues.add(value);
+    for (const value of this.#hiddenValues) {
+      if (this.#hiddenValues.size <= MAX_HIDDEN) break;
+      this.#hiddenValues.delete(value);
+    }
+    this.#hidden = hiddenTexts(this.#hiddenValues);
+  }
+
+  /** Text as it is written, without credentials. */
+  clean(text: string): string {
+    return redact(text, this.#hidden);
+  }
+
   /** Adds text, credentials removed, with its last line ended. */
   write(text: string): void {
     if (text === "") return;
-    const clean = redact(text);
+    const clean = this.clean(text);
     this.#append(clean.endsWith("\n") ? clean : `${clean}\n`);
   }
 
@@ -129,7 +147,7 @@ export class EnvironmentLog {
 }
 
 /** Parts of the log in the order in which they come. */
-export type SectionName = "machine" | "content" | "devcontainer" | "automations" | "system";
+export type SectionName = "machine" | "secrets" | "content" | "devcontainer" | "automations" | "system";
 
 /** Opens and ends sections; which ones are open is kept in the environment's record. */
 export class LogSections {

@@ -45,6 +45,7 @@ export async function beginStart(
     record.status = startedStatus(record.status, spec, record.content.session);
     record.restarts = [];
     record.gatesPassedSession = "";
+    record.secretVariables = "";
     delete record.supervisor;
   });
 }

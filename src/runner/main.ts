@@ -77,6 +77,7 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
   let link: Link | undefined;
   const host: Host = {
     ...{ config, publicApiUrl, program, guard, log },
+    hasContainerEngine: facts.hasContainerEngine,
     schema: linuxHostSchema(`${publicApiUrl}/oauth/scm/callback`, facts),
     controlGroups: await ControlGroups.open(),
     resolveContext: (url, signal) => parseContextUrl(url, { guard, publicUrl: publicApiUrl, signal }),

@@ -16,6 +16,8 @@ export interface EnvironmentPaths {
   workspace: string;
   home: string;
   secrets: string;
+  /** Files whose own path lies outside of the environment. */
+  secretFiles: string;
   logs: string;
   run: string;
   ssh: string;
@@ -41,6 +43,7 @@ export function environmentPaths(dataDir: string, environmentId: string): Enviro
     workspace: join(root, "workspace"),
     home: join(root, "home"),
     secrets: join(root, "secrets"),
+    secretFiles: join(root, "secrets", "files"),
     logs: join(root, "logs"),
     run,
     ssh: join(root, "ssh"),

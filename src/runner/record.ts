@@ -2,6 +2,7 @@ import { create, fromJson, type JsonValue, toJson } from "@bufbuild/protobuf";
 import { type EnvironmentStatus, EnvironmentStatusSchema } from "../../gen/gitpod/v1/environment_pb.js";
 import { exists, readSmall, writeAtomically } from "./files.ts";
 import type { EnvironmentPaths } from "./paths.ts";
+import type { Delivery } from "./secrets/plan.ts";
 import type { ProcessRef } from "./supervisor/processes.ts";
 import type { UnixUser } from "./users.ts";
 
@@ -32,6 +33,15 @@ export interface ContentFacts {
   process?: RecordedProcess;
 }
 
+/** A secret that was put into the environment, or is about to be, so that it can be taken out of it again. */
+export interface DeliveredSecret {
+  /** Id of its entry in the specification. */
+  id: string;
+  delivery: Delivery;
+  /** Content session in which its link was made, for one that lies in the workspace. */
+  contentSession?: string;
+}
+
 /** A section of the log that has not ended. */
 export interface OpenSection {
   id: string;
@@ -56,6 +66,9 @@ export interface EnvironmentRecord {
   devcontainerHash: string;
   /** Variables that the dev container adds. */
   variables: Record<string, string>;
+  secrets: DeliveredSecret[];
+  /** Secrets in variables with which the environment has started, as one text. */
+  secretVariables: string;
   /** The environment token, and the machine session it was made for. */
   token?: { session: string; text: string };
 }
@@ -70,6 +83,8 @@ export function newRecord(): EnvironmentRecord {
     gitIdentity: "",
     devcontainerHash: "",
     variables: {},
+    secrets: [],
+    secretVariables: "",
   };
 }
 

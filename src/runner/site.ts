@@ -12,12 +12,19 @@ import { redact } from "./redact.ts";
 import { acknowledgement, type Refusal } from "./status.ts";
 import { Supervision } from "./supervision.ts";
 import { bootId, terminateSession } from "./supervisor/processes.ts";
+import type { UnixUser } from "./users.ts";
 
 const MESSAGE_CHARACTERS = 500;
 
 /** Short text of an error for people, without credentials. */
 export const textOf = (error: unknown): string =>
   redact(error instanceof Error ? error.message : String(error)).slice(0, MESSAGE_CHARACTERS);
+
+/** The user of an environment whose machine is up. */
+export function userOf({ record }: EnvironmentSite): UnixUser {
+  if (!record.user) throw new Error("the machine has no user");
+  return record.user;
+}
 
 /** What the steps for one environment work on. Only the pass that is under way changes it. */
 export class EnvironmentSite {
@@ -28,6 +35,8 @@ export class EnvironmentSite {
   readonly log: EnvironmentLog;
   readonly sections: LogSections;
   readonly supervision = new Supervision();
+  /** Values of secrets in use, by the ids of their entries; only those that this process has fetched. */
+  readonly secretValues = new Map<string, { session: string; value: string }>();
   /** Its folder exists, so that changes are written down. */
   onDisk: boolean;
   readonly #changed: () => void;

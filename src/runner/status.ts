@@ -5,6 +5,7 @@ import {
   EnvironmentStatus_DevContainer_Phase as DevContainerPhase,
   EnvironmentPhase,
   type EnvironmentSpec,
+  type EnvironmentSpec_Secret,
   type EnvironmentStatus,
   EnvironmentStatus_AutomationsFileSchema,
   EnvironmentStatus_ContentSchema,
@@ -13,7 +14,6 @@ import {
   EnvironmentStatus_EnvironmentURLsSchema,
   EnvironmentStatus_MachineSchema,
   EnvironmentStatus_RunnerACKSchema,
-  EnvironmentStatus_SecretSchema,
   EnvironmentStatus_SSHPublicKeySchema,
   EnvironmentStatusSchema,
   type KernelControlsConfig,
@@ -92,22 +92,30 @@ export function stoppedStatus(status: EnvironmentStatus): EnvironmentStatus {
   return next;
 }
 
-/** Secrets and keys of the specification: this version of the runner serves neither. */
+/** Keys of the specification: this version of the runner does not serve them. */
 export function setUnserved(status: EnvironmentStatus, spec: EnvironmentSpec): void {
-  status.secrets = spec.secrets.map(({ id, name, session }) =>
-    create(EnvironmentStatus_SecretSchema, {
-      ...{ id, session, secretName: name },
-      phase: ContentPhase.UNAVAILABLE,
-      failureMessage: "secrets are not supported by this runner version",
-    }),
-  );
   status.sshPublicKeys = spec.sshPublicKeys.map(({ id }) =>
     create(EnvironmentStatus_SSHPublicKeySchema, { id, phase: ContentPhase.UNAVAILABLE }),
   );
 }
 
-/** Content and dev container are ready for the sessions of the specification. */
-export function isReady({ machine, content, devcontainer }: EnvironmentStatus, spec: EnvironmentSpec): boolean {
+const SETTLED: ReadonlySet<ContentPhase> = new Set([ContentPhase.READY, ContentPhase.FAILED, ContentPhase.UNAVAILABLE]);
+
+/** A secret is where it should be, with the value of its session, or it is known that it cannot be. */
+export const isSecretSettled = ({ secrets }: EnvironmentStatus, { id, session }: EnvironmentSpec_Secret): boolean =>
+  secrets.some((each) => each.id === id && each.session === session && SETTLED.has(each.phase));
+
+/** The secrets in variables, as one text: another one when one of them has changed. */
+export const variablesMark = ({ secrets }: EnvironmentSpec): string =>
+  secrets
+    .filter(({ mount }) => mount.case === "environmentVariable")
+    .map(({ id, session }) => `${id} ${session}`)
+    .sort()
+    .join("\n");
+
+/** Content, dev container and secrets are ready for the sessions of the specification. */
+export function isReady(status: EnvironmentStatus, spec: EnvironmentSpec): boolean {
+  const { machine, content, devcontainer } = status;
   const settled = [DevContainerPhase.RUNNING, DevContainerPhase.FAILED];
   return (
     machine?.phase === MachinePhase.RUNNING &&
@@ -115,7 +123,8 @@ export function isReady({ machine, content, devcontainer }: EnvironmentStatus, s
     content.session === (spec.content?.session ?? "") &&
     devcontainer !== undefined &&
     settled.includes(devcontainer.phase) &&
-    devcontainer.session === (spec.devcontainer?.session ?? "")
+    devcontainer.session === (spec.devcontainer?.session ?? "") &&
+    spec.secrets.every((secret) => isSecretSettled(status, secret))
   );
 }
 

@@ -38,7 +38,7 @@ const HOST_NAME = /^[a-z0-9_]([a-z0-9_.-]*[a-z0-9])?$/;
 const ORGANIZATION = /^[a-z0-9][a-z0-9._-]*$/;
 const MAX_HOST_LENGTH = 253;
 
-const isScmId = (text: string): text is ScmId => SCM_IDS.has(text);
+export const isScmId = (text: string): text is ScmId => SCM_IDS.has(text);
 
 /** Host name as it appears in a parsed URL, or an address: nothing that could pass for an option or a path. */
 export const isHostName = (hostname: string) =>

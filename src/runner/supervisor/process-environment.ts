@@ -8,22 +8,20 @@ const PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 export class ProcessEnvironment {
   readonly #config: SupervisorConfig;
   #fromFile: Record<string, string> = {};
+  #secrets: Record<string, string> = {};
 
   constructor(config: SupervisorConfig) {
     this.#config = config;
   }
 
   /**
-   * Reads the file anew, since secrets change while the environment runs; an unreadable one leaves the last values.
+   * Reads the files anew, since secrets change while the environment runs; an unreadable one leaves the last values.
    * What one process gets in addition wins over all but the environment's id, which its processes are found by.
    */
   read(more: Readonly<Record<string, string>> = {}): Record<string, string> {
-    try {
-      this.#fromFile = variables(JSON.parse(readSmallFile(this.#config.envFile, MAX_ENV_FILE_BYTES)));
-    } catch {
-      // The file may be missing for a moment or be broken from inside; processes must still start.
-    }
-    const { environmentId, root, userName, shell } = this.#config;
+    const { environmentId, envFile, root, userName, shell } = this.#config;
+    this.#fromFile = fromFile(envFile) ?? this.#fromFile;
+    this.#secrets = fromFile(join(root, "secrets", "env")) ?? this.#secrets;
     return {
       HOME: join(root, "home"),
       USER: userName,
@@ -32,10 +30,20 @@ export class ProcessEnvironment {
       PATH,
       LANG: "C.UTF-8",
       ...this.#fromFile,
+      ...this.#secrets,
       ...more,
       BERTH_ENVIRONMENT_ID: environmentId,
       GITPOD_ENVIRONMENT_ID: environmentId,
     };
+  }
+}
+
+/** Undefined for a file that is missing for a moment or broken from inside: processes must still start. */
+function fromFile(path: string): Record<string, string> | undefined {
+  try {
+    return variables(JSON.parse(readSmallFile(path, MAX_ENV_FILE_BYTES)));
+  } catch {
+    return undefined;
   }
 }
 
