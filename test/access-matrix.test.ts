@@ -150,7 +150,7 @@ const EXPECTED = `
   AccountService.deleteAccount                              U U N N D N N D D D D D
   AccountService.getSSOLoginURL                             N N N N N N N N N N N N
   AccountService.listSSOLogins                              ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
-  AccountService.listLoginProviders                         i i i i i i i i i i i i
+  AccountService.listLoginProviders                         ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓
   AccountService.listJoinableOrganizations                  U U ✓ ✓ ✓ ✓ ✓ D D D D D
   EnvironmentService.getEnvironment                         U U N N ✓ ✓ ✓ N ✓ N ✓ N
   EnvironmentService.listEnvironments                       U U ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓ ✓

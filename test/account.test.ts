@@ -16,8 +16,13 @@ const { ADMIN, MEMBER } = OrganizationRole;
 
 let plane: TestPlane;
 
+const provider = (id: string) => ({ id, issuer: "https://login.example.org", client_id: "berth", client_secret: "x" });
+
 beforeAll(async () => {
-  plane = await startTestPlane({ BERTH_PUBLIC_EMAIL_DOMAINS: "free.example.org" });
+  plane = await startTestPlane({
+    BERTH_PUBLIC_EMAIL_DOMAINS: "free.example.org",
+    BERTH_OIDC_PROVIDERS: JSON.stringify([provider("work"), provider("github")]),
+  });
 });
 
 afterAll(async () => {
@@ -252,6 +257,22 @@ describe("ways to sign in", () => {
       "InvalidArgument",
     );
   });
+});
+
+test("the operator's providers are offered in the operator's order, to whoever asks", async () => {
+  const { accounts } = createBerthClient({ baseUrl: plane.url });
+  const loginUrl = (id: string) => `${plane.plane.app.config.publicUrl}/auth/oidc/start?provider=${id}`;
+  const all = ["work", "github"].map((id) => ({ provider: id, loginUrl: loginUrl(id) }));
+  expect(await accounts.listLoginProviders({})).toMatchObject({ loginProviders: all, allowCustom: false });
+  const filter = { email: "somebody@example.org" };
+  expect((await accounts.listLoginProviders({ filter })).allowCustom).toBe(false);
+  const { loginProviders, pagination } = await accounts.listLoginProviders({ pagination: { pageSize: 1 } });
+  expect(loginProviders).toMatchObject(all.slice(0, 1));
+  const token = pagination?.nextToken ?? "";
+  const rest = await accounts.listLoginProviders({ pagination: { pageSize: 1, token } });
+  expect(rest).toMatchObject({ loginProviders: all.slice(1), pagination: { nextToken: "" } });
+  expect(await codeOf(accounts.listLoginProviders({ filter: { inviteId: uuidv7() } }))).toBe("NotFound");
+  expect(await codeOf(accounts.listLoginProviders({ filter, pagination: { token } }))).toBe("InvalidArgument");
 });
 
 test("PLT-47 what is outside of the contract is UNIMPLEMENTED, with and without a credential", async () => {

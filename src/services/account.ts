@@ -1,9 +1,10 @@
 import type { ServiceImpl } from "@connectrpc/connect";
-import {
-  type Account,
+import type {
+  Account,
   AccountService,
-  type DeleteAccountRequest,
-  type ListJoinableOrganizationsRequest,
+  DeleteAccountRequest,
+  ListJoinableOrganizationsRequest,
+  ListLoginProvidersRequest,
 } from "../../gen/gitpod/v1/account_pb.js";
 import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
 import { type App, attribution, transact } from "../app.ts";
@@ -11,7 +12,6 @@ import { emailDomain, isPublicEmailDomain } from "../domain/email-domains.ts";
 import { notFound, precondition } from "../domain/errors.ts";
 import { closePage, openPage } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
-import { withPending } from "../pending.ts";
 import { principal } from "../rpc/authenticate.ts";
 import { deleteAccount, getAccount, holdAccount, listJoinable } from "../store/accounts.ts";
 import { endMembership } from "../store/departures.ts";
@@ -47,9 +47,21 @@ async function joinable(app: App, caller: Caller, request: ListJoinableOrganizat
   return { joinableOrganizations: items, pagination: { nextToken } };
 }
 
-/** AccountService, as far as it is built. */
+/** The operator's providers, in the operator's order. Neither invites nor logins of organizations exist yet. */
+function loginProviders(app: App, { filter, pagination }: ListLoginProvidersRequest) {
+  if (filter?.inviteId) throw notFound("invite", filter.inviteId);
+  const page = openPage(pagination, ["login providers", emailDomain(filter?.email ?? "")]);
+  const ids = app.config.login.providers.map(({ id }) => id);
+  const rest = ids.slice(ids.indexOf(page.after) + 1);
+  const { items, nextToken } = closePage(page, rest, (id) => id);
+  const start = `${app.config.publicUrl}/auth/oidc/start?provider=`;
+  const providers = items.map((provider) => ({ provider, loginUrl: start + provider }));
+  return { loginProviders: providers, pagination: { nextToken }, allowCustom: false };
+}
+
+/** AccountService. */
 export function accountService(app: App): ServiceImpl<typeof AccountService> {
-  return withPending(AccountService, ["listLoginProviders"], {
+  return {
     async getAccount(_request, context) {
       return { account: await ownAccount(app, principal(context)) };
     },
@@ -66,5 +78,6 @@ export function accountService(app: App): ServiceImpl<typeof AccountService> {
       return { logins: [], pagination: {} };
     },
     listJoinableOrganizations: (request, context) => joinable(app, principal(context), request),
-  });
+    listLoginProviders: async (request) => loginProviders(app, request),
+  };
 }
