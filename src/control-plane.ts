@@ -5,6 +5,7 @@ import { type App, LIMITS, type Limits } from "./app.ts";
 import type { ServerConfig } from "./config.ts";
 import { cookieRules } from "./domain/browser.ts";
 import { checkAdminToken, firstStart } from "./first-start.ts";
+import { commandLineRoutes } from "./http/command-line.ts";
 import { loginRoutes } from "./http/login.ts";
 import { wellKnown } from "./http/well-known.ts";
 import { openInstallation } from "./installation.ts";
@@ -81,6 +82,7 @@ export async function startControlPlane(
     });
     const addresses = addressLimit();
     const limit = rateLimit(config.rateLimit, undefined, addresses);
+    const limitAddress = config.rateLimit > 0 ? addresses : () => 0;
     let isStarted = false;
     server = await startServer({
       host: config.host,
@@ -93,7 +95,8 @@ export async function startControlPlane(
       interceptors: [observe({ log, callerOf }), refusals(config.docsUrl), validation()],
       http: new Map([
         ...wellKnown(config.publicUrl, createSigner(app).publicKeys),
-        ...loginRoutes(app, config.rateLimit > 0 ? addresses : () => 0),
+        ...loginRoutes(app, limitAddress),
+        ...commandLineRoutes(app, limitAddress),
       ]),
       metricsToken: config.metricsToken,
       trustedProxies: config.trustedProxies,

@@ -9,13 +9,23 @@ const USAGE = `berth: a control plane for development environments
   berth runner     start a runner alone, against the control plane at BERTH_RUNNER_API_URL
   berth admin      commands of the operator, on the database: \`berth admin help\` lists them
 
-Everything is configured by environment variables; the README lists them.
+  berth login [URL] [--no-browser]
+                   sign in to a server with a browser, by default the one of last time, else http://127.0.0.1:8080
+  berth token [URL]
+                   print the token that was got
+  berth logout [URL]
+                   end it
+
+Servers and runners are configured by environment variables; the README lists them.
 `;
 
 async function main(args: readonly string[]): Promise<ExitCode> {
   const [command = "server", ...rest] = args;
   // Each command loads what it needs: a server is much more than most of them.
   if (command === "admin") return (await import("./cli/admin.ts")).runAdmin(rest, process.env);
+  if (command === "login") return (await import("./cli/login.ts")).runLogin(rest, process.env);
+  if (command === "logout") return (await import("./cli/login.ts")).runLogout(rest, process.env);
+  if (command === "token") return (await import("./cli/login.ts")).runToken(rest, process.env);
   if (rest.length > 0 || !["server", "runner", "help", "--help", "-h"].includes(command)) {
     throw new UsageError(`unknown arguments: ${args.join(" ")}\n\n${USAGE}`);
   }

@@ -1,3 +1,4 @@
+import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
 import { tokenHash } from "../domain/tokens.ts";
 import type { Sql, Tx } from "./db.ts";
 
@@ -56,6 +57,18 @@ export async function takeLoginCode(sql: Sql | Tx, code: string): Promise<LoginC
       ...{ description: row.description, expiresAt: row.expires_at },
     }
   );
+}
+
+/** An active user, whom the transaction keeps as they are until it ends; undefined for anybody else. */
+export async function holdMember(
+  tx: Tx,
+  userId: string,
+): Promise<{ email: string; organizationId: string; organizationName: string } | undefined> {
+  const [row] = await tx<{ email: string; organizationId: string; organizationName: string }[]>`
+    select u.email, o.id as "organizationId", o.name as "organizationName"
+    from users u join organizations o on o.id = u.organization_id
+    where u.id = ${userId} and u.status = ${UserStatus.ACTIVE} for no key update of u`;
+  return row;
 }
 
 /** Removes flows and codes that nobody came back with, at most `limit` of each; returns how many. */

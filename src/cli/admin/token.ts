@@ -1,15 +1,12 @@
 import { randomBytes } from "node:crypto";
 import { v7 as uuidv7 } from "uuid";
-import { ResourceOperation, ResourceType } from "../../../gen/gitpod/v1/event_pb.js";
-import { Principal } from "../../../gen/gitpod/v1/identity_pb.js";
 import { UserStatus } from "../../../gen/gitpod/v1/user_pb.js";
 import { RefusedStart } from "../../domain/errors.ts";
 import { SYSTEM } from "../../domain/principal.ts";
 import { TokenKind, tokenText } from "../../domain/tokens.ts";
 import type { Db } from "../../store/db.ts";
 import { findOrganizations, findUsersByEmail, type UserRef } from "../../store/operator.ts";
-import { record } from "../../store/record.ts";
-import { insertToken } from "../../store/tokens.ts";
+import { issuePersonalAccessToken } from "../../store/personal-access-tokens.ts";
 import { say, tell } from "../output.ts";
 import { readOptions, required, wholeNumber } from "../usage.ts";
 import { type AdminCommand, onInstallation, only } from "./operator.ts";
@@ -33,25 +30,11 @@ async function createToken(
   { id: userId, organization }: UserRef,
   options: { description: string; days: number; readOnly: boolean },
 ): Promise<string> {
-  const [tokenId, at] = [uuidv7(), new Date()];
   const text = tokenText(TokenKind.PERSONAL_ACCESS, randomBytes);
-  await db.begin(async (tx) => {
-    await insertToken(tx, {
-      ...{ id: tokenId, text, kind: TokenKind.PERSONAL_ACCESS, organizationId: organization.id },
-      ...{ subjectId: userId, subjectPrincipal: Principal.USER },
-      ...{ description: options.description, readOnly: options.readOnly },
-      ...{ createdAt: at, expiresAt: new Date(at.getTime() + options.days * DAY_MS) },
-    });
-    await record(tx, {
-      organizationId: organization.id,
-      resourceType: ResourceType.PERSONAL_ACCESS_TOKEN,
-      resourceId: tokenId,
-      operation: ResourceOperation.CREATE,
-      creatorId: userId,
-      at,
-      audit: { id: uuidv7(), actor: SYSTEM, action: "Personal access token created" },
-    });
-  });
+  const { days, ...more } = options;
+  const token = { id: uuidv7(), text, organizationId: organization.id, userId, ...more, validForMs: days * DAY_MS };
+  const by = { actor: SYSTEM, newId: uuidv7, at: new Date() };
+  await db.begin((tx) => issuePersonalAccessToken(tx, token, by));
   return text;
 }
 

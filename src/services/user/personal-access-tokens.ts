@@ -10,21 +10,20 @@ import type {
   UserService,
 } from "../../../gen/gitpod/v1/user_pb.js";
 import { type App, actorOf, newTokenText, transact } from "../../app.ts";
-import { actionable, denied, notFound, refuseProblems } from "../../domain/errors.ts";
+import { denied, notFound, refuseProblems } from "../../domain/errors.ts";
 import { closePage, openPage } from "../../domain/pages.ts";
 import type { Caller } from "../../domain/principal.ts";
-import { descriptionProblems, PERSONAL_ACCESS_MS, TokenKind } from "../../domain/tokens.ts";
+import { descriptionProblems, TokenKind } from "../../domain/tokens.ts";
 import { principal } from "../../rpc/authenticate.ts";
 import {
-  countUnexpired,
   deleteIssuedToken,
   getIssuedToken,
   type IssuedToken,
   listIssuedTokens,
   type TokenScope,
 } from "../../store/issued-tokens.ts";
+import { issuePersonalAccessToken } from "../../store/personal-access-tokens.ts";
 import { type Change, record } from "../../store/record.ts";
-import { insertToken } from "../../store/tokens.ts";
 import { getUser, holdCaller } from "../../store/users.ts";
 
 const kind = TokenKind.PERSONAL_ACCESS;
@@ -69,24 +68,13 @@ async function createToken(app: App, caller: Caller, request: CreatePersonalAcce
   const user = await getUser(app.db.point, caller, request.userId);
   if (user.id !== caller.id) throw denied("a personal access token can be made for oneself only");
   const text = newTokenText(app, kind);
+  const { organizationId, id: userId } = caller;
+  const { description, readOnly, validFor } = request;
   await transact(app, async (tx) => {
     await holdCaller(tx, caller);
-    const at = app.now();
-    const most = app.limits.personalAccessTokens;
-    if ((await countUnexpired(tx, { kind, subjectId: caller.id }, at)) >= most)
-      throw actionable(
-        "resource_exhausted",
-        "PLATFORM_LIMIT_QUOTA",
-        `a user may have at most ${most} unexpired tokens`,
-      );
-    const token = {
-      ...{ id: app.newId(), text, kind, organizationId: caller.organizationId, createdAt: at },
-      ...{ subjectId: caller.id, subjectPrincipal: Principal.USER },
-      ...{ description: request.description, readOnly: request.readOnly },
-      expiresAt: new Date(at.getTime() + ((request.validFor && durationMs(request.validFor)) || PERSONAL_ACCESS_MS)),
-    };
-    await insertToken(tx, token);
-    await record(tx, changeOf(app, caller, token, ResourceOperation.CREATE, "Personal access token created"));
+    const token = { id: app.newId(), text, organizationId, userId, description, readOnly };
+    const by = { actor: actorOf(caller), newId: app.newId, at: app.now(), most: app.limits.personalAccessTokens };
+    await issuePersonalAccessToken(tx, { ...token, validForMs: (validFor && durationMs(validFor)) || undefined }, by);
   });
   return text;
 }
