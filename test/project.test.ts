@@ -162,14 +162,17 @@ describe("CreateProject", () => {
     await hidden.runner[Symbol.asyncDispose]();
   });
 
-  test("an organization has a limit of projects", async () => {
+  test("an organization has a limit of projects, also for those that come at the same time", async () => {
     const { db } = plane.plane.app;
     const filler = "Filler of the limit";
     await db.write`
       insert into projects (id, organization_id, creator_id, creator_principal, name, search, remote_uris, repositories, message,
         technical_description, popularity_due_at, created_at)
-      select gen_random_uuid(), ${plane.organizationId}, ${other.id}, 1, ${filler}, '', '{}', '{}', '', '', now() + interval '1 year', now()
-      from generate_series(1, ${MAX_PROJECTS})`;
+      select gen_random_uuid(), ${plane.organizationId}, ${other.id}, ${Principal.USER}, ${filler}, '', '{}', '{}', '', '',
+        now() + interval '1 year', now()
+      from generate_series(2, ${MAX_PROJECTS}::int - (select count(*)::int from projects))`;
+    const attempts = await Promise.allSettled(Array.from({ length: 4 }, () => createProject(member.client)));
+    expect(attempts.filter(({ status }) => status === "fulfilled")).toHaveLength(1);
     const error = await refusal(createProject(member.client));
     expect(actionableCode(error)).toBe("ResourceExhausted PLATFORM_LIMIT_QUOTA");
     expect(error.metadata.get("x-should-retry")).toBe("false");

@@ -49,10 +49,10 @@ interface ProjectRow {
   organization_id: string;
   message: Uint8Array;
   technical_description: string;
-  positions: number[];
-  class_ids: (string | null)[];
-  user_ids: string[];
-  user_principals: Principal[];
+  positions: number[] | null;
+  class_ids: (string | null)[] | null;
+  user_ids: string[] | null;
+  user_principals: Principal[] | null;
   user_count: number;
   is_deleting: boolean;
   popularity: number;
@@ -63,24 +63,33 @@ interface ProjectRow {
 const SHOWN_USERS = 10;
 
 function columns(sql: Sql | Tx, caller: Caller, withDescription = false): Fragment {
-  const classes = sql`from project_environment_classes k where k.project_id = p.id order by k.position`;
-  const users = sql`from project_users u where u.project_id = p.id order by u.used_at desc, u.subject_id limit ${SHOWN_USERS}`;
   return sql`p.id, p.organization_id, p.message, ${withDescription ? sql`p.technical_description` : sql`''`} as technical_description,
-    array(select k.position ${classes}) as positions, array(select k.class_id ${classes}) as class_ids,
-    array(select u.subject_id ${users}) as user_ids, array(select u.subject_principal ${users}) as user_principals,
-    (select count(*)::int from project_users u where u.project_id = p.id) as user_count,
+    offers.positions, offers.class_ids, users.ids as user_ids, users.principals as user_principals, users.count as user_count,
     p.deleting_at is not null as is_deleting, p.popularity,
     ${editsProject(sql, caller)} as edits, ${administersProject(sql, caller)} as administers`;
 }
 
+/** Projects `p` with what they offer and who uses them. */
+const projects = (sql: Sql | Tx): Fragment => sql`projects p cross join lateral (
+    select array_agg(k.position order by k.position) as positions, array_agg(k.class_id order by k.position) as class_ids
+    from project_environment_classes k where k.project_id = p.id
+  ) offers cross join lateral (
+    select count(*)::int as count, (array_agg(u.subject_id order by u.used_at desc))[:${SHOWN_USERS}] as ids,
+      (array_agg(u.subject_principal order by u.used_at desc))[:${SHOWN_USERS}] as principals
+    from project_users u where u.project_id = p.id
+  ) users`;
+
 function toProject(row: ProjectRow): StoredProject {
   const message = fromBinary(ProjectSchema, row.message);
-  const classes = row.positions.map((order, index) => ({ order, classId: row.class_ids[index] ?? undefined }));
+  const classes = (row.positions ?? []).map((order, index) => ({
+    order,
+    classId: row.class_ids?.[index] ?? undefined,
+  }));
   message.technicalDescription = row.technical_description;
   message.environmentClasses = classes.map(classMessage);
   message.environmentClass = message.environmentClasses[0];
-  const subjects = row.user_ids.map((id, index) =>
-    create(SubjectSchema, { id, principal: row.user_principals[index] }),
+  const subjects = (row.user_ids ?? []).map((id, index) =>
+    create(SubjectSchema, { id, principal: row.user_principals?.[index] }),
   );
   message.usedBy = create(Project_UsedBySchema, { subjects, totalSubjects: row.user_count });
   return {
@@ -142,7 +151,7 @@ export async function updateProject(
 /** A project that the caller may read; while it is being deleted only its admins may. NOT_FOUND otherwise. */
 export async function getProject(sql: Sql | Tx, caller: Caller, id: string): Promise<StoredProject> {
   const [row] = await sql<ProjectRow[]>`
-    select ${columns(sql, caller)} from projects p
+    select ${columns(sql, caller)} from ${projects(sql)}
     where p.id = ${id} and ${readsProject(sql, caller)} and (p.deleting_at is null or ${administersProject(sql, caller)})`;
   if (!row) throw notFound("project", id);
   return toProject(row);
@@ -151,7 +160,7 @@ export async function getProject(sql: Sql | Tx, caller: Caller, id: string): Pro
 /** A project that the caller may read, being deleted or not, kept still until the transaction ends. */
 export async function lockProject(tx: Tx, caller: Caller, id: string): Promise<StoredProject> {
   const [row] = await tx<ProjectRow[]>`
-    select ${columns(tx, caller, true)} from projects p where p.id = ${id} and ${readsProject(tx, caller)} for no key update of p`;
+    select ${columns(tx, caller, true)} from ${projects(tx)} where p.id = ${id} and ${readsProject(tx, caller)} for no key update of p`;
   if (!row) throw notFound("project", id);
   return toProject(row);
 }
@@ -162,7 +171,7 @@ export async function lockProject(tx: Tx, caller: Caller, id: string): Promise<S
  */
 export async function getProjectToUse(sql: Sql | Tx, caller: Caller, id: string, hold = false): Promise<StoredProject> {
   const [row] = await sql<ProjectRow[]>`
-    select ${columns(sql, caller)} from projects p
+    select ${columns(sql, caller)} from ${projects(sql)}
     where p.id = ${id} and ${readsProject(sql, caller)} ${hold ? sql`for share of p` : sql``}`;
   if (!row) throw notFound("project", id);
   return toProject(row);
@@ -260,7 +269,7 @@ export async function listProjects(
   const conditions = filterConditions(sql, caller, request.filter);
   if (position) conditions.push(position);
   const rows = await sql<ProjectRow[]>`
-    select ${columns(sql, caller)} from projects p where ${conjunction(sql, conditions)} order by ${order} limit ${page.limit + 1}`;
+    select ${columns(sql, caller)} from ${projects(sql)} where ${conjunction(sql, conditions)} order by ${order} limit ${page.limit + 1}`;
   return rows.map(toProject);
 }
 
