@@ -218,7 +218,8 @@ describe("PLT-6 what is no credential is UNAUTHENTICATED", () => {
       ...{ kind: TokenKind.PORT_ACCESS, subjectId: member.id, environmentId: environment.id, port: 3000 },
     });
     const scim = await mint(plane, { kind: TokenKind.SCIM, subjectId: member.id });
-    for (const token of [exchangeToken, accessToken, logs.accessToken, port, scim]) {
+    const session = await mint(plane, { kind: TokenKind.SESSION, subjectId: member.id });
+    for (const token of [exchangeToken, accessToken, logs.accessToken, port, scim, session]) {
       const error = await refusal(identityOf(token));
       expect(`${token.slice(0, 9)} ${Code[error.code]}`).toBe(`${token.slice(0, 9)} ${unauthenticated}`);
     }
@@ -395,7 +396,8 @@ describe("tokens that are shown to a runner", () => {
     expect(await active(environmentToken)).toEqual({ kind: Kind.ENVIRONMENT, environmentId });
     const robot = await addServiceAccount(plane);
     const { exchangeToken } = await newExchangeToken();
-    for (const token of [member.token, plane.adminToken, robot.token, runner.token, exchangeToken, "x"]) {
+    const session = await mint(plane, { kind: TokenKind.SESSION, subjectId: member.id });
+    for (const token of [member.token, plane.adminToken, robot.token, runner.token, exchangeToken, session, "x"]) {
       expect(await active(token)).toBeUndefined();
     }
     const { runner: other } = await connectRunner(plane);
