@@ -610,3 +610,27 @@ describe("triggers", () => {
     expect(await executionsOf(client, own.id)).toHaveLength(1);
   });
 });
+
+test("what columns repeat is what the messages say", async () => {
+  const { point } = stage.plane.plane.app.db;
+  const rows = await point<{ id: string; phase: number; desired_phase: number; role: number; reference: string }[]>`
+    select id, phase, desired_phase, role, reference from services`;
+  expect(rows.length).toBeGreaterThan(10);
+  for (const row of rows) {
+    const { metadata, spec, status } = await readService(stage.plane.admin, row.id);
+    expect([row.phase, row.desired_phase, row.role, row.reference]).toEqual([
+      ...[status?.phase, spec?.desiredPhase, metadata?.role, metadata?.reference],
+    ]);
+  }
+  const executions = await point<
+    { id: string; phase: number; desired_phase: number; task_id: string; open: boolean }[]
+  >`
+    select id, phase, desired_phase, task_id, completed_at is null as open from task_executions`;
+  for (const row of executions) {
+    const { taskExecution } = await stage.plane.admin.environmentAutomation.getTaskExecution({ id: row.id });
+    const { metadata, spec, status } = taskExecution!;
+    expect([row.phase, row.desired_phase, row.task_id, row.open]).toEqual([
+      ...[status?.phase, spec?.desiredPhase, metadata?.taskId, metadata?.completedAt === undefined],
+    ]);
+  }
+});

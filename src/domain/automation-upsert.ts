@@ -1,4 +1,4 @@
-import { create, toBinary } from "@bufbuild/protobuf";
+import { create, isMessage, type Message, toBinary } from "@bufbuild/protobuf";
 import {
   type AutomationsFile,
   type AutomationsFile_Service,
@@ -63,9 +63,30 @@ const sorted = <T>(items: Readonly<Record<string, T>>): [string, T][] =>
 
 const at = (kind: "services" | "tasks", reference: string) => `automations_file.${kind}["${reference}"]`;
 
+/** A message in a field, or in a choice of fields. */
+function messageIn(value: unknown): Message | undefined {
+  const inner = typeof value === "object" && value !== null && "value" in value ? value.value : value;
+  return isMessage(value) ? value : isMessage(inner) ? inner : undefined;
+}
+
+/** Parts that came with more than the schema knows: a newer file does not mean what is left of it here. */
+function strangeParts(message: Message, field: string): FieldProblem[] {
+  if (message.$unknown?.length) return [{ field, message: "has fields that are not known here" }];
+  return Object.entries(message).flatMap(([name, value]) => {
+    const part = messageIn(value);
+    return part ? strangeParts(part, `${field}.${name}`) : [];
+  });
+}
+
 /** Problems of a file that the schema does not know, except those of dependencies. */
 export function fileProblems(file: AutomationsFile | undefined): FieldProblem[] {
   if (!file) return [{ field: "automations_file", message: "is required" }];
+  const strange = [
+    ...strangeParts(file, "automations_file"),
+    ...sorted(file.services).flatMap(([reference, item]) => strangeParts(item, at("services", reference))),
+    ...sorted(file.tasks).flatMap(([reference, item]) => strangeParts(item, at("tasks", reference))),
+  ];
+  if (strange.length > 0) return strange;
   if (toBinary(AutomationsFileSchema, file).length > MAX_FILE_BYTES)
     return [{ field: "automations_file", message: `must have at most ${MAX_FILE_BYTES} bytes` }];
   const services = sorted(file.services).flatMap(([reference, service]) => {

@@ -7,6 +7,7 @@ import {
   type Message,
 } from "@bufbuild/protobuf";
 import { Code, ConnectError } from "@connectrpc/connect";
+import { AutomationsFileSchema } from "../../gen/gitpod/v1/environment_automation_pb.js";
 
 const MAX_DEPTH = 100;
 
@@ -53,19 +54,29 @@ function* values(field: DescField, path: string, value: JsonValue): Generator<[s
   }
 }
 
+/** Messages that people write by hand: a field that the schema does not have is a mistake of theirs. */
+const STRICT: ReadonlySet<string> = new Set([AutomationsFileSchema.typeName]);
+
+function refuseUnknownField(desc: DescMessage, name: string, prefix: string): void {
+  if (desc.fields.some((field) => field.name === name || field.jsonName === name)) return;
+  throw new Error(`${prefix}${name.slice(0, 100)}: is not a known field`);
+}
+
 /**
  * Throws for the name of an enum value that the schema does not have. Fields that it does not have are ignored, because
  * newer clients send them; a value is different, since leaving it out would mean something else than was said.
  */
-function refuseUnknownValues(desc: DescMessage, json: JsonValue, prefix = "", depth = 0): void {
+function refuseUnknownValues(desc: DescMessage, json: JsonValue, prefix = "", depth = 0, strict = false): void {
   if (!isObject(json) || depth > MAX_DEPTH) return;
   const fields = enumFields(desc);
+  const isStrict = strict || STRICT.has(desc.typeName);
   for (const [name, given] of Object.entries(json)) {
+    if (isStrict) refuseUnknownField(desc, name, prefix);
     const field = fields.get(name);
     if (!field || given === null) continue;
     const [known, message] = [enumOf(field), messageOf(field)];
     for (const [path, value] of values(field, prefix + field.name, given)) {
-      if (message) refuseUnknownValues(message, value, `${path}.`, depth + 1);
+      if (message) refuseUnknownValues(message, value, `${path}.`, depth + 1, isStrict);
       else if (typeof value === "string" && !known?.values.some((each) => each.name === value)) {
         throw new Error(`${path}: ${JSON.stringify(value.slice(0, 100))} is no value of ${known?.typeName}`);
       }
