@@ -1,7 +1,7 @@
 import { durationFromMs } from "@bufbuild/protobuf/wkt";
-import { Code, ConnectError } from "@connectrpc/connect";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { RetryInfoSchema } from "../../gen/google/rpc/error_details_pb.js";
+import { actionable } from "../domain/errors.ts";
 import { isPerson } from "../domain/principal.ts";
 import { callerOf } from "./authenticate.ts";
 import { callKey, type Entering } from "./call.ts";
@@ -74,6 +74,6 @@ export function rateLimit(
       waitMs = people.take(caller.id, clock());
     if (waitMs === 0) return;
     const retry = { desc: RetryInfoSchema, value: { retryDelay: durationFromMs(Math.ceil(waitMs)) } };
-    throw new ConnectError("too many calls, try again later", Code.ResourceExhausted, undefined, [retry]);
+    throw actionable("resource_exhausted", "PLATFORM_LIMIT_RATE", "too many calls, try again later", {}, [retry]);
   };
 }

@@ -1,7 +1,7 @@
 import type { ServiceImpl } from "@connectrpc/connect";
 import type { EventService } from "../../gen/gitpod/v1/event_pb.js";
 import type { App } from "../app.ts";
-import { Refusal } from "../domain/errors.ts";
+import { actionable } from "../domain/errors.ts";
 import { principal } from "../rpc/authenticate.ts";
 import { auditLog } from "./event/audit-log.ts";
 import { Dispatcher } from "./event/dispatcher.ts";
@@ -31,7 +31,8 @@ export function eventService(app: App): ServiceImpl<typeof EventService> {
       const caller = principal(context);
       try {
         if (streams.add(caller.id, 1) > streamsPerPrincipal) {
-          throw new Refusal("resource_exhausted", `at most ${streamsPerPrincipal} streams may be open at once`);
+          const message = `at most ${streamsPerPrincipal} streams may be open at once`;
+          throw actionable("resource_exhausted", "PLATFORM_LIMIT_QUOTA", message);
         }
         yield* watch(app, dispatcher, caller, request, context);
       } finally {

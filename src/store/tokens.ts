@@ -181,9 +181,10 @@ export async function refreshCaller(sql: Sql, caller: Caller, now: Date): Promis
   return (await refreshCallers(sql, [caller], now)).get(caller.tokenId);
 }
 
-/** Marks a token as used; called at most once a minute and token. */
+/** Marks a token as used, at most once a minute, however many calls see at once that it is time. */
 export async function touchToken(sql: Sql, tokenId: string, now: Date): Promise<void> {
-  await sql`update tokens set last_used_at = ${now} where id = ${tokenId} and coalesce(last_used_at < ${now}, true)`;
+  await sql`update tokens set last_used_at = ${now} where id = ${tokenId}
+    and coalesce(last_used_at < ${now}::timestamptz - interval '1 minute', true)`;
 }
 
 /** Uses an exchange token up; of two callers at once one gets the runner's id, the other undefined. */
