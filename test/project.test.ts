@@ -16,6 +16,7 @@ import { SecretSchema } from "../gen/gitpod/v1/secret_pb.js";
 import type { BerthClient } from "../src/client.ts";
 import { MAX_PROJECTS } from "../src/domain/project.ts";
 import { Scope } from "../src/domain/secret.ts";
+import { eventText, watchEvents } from "./harness/event-stream.ts";
 import { type FakeRunner, runningStatus } from "./harness/fake-runner.ts";
 import { liftQuotas, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
 import { contextUrl, createProject, git, offer, REPOSITORY, sweep, traces } from "./harness/projects.ts";
@@ -430,6 +431,30 @@ async function insertSecret(projectId: string): Promise<string> {
     values (${id}, ${plane.organizationId}, ${Scope.PROJECT}, ${projectId}, 'API_KEY', ${uuidv7()}, ${toBinary(SecretSchema, message)})`;
   return id;
 }
+
+test("watchers are told of the projects that they see, and of no others", async () => {
+  const [hidden, shared] = [await createProject(member.client), await createProject(member.client)];
+  await shareProject(other, shared.id, ResourceRole.PROJECT_USER);
+  await using streams = new AsyncDisposableStack();
+  const watch = async (client: BerthClient) => {
+    const types = [PROJECT, ResourceType.PROJECT_ENVIRONMENT_CLASS];
+    const stream = await watchEvents(client, { resourceTypeFilters: types.map((resourceType) => ({ resourceType })) });
+    streams.defer(() => stream.stop());
+    return stream;
+  };
+  const [theirs, mine] = [await watch(other.client), await watch(member.client)];
+  for (const { id: projectId } of [hidden, shared]) {
+    await member.client.projects.updateProject({ projectId, name: "Renamed" });
+    await offer(member.client, projectId, classId);
+    await member.client.projects.deleteProject({ projectId });
+  }
+  await theirs.next(eventText(PROJECT, DELETE, shared.id));
+  await mine.next(eventText(PROJECT, DELETE, hidden.id));
+  expect(theirs.events).toContain(eventText(ResourceType.PROJECT_ENVIRONMENT_CLASS, UPDATE, shared.id));
+  expect(theirs.events).toContain(eventText(PROJECT, UPDATE, shared.id));
+  expect(theirs.events.filter((event) => event.includes(hidden.id))).toEqual([]);
+  expect(mine.events).toContain(eventText(PROJECT, UPDATE, shared.id));
+});
 
 describe("ListProjects", () => {
   let mine: string[];
