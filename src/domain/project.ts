@@ -55,7 +55,7 @@ function nameProblems(name: string | undefined): FieldProblem[] {
 
 function pathProblems(field: string, path = ""): FieldProblem[] {
   if (path.length > MAX_PATH_LENGTH) return [{ field, message: `must have at most ${MAX_PATH_LENGTH} characters` }];
-  const leaves = path.split("/").includes("..") || path.includes("\\") || CONTROL_CHARACTERS.test(path);
+  const leaves = path.startsWith("/") || path.split("/").includes("..") || /[\\\p{Cc}]/u.test(path);
   return leaves
     ? [{ field, message: "must be a relative path inside the repository, without .. and backslashes" }]
     : [];

@@ -46,7 +46,8 @@ export async function checkPrebuilds(
   await holdClasses(tx, caller, configuration?.environmentClassIds ?? []);
   const executor = configuration?.executor;
   if (!executor) return;
-  if (executor.principal !== Principal.USER && executor.principal !== Principal.SERVICE_ACCOUNT) {
+  const isPerson = executor.principal === Principal.USER || executor.principal === Principal.SERVICE_ACCOUNT;
+  if (!isPerson || !executor.id) {
     throw invalid({ field: "prebuild_configuration.executor", message: "must be a user or a service account" });
   }
   if (executor.principal === Principal.USER && executor.id.toLowerCase() !== caller.id) {
