@@ -16,7 +16,7 @@ import { claimSecretChange, environmentSecrets } from "../src/store/secret-deliv
 import { eventText, watchEvents } from "./harness/event-stream.ts";
 import type { FakeRunner } from "./harness/fake-runner.ts";
 import { liftQuotas, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
-import { addServiceAccount, connectRunner } from "./harness/tenants.ts";
+import { addProject, addServiceAccount, connectRunner } from "./harness/tenants.ts";
 import { eventually } from "./harness/wait.ts";
 
 const CHANGED = "Secrets of the environment changed";
@@ -126,6 +126,37 @@ test("PLT-35 the user's secret is in the spec, not the organization's of that na
     { scope: SpecScope.SERVICE_ACCOUNT },
   ]);
   for (const id of ids.filter((_id, index) => index !== 1)) await plane.admin.secrets.deleteSecret({ secretId: id });
+});
+
+test("PLT-35 secrets of its project are between those of the organization and of the user, and go with the project", async () => {
+  const person = await plane.addUser();
+  const projectId = await addProject(person.client, "Layers");
+  const scope = { scope: { case: "projectId" as const, value: projectId } };
+  const mount = variable;
+  const shared = [
+    await make(plane.admin, ofOrganization(), "ALL_LAYERS"),
+    await make(plane.admin, ofOrganization(), "TWO_LAYERS"),
+  ];
+  for (const name of ["ALL_LAYERS", "TWO_LAYERS", "ONE_LAYER"])
+    await person.client.secrets.createSecret({ name, value: "project", mount, scope });
+  await make(person.client, ofUser(person.id), "ALL_LAYERS");
+  const created = await person.client.environments.createEnvironmentFromProject({
+    ...{ projectId, spec: { machine: { class: classId } } },
+  });
+  const environment = created.environment as Environment;
+  const scopes = (found: Environment) =>
+    Object.fromEntries(secretsOf(found).map(({ name, scope }) => [name, SpecScope[scope]]));
+  expect(scopes(environment)).toEqual({ ALL_LAYERS: "USER", TWO_LAYERS: "PROJECT", ONE_LAYER: "PROJECT" });
+  expect(scopes(await newEnvironment(person.client))).toEqual({ ALL_LAYERS: "USER", TWO_LAYERS: "ORGANIZATION" });
+  await person.client.secrets.createSecret({ name: "LATER_LAYER", value: "project", mount, scope });
+  const hasLater = (found: Environment) => namesOf(found).includes("LATER_LAYER");
+  await until(person.client, environment.id, "a new secret of the project arrives", hasLater);
+  await person.client.projects.deleteProject({ projectId });
+  const isBare = (found: Environment) => !secretsOf(found).some((each) => each.scope === SpecScope.PROJECT);
+  const bare = await until(person.client, environment.id, "the project takes its secrets along", isBare);
+  expect(scopes(bare)).toEqual({ ALL_LAYERS: "USER", TWO_LAYERS: "ORGANIZATION" });
+  expect(bare.metadata?.projectId).toBe(projectId);
+  for (const id of shared) await plane.admin.secrets.deleteSecret({ secretId: id });
 });
 
 test("a prebuild gets no secrets of the user who makes it, but those of a service account", async () => {

@@ -16,7 +16,14 @@ import { eventText, watchEvents } from "./harness/event-stream.ts";
 import type { FakeRunner } from "./harness/fake-runner.ts";
 import { liftQuotas, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
 import { codeOf, refusal, violatedFields } from "./harness/refusal.ts";
-import { addOrganization, addServiceAccount, changePolicies, connectRunner, share } from "./harness/tenants.ts";
+import {
+  addOrganization,
+  addProject,
+  addServiceAccount,
+  changePolicies,
+  connectRunner,
+  share,
+} from "./harness/tenants.ts";
 import { eventually } from "./harness/wait.ts";
 
 let plane: TestPlane;
@@ -262,10 +269,61 @@ describe("who may do what", () => {
     await plane.plane.app.db.write`update service_accounts set suspended = false where id = ${robot.id}`;
   });
 
-  test("a project that nobody can see has no secrets to give", async () => {
-    const scope: ScopeInit = { scope: { case: "projectId", value: uuidv7() } };
-    expect(await attempt(plane.admin, scope)).toBe("NotFound");
-    expect(await codeOf(names(plane.admin, scope))).toBe("NotFound");
+  test("secrets of a project: who may use it reads, who may edit it writes, nobody else sees them", async () => {
+    const maker = await plane.addUser();
+    const projectId = await addProject(maker.client, "With secrets");
+    const scope: ScopeInit = { scope: { case: "projectId", value: projectId } };
+    const secret = await make(maker.client, scope);
+    expect(secret).toMatchObject({ projectId, scope });
+    const older = await maker.client.secrets.createSecret({ name: newName(), value: "x", mount: variable, projectId });
+    expect(older.secret).toMatchObject({ projectId, scope });
+    const value = { secretId: secret.id, value: "x" };
+    const isHidden = async (client: BerthClient) => {
+      expect(await attempt(client, scope)).toBe("NotFound");
+      expect(await codeOf(names(client, scope))).toBe("NotFound");
+      expect(await names(client)).not.toContain(secret.name);
+      expect(await codeOf(client.secrets.updateSecretValue(value))).toBe("NotFound");
+      expect(await codeOf(client.secrets.deleteSecret({ secretId: secret.id }))).toBe("NotFound");
+    };
+    await isHidden(other.client);
+    await isHidden(foreigner.client);
+    const stream = await watchEvents(other.client);
+    const user = { type: ResourceType.PROJECT, id: projectId, role: ResourceRole.PROJECT_USER };
+    const unshare = await share(plane, other.id, user);
+    expect(await names(other.client, scope)).toEqual([older.secret?.name, secret.name]);
+    expect(await names(other.client)).toContain(secret.name);
+    expect(await attempt(other.client, scope)).toBe("PermissionDenied");
+    expect(await codeOf(other.client.secrets.updateSecretValue(value))).toBe("PermissionDenied");
+    expect(await codeOf(other.client.secrets.deleteSecret({ secretId: secret.id }))).toBe("PermissionDenied");
+    await unshare();
+    await share(plane, other.id, { ...user, role: ResourceRole.PROJECT_EDITOR });
+    const third = await make(other.client, scope);
+    await other.client.secrets.updateSecretValue(value);
+    await other.client.secrets.deleteSecret({ secretId: third.id });
+    for (const operation of [ResourceOperation.UPDATE, ResourceOperation.DELETE]) {
+      const id = operation === ResourceOperation.UPDATE ? secret.id : third.id;
+      await stream.next(eventText(ResourceType.SECRET, operation, id));
+    }
+    stream.stop();
+    expect(await names(plane.admin, scope)).toEqual([older.secret?.name, secret.name]);
+
+    const { app } = plane.plane;
+    await app.db
+      .write`update projects set deleting_at = ${new Date(app.now().getTime() + 1e9)} where id = ${projectId}`;
+    for (const refused of [
+      make(maker.client, scope),
+      maker.client.secrets.updateSecretValue(value),
+      maker.client.secrets.deleteSecret({ secretId: secret.id }),
+    ]) {
+      const error = await refusal(refused);
+      const [details] = error.findDetails(ActionableErrorDetailsSchema);
+      expect([error.code, details?.errorCode]).toEqual([9, "PROJECT_STATE_DELETING"]);
+    }
+    await app.db.write`update projects set deleting_at = null where id = ${projectId}`;
+    await maker.client.projects.deleteProject({ projectId });
+    const isGone = async () => (await traces(secret.id)).events.at(-1) === "SECRET DELETE";
+    await eventually(isGone, "the secrets go with their project");
+    expect(await attempt(plane.admin, { scope: { case: "projectId", value: uuidv7() } })).toBe("NotFound");
   });
 
   test("lists are newest first and page by page, over all owners or one", async () => {

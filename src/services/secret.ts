@@ -16,11 +16,13 @@ import { type App, actorOf, transact } from "../app.ts";
 import { actionable, denied, isDuplicate, notFound, precondition, Refusal, refuseProblems } from "../domain/errors.ts";
 import { closePage, openPage } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
+import { refuseDeleting } from "../domain/project.ts";
 import {
   CONTROL_PLANE,
   checkNewSecret,
   isElsewhere,
   isNamedByPolicy,
+  type Owner,
   ownerOf,
   Scope,
   scopeMessage,
@@ -40,7 +42,6 @@ import {
   holdSecrets,
   insertSecret,
   listSecrets,
-  type OwnerRights,
   ownerRights,
   replaceSecret,
   SECRET_NAME_INDEX,
@@ -48,8 +49,11 @@ import {
   sealValue,
 } from "../store/secrets.ts";
 
-function allowRights({ writes, isGone }: OwnerRights): void {
-  if (!writes) throw denied("you may not create secrets here");
+/** Holds an owner until the transaction ends; refuses a caller without the right to write, and an owner that is going. */
+async function holdOwner(tx: Tx, caller: Caller, owner: Owner): Promise<void> {
+  const { writes, isGone } = await ownerRights(tx, caller, owner, true);
+  if (!writes) throw denied("you may not change the secrets of this owner");
+  if (isGone && owner.scope === Scope.PROJECT) refuseDeleting({ id: owner.id, isDeleting: true });
   if (isGone) throw precondition("the owner of these secrets is deleted");
 }
 
@@ -71,14 +75,10 @@ function newSecret(app: App, caller: Caller, request: CreateSecretRequest): Omit
   return { message, organizationId: caller.organizationId, owner, session: app.newId() };
 }
 
-/** Changes secrets of the caller's organization, one at a time, and has the environments told. */
-async function changing<T>(app: App, caller: Caller, work: (tx: Tx) => Promise<T>): Promise<T> {
-  const result = await transact(app, async (tx) => {
-    await holdSecrets(tx, caller.organizationId);
-    return await work(tx);
-  });
+/** Changes a secret and, once that has committed, has the environments told. */
+async function changing(app: App, work: (tx: Tx) => Promise<void>): Promise<void> {
+  await transact(app, work);
   app.hub.wake(Topic.SECRETS);
-  return result;
 }
 
 const audited = (app: App, caller: Caller, action: string) => ({ id: app.newId(), actor: actorOf(caller), action });
@@ -90,8 +90,9 @@ async function createSecret(app: App, caller: Caller, request: CreateSecretReque
     ? undefined
     : sealValue({ id: message.id, organizationId }, request.value, app.masterKey, app.random);
   const most = app.limits.secrets;
-  await changing(app, caller, async (tx) => {
-    allowRights(await ownerRights(tx, caller, owner, true));
+  await changing(app, async (tx) => {
+    await holdOwner(tx, caller, owner);
+    await holdSecrets(tx, organizationId);
     if ((await countSecrets(tx, owner)) >= most) {
       throw actionable(
         "resource_exhausted",
@@ -108,16 +109,18 @@ async function createSecret(app: App, caller: Caller, request: CreateSecretReque
   return message;
 }
 
-/** The secret, held until the transaction ends; PERMISSION_DENIED for a caller who may only see it. */
-async function writable(tx: Tx, caller: Caller, id: string): Promise<StoredSecret> {
-  const stored = await getSecret(tx, caller, id, true);
-  if (!stored.writes) throw denied("you may see this secret, but not change it");
-  return stored;
+/** The secret with its owner, held until the transaction ends; PERMISSION_DENIED for a caller who may only see it. */
+async function holdSecret(tx: Tx, caller: Caller, id: string): Promise<StoredSecret> {
+  const found = await getSecret(tx, caller, id);
+  if (!found.writes) throw denied("you may see this secret, but not change it");
+  await holdOwner(tx, caller, found.owner);
+  await holdSecrets(tx, found.organizationId);
+  return await getSecret(tx, caller, id, true);
 }
 
 async function updateSecretValue(app: App, caller: Caller, request: UpdateSecretValueRequest): Promise<void> {
-  await changing(app, caller, async (tx) => {
-    const stored = await writable(tx, caller, request.secretId);
+  await changing(app, async (tx) => {
+    const stored = await holdSecret(tx, caller, request.secretId);
     if (isElsewhere(stored.message.source)) throw precondition("the value of this secret is not kept here");
     refuseProblems(valueProblems(stored.message.mount, request.value));
     const message = clone(SecretSchema, stored.message);
@@ -132,10 +135,10 @@ async function updateSecretValue(app: App, caller: Caller, request: UpdateSecret
 }
 
 async function removeSecret(app: App, caller: Caller, id: string): Promise<void> {
-  await changing(app, caller, async (tx) => {
-    const stored = await writable(tx, caller, id);
-    const isShared = stored.owner.scope === Scope.ORGANIZATION;
-    if (isShared && isNamedByPolicy(await holdPolicies(tx, stored.organizationId), stored.message)) {
+  await changing(app, async (tx) => {
+    const policies = await holdPolicies(tx, caller.organizationId);
+    const stored = await holdSecret(tx, caller, id);
+    if (stored.owner.scope === Scope.ORGANIZATION && isNamedByPolicy(policies, stored.message)) {
       const message = "a policy of the organization names this secret: change the policy first";
       throw actionable("failed_precondition", "SECRET_STATE_IN_USE", message, { secret_id: stored.message.id });
     }

@@ -132,6 +132,7 @@ export function readsSecret(sql: Sql | Tx, caller: Caller): Fragment {
   if (!isPerson(caller)) return sql`false`;
   return sql`(s.organization_id = ${caller.organizationId} and case s.scope
     when ${Scope.ORGANIZATION} then true
+    when ${Scope.PROJECT} then exists (select from projects p where p.id = s.scope_id and ${readsProject(sql, caller)})
     when ${Scope.USER} then s.scope_id = ${caller.id}
     when ${Scope.SERVICE_ACCOUNT} then ${actsForServiceAccount(sql, caller, sql`s.scope_id`)}
     else false end)`;
@@ -139,5 +140,8 @@ export function readsSecret(sql: Sql | Tx, caller: Caller): Fragment {
 
 /** Condition: may change secret `s`, which the caller may read. */
 export function writesSecret(sql: Sql | Tx, caller: Caller): Fragment {
-  return sql`(case s.scope when ${Scope.ORGANIZATION} then ${caller.orgAdmin} else true end)`;
+  return sql`(case s.scope
+    when ${Scope.ORGANIZATION} then ${caller.orgAdmin}
+    when ${Scope.PROJECT} then exists (select from projects p where p.id = s.scope_id and ${editsProject(sql, caller)})
+    else true end)`;
 }

@@ -8,7 +8,7 @@ import { notFound } from "../domain/errors.ts";
 import type { Page } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
 import { type Candidate, type Owner, resourceTypeOf, Scope } from "../domain/secret.ts";
-import { actsForServiceAccount, readsSecret, writesSecret } from "./access.ts";
+import { actsForServiceAccount, editsProject, readsProject, readsSecret, writesSecret } from "./access.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
 import { seal, unseal } from "./envelope.ts";
 import { type Actor, type Change, recorded } from "./record.ts";
@@ -61,7 +61,8 @@ export const openValue = (
 
 /**
  * Lets no other change of secrets of the organization, and no creation or start of an environment in it, happen until
- * the transaction ends: an environment gets the secrets of before, and is told, or those of after.
+ * the transaction ends: an environment gets the secrets of before, and is told, or those of after. Take this lock after
+ * those on the organization and on owners, and before those on secrets.
  */
 export async function holdSecrets(tx: Tx, organizationId: string): Promise<void> {
   await tx`select pg_advisory_xact_lock(hashtextextended(${`secrets ${organizationId}`}, 0))`;
@@ -98,8 +99,13 @@ export async function ownerRights(sql: Sql | Tx, caller: Caller, owner: Owner, h
       if (!account) throw notFound("service account", owner.id);
       return rights(account.acts, account.acts, account.suspended);
     }
-    case Scope.PROJECT:
-      throw notFound("project", owner.id);
+    case Scope.PROJECT: {
+      const [project] = await sql<{ edits: boolean; is_deleting: boolean }[]>`
+        select ${editsProject(sql, caller)} as edits, p.deleting_at is not null as is_deleting from projects p
+        where p.id = ${owner.id} and ${readsProject(sql, caller)} ${locking}`;
+      if (!project) throw notFound("project", owner.id);
+      return rights(true, project.edits, project.is_deleting);
+    }
   }
 }
 
@@ -154,17 +160,9 @@ export async function replaceSecret(
     where id = ${message.id}`;
 }
 
-/** Who could read the secrets of an owner: its members, its admins, or itself. */
-function readersOf(tx: Tx, { scope, id }: Owner, organizationId: string): Fragment {
-  if (scope === Scope.ORGANIZATION) return tx`array[${organizationId}::uuid]`;
-  return tx`array(select member.member_id from role_assignments share join group_members member on member.group_id = share.group_id
-    where share.resource_id = ${id} union select ${id}::uuid)`;
-}
-
 export async function deleteSecret(tx: Tx, { message, organizationId, owner }: StoredSecret, change: Change) {
-  const deletion = { ...change, readers: readersOf(tx, owner, organizationId) };
   await tx`
-    with ${recorded(tx, deletion)}, ${told(tx, owner, organizationId, change.at)}
+    with ${recorded(tx, change)}, ${told(tx, owner, organizationId, change.at)}
     delete from secrets where id = ${message.id}`;
 }
 
@@ -223,6 +221,8 @@ function branches(sql: Sql, caller: Caller, owner: Owner | undefined): Fragment[
   return [
     sql`${organization} and s.scope = ${Scope.ORGANIZATION}`,
     sql`${organization} and s.scope = ${Scope.USER} and s.scope_id = ${caller.id}`,
+    sql`${organization} and s.scope = ${Scope.PROJECT}
+      and s.scope_id in (select p.id from projects p where ${readsProject(sql, caller)})`,
     sql`${organization} and s.scope = ${Scope.SERVICE_ACCOUNT} and ${actsForServiceAccount(sql, caller, sql`s.scope_id`)}`,
   ];
 }

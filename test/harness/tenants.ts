@@ -144,3 +144,10 @@ export async function addClass({ admin }: TestPlane, runnerId: string): Promise<
   });
   return id;
 }
+
+/** A project of a repository that nobody will clone; its id. */
+export async function addProject(client: BerthClient, name = "Project"): Promise<string> {
+  const remote = { case: "git" as const, value: { remoteUri: "https://git.example.org/a/b.git" } };
+  const { project } = await client.projects.createProject({ name, initializer: { specs: [{ spec: remote }] } });
+  return project?.id ?? "";
+}
