@@ -377,21 +377,29 @@ describe("with the environment", () => {
     const own = await runningEnvironment(stage);
     const machine = { runsOn: { target: { case: "machine" as const, value: {} } } };
     const [inside, outside] = [
-      await newService(client, own.id, "inside", { desiredPhase: RUNNING }),
+      await runningService(own.id, "inside"),
       await newService(client, own.id, "outside", { desiredPhase: RUNNING, ...machine }),
     ];
+    const session = outside.spec?.session ?? "";
+    await stage.runner.reportService(outside.id, { session, phase: RUNNING });
+    const queued = await newService(client, own.id, "queued", { desiredPhase: RUNNING });
     const [left, right] = [
-      await startTask(client, await newTask(client, own.id, "inside")),
+      await runningTask(own.id, "inside"),
       await startTask(client, await newTask(client, own.id, "outside", [], machine)),
     ];
+    await stage.runner.reportExecution(right.id, running(right));
+    const waiting = await startTask(client, await newTask(client, own.id, "waiting"));
     await client.environments.updateEnvironment({
       environmentId: own.id,
       spec: { devcontainer: { session: "again" } },
     });
     expect((await readService(client, inside.id)).spec?.desiredPhase).toBe(STOPPED);
     expect((await readService(client, outside.id)).spec?.desiredPhase).toBe(RUNNING);
-    expect((await readExecution(client, left.id)).status?.phase).toBe(Phase.STOPPED);
-    expect((await readExecution(client, right.id)).status?.phase).toBe(Phase.PENDING);
+    expect((await readExecution(client, left.id)).spec?.desiredPhase).toBe(Phase.STOPPED);
+    expect((await readExecution(client, right.id)).spec?.desiredPhase).toBe(Phase.UNSPECIFIED);
+    // What has not begun can begin in the new one.
+    expect(await readService(client, queued.id)).toEqual(queued);
+    expect((await readExecution(client, waiting.id)).status?.phase).toBe(Phase.PENDING);
   });
 
   test("with a deleted environment everything in it goes, each with its event; the forced end of a runner is one too", async () => {
@@ -595,6 +603,37 @@ describe("triggers", () => {
     await runner.report(own.id, { ...settledStatus(own), warningMessage: ["x"] });
     expect(await executionsOf(client, own.id)).toHaveLength(2);
     await runner[Symbol.asyncDispose]();
+  });
+
+  test("definitions have room for so much, and pages for so much of it", async () => {
+    const own = await newEnvironment(stage);
+    const command = "x".repeat(64 * 1024);
+    const file = (from: number, count: number) => ({
+      environmentId: own.id,
+      automationsFile: {
+        tasks: Object.fromEntries(
+          Array.from({ length: count }, (_, index) => [`t${from + index}`, { name: "T", command }]),
+        ),
+      },
+    });
+    for (let from = 0; from < 120; from += 15) await api().upsertAutomationsFile(file(from, 15));
+    expect(await codeOf(api().upsertAutomationsFile(file(120, 15)))).toBe("ResourceExhausted");
+    await newTask(client, own.id, "small");
+
+    const filter = { environmentIds: [own.id] };
+    const { tasks } = await api().listTasks({ filter, pagination: { pageSize: 30 } });
+    const main = await newTask(client, own.id, "main", tasks);
+    const started = [];
+    for (let count = 0; count < 8; count++) started.push((await startTask(client, main)).id);
+    const pages: string[][] = [];
+    for (let token = ""; ; ) {
+      const page = await api().listTaskExecutions({ filter, pagination: { pageSize: 8, token } });
+      pages.push(page.taskExecutions.map(({ id }) => id));
+      token = page.pagination?.nextToken ?? "";
+      if (!token) break;
+    }
+    expect(pages.flat()).toEqual(started.reverse());
+    expect(pages.length).toBe(2);
   });
 
   test("a plan that is too large shows as a failed execution, and is refused by hand", async () => {

@@ -16,6 +16,9 @@ export const MAX_SERVICES = 100;
 export const MAX_TASKS = 200;
 export const MAX_UNFINISHED_EXECUTIONS = 100;
 
+/** Most bytes of all definitions of one environment: a change of any of them reads them all. */
+export const MAX_DEFINITION_BYTES = 8 * 1024 * 1024;
+
 const COMMAND_BYTES = 64 * 1024;
 const VALUE_BYTES = 32 * 1024;
 const VARIABLES = { entries: 256, bytes: 256 * 1024 };

@@ -47,15 +47,19 @@ export function openPage(request: PaginationRequest | undefined, binding: unknow
   return { ...page, after };
 }
 
-/** Cuts the extra row that was fetched and says where the next page starts; a token exists only if that row did. */
+/**
+ * Cuts the extra row that was fetched and says where the next page starts; a token exists only if that row did, or if
+ * more rows follow for another reason.
+ */
 export function closePage<T>(
   page: Page,
   rows: readonly T[],
   key: (row: T) => string,
+  isCut = false,
 ): { items: T[]; nextToken: string } {
   const items = rows.slice(0, page.limit);
   const last = items.at(-1);
-  if (rows.length <= page.limit || last === undefined) return { items, nextToken: "" };
+  if ((rows.length <= page.limit && !isCut) || last === undefined) return { items, nextToken: "" };
   const after = key(last);
   return { items, nextToken: `${digest(page.binding, after)}.${Buffer.from(after).toString("base64url")}` };
 }

@@ -1,9 +1,11 @@
 import { create } from "@bufbuild/protobuf";
 import { SubjectSchema } from "../../../gen/gitpod/v1/identity_pb.js";
 import { type App, actorOf } from "../../app.ts";
-import { editRefusal, type Move, noRoom, runRefusal } from "../../domain/automation.ts";
+import { editRefusal, MAX_DEFINITION_BYTES, type Move, noRoom, runRefusal } from "../../domain/automation.ts";
 import { denied, precondition } from "../../domain/errors.ts";
 import type { Caller } from "../../domain/principal.ts";
+import { definitionBytes } from "../../store/automation/start.ts";
+import type { Tx } from "../../store/db.ts";
 import type { StoredEnvironment } from "../../store/environments.ts";
 import type { Attribution } from "../../store/record.ts";
 
@@ -52,6 +54,12 @@ export function decided<State>(move: Move<State>): State | undefined {
 /** RESOURCE_EXHAUSTED when an environment has no room for one more. */
 export function checkRoom(count: number, most: number, what: string): void {
   if (count >= most) throw noRoom(most, what);
+}
+
+/** RESOURCE_EXHAUSTED when the definitions of an environment, as the transaction has made them, are too large. */
+export async function checkSize(tx: Tx, { id }: StoredEnvironment): Promise<void> {
+  if ((await definitionBytes(tx, id)) > MAX_DEFINITION_BYTES)
+    throw noRoom(MAX_DEFINITION_BYTES, "bytes of services and tasks");
 }
 
 export const byCaller = (app: App, caller: Caller): Attribution => ({

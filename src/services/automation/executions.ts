@@ -58,8 +58,8 @@ export function executions(app: App) {
     async listTaskExecutions({ pagination, filter }, context) {
       const caller = principal(context);
       const page = openPage(pagination, ["task executions", caller.id, filter]);
-      const rows = await listExecutions(app.db.list, caller, filter, page);
-      const { items, nextToken } = closePage(page, rows, (execution) => execution.id);
+      const { rows, isCut } = await listExecutions(app.db.list, caller, filter, page);
+      const { items, nextToken } = closePage(page, rows, (execution) => execution.id, isCut);
       return { taskExecutions: items.map(executionMessage), pagination: { nextToken } };
     },
     async stopTaskExecution({ id }, context) {

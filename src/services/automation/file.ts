@@ -14,7 +14,7 @@ import { insertTask, saveTask, taskIn } from "../../store/automation/tasks.ts";
 import type { Tx } from "../../store/db.ts";
 import { getEnvironment } from "../../store/environments.ts";
 import type { Attribution } from "../../store/record.ts";
-import { byCaller, checkEdit, subjectOf } from "./environment.ts";
+import { byCaller, checkEdit, checkSize, subjectOf } from "./environment.ts";
 
 async function write(tx: Tx, set: AutomationSet, changes: Upsert, by: Attribution): Promise<void> {
   for (const { id, next } of changes.services) {
@@ -40,6 +40,7 @@ async function upsertFile(app: App, caller: Caller, request: UpsertAutomationsFi
     const by = byCaller(app, caller);
     const changes = upsert(file!, stored, { creator: subjectOf(caller), now: by.at, newId: app.newId });
     await write(tx, set, changes, by);
+    if (changes.services.length + changes.tasks.length > 0) await checkSize(tx, environment);
     if (changes.services.length > 0) touched(environment.metadata.runnerId);
     return { updatedServiceIds: changes.serviceIds, updatedTaskIds: changes.taskIds };
   });

@@ -55,6 +55,7 @@ import {
   checkEdit,
   checkRoom,
   checkRuns,
+  checkSize,
   checkStart,
   checkStop,
   decided,
@@ -101,6 +102,7 @@ async function createService(app: App, caller: Caller, request: CreateServiceReq
       : service;
     if (isWanted) started.startedBy = "manual";
     await insertService(tx, started, byCaller(app, caller));
+    await checkSize(tx, environment);
     touched(environment.metadata.runnerId);
     return message(started);
   });
@@ -137,6 +139,7 @@ async function updateService(app: App, caller: Caller, request: UpdateServiceReq
     const state = decided(settled(service, edit));
     const isRedefined = state && (state.spec !== service.spec || state.metadata !== service.metadata);
     if (state) await saveService(tx, service, state, isRedefined ? { ...by, action: "Service updated" } : by);
+    if (isRedefined) await checkSize(tx, environment);
   });
 }
 
@@ -181,8 +184,8 @@ export function services(app: App) {
     async listServices({ pagination, filter }, context) {
       const caller = principal(context);
       const page = openPage(pagination, ["services", caller.id, filter]);
-      const rows = await listServices(app.db.list, caller, filter, page);
-      const { items, nextToken } = closePage(page, rows, (service) => service.id);
+      const { rows, isCut } = await listServices(app.db.list, caller, filter, page);
+      const { items, nextToken } = closePage(page, rows, (service) => service.id, isCut);
       return { services: items.map(message), pagination: { nextToken } };
     },
     async updateService(request, context) {

@@ -26,7 +26,7 @@ import { invalid, precondition, Refusal, refuseProblems } from "../../domain/err
 import { closePage, openPage } from "../../domain/pages.ts";
 import type { Caller } from "../../domain/principal.ts";
 import { principal } from "../../rpc/authenticate.ts";
-import { countUnfinished, unfinishedExecutions } from "../../store/automation/executions.ts";
+import { countUnfinished, readExecution, unfinishedIds } from "../../store/automation/executions.ts";
 import { holdEnvironmentOf } from "../../store/automation/hold.ts";
 import { noSuchPart } from "../../store/automation/parts.ts";
 import { secretProblems } from "../../store/automation/secrets.ts";
@@ -42,7 +42,7 @@ import {
 } from "../../store/automation/tasks.ts";
 import type { Tx } from "../../store/db.ts";
 import { getEnvironment } from "../../store/environments.ts";
-import { byCaller, checkDelete, checkEdit, checkRoom, checkStart, subjectOf } from "./environment.ts";
+import { byCaller, checkDelete, checkEdit, checkRoom, checkSize, checkStart, subjectOf } from "./environment.ts";
 import { executionMessage, stopExecution } from "./executions.ts";
 
 const message = ({ id, environmentId, metadata, spec, dependsOn }: StoredTask): Task =>
@@ -80,6 +80,7 @@ async function createTask(app: App, caller: Caller, request: CreateTaskRequest):
     checkRoom(set.tasks.size, MAX_TASKS, "tasks");
     const task = taskIn(environment, app.newId(), state);
     await insertTask(tx, task, byCaller(app, caller));
+    await checkSize(tx, environment);
     return message(task);
   });
 }
@@ -99,7 +100,9 @@ async function updateTask(app: App, caller: Caller, request: UpdateTaskRequest):
     const changed = { ...task, ...next };
     const cycle = findCycle(new Map(set.tasks).set(task.id, changed), task.id);
     if (cycle) throw invalid({ field: "depends_on", message: `must not form a cycle: ${cycle}` });
-    if (!sameTask(task, changed)) await saveTask(tx, changed, byCaller(app, caller));
+    if (sameTask(task, changed)) return;
+    await saveTask(tx, changed, byCaller(app, caller));
+    await checkSize(tx, environment);
   });
 }
 
@@ -113,8 +116,8 @@ async function deleteTask(app: App, caller: Caller, id: string): Promise<void> {
       throw precondition(`tasks depend on this task: ${references}`);
     }
     const by = byCaller(app, caller);
-    for (const execution of await unfinishedExecutions(tx, environment.id, task.id))
-      await stopExecution(tx, environment, execution, by);
+    for (const id of await unfinishedIds(tx, environment.id, task.id))
+      await stopExecution(tx, environment, await readExecution(tx, id), by);
     await removeTask(tx, task, by);
     touched(environment.metadata.runnerId);
   });
@@ -145,8 +148,8 @@ export function tasks(app: App) {
     async listTasks({ pagination, filter }, context) {
       const caller = principal(context);
       const page = openPage(pagination, ["tasks", caller.id, filter]);
-      const rows = await listTasks(app.db.list, caller, filter, page);
-      const { items, nextToken } = closePage(page, rows, (task) => task.id);
+      const { rows, isCut } = await listTasks(app.db.list, caller, filter, page);
+      const { items, nextToken } = closePage(page, rows, (task) => task.id, isCut);
       return { tasks: items.map(message), pagination: { nextToken } };
     },
     async updateTask(request, context) {

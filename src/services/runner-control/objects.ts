@@ -63,7 +63,7 @@ const environments: Kind = {
 
 const services: Kind = {
   kind: ObjectKind.SERVICE,
-  page: 100,
+  page: 50,
   async read(app, runnerId, ids, after) {
     const found = await runnerServices(app.db.list, runnerId, ids, after, services.page);
     return found.map(({ id, environmentId, metadata, spec, status, startedBy }): Desired => {

@@ -1,12 +1,13 @@
+import { TaskExecutionPhase } from "../../../gen/gitpod/v1/environment_automation_pb.js";
 import { ResourceOperation, ResourceType } from "../../../gen/gitpod/v1/event_pb.js";
 import { type Consequences, consequences } from "../../domain/automation-environment.ts";
 import { failExecution, requestExecutionStop } from "../../domain/automation-execution.ts";
 import { usesDefaultTarget } from "../../domain/automation-plan.ts";
-import { isBeingDeleted, LOST, loseService, requestServiceStop } from "../../domain/automation-service.ts";
+import { isAtRest, isBeingDeleted, LOST, loseService, requestServiceStop } from "../../domain/automation-service.ts";
 import type { EnvironmentState } from "../../domain/lifecycle.ts";
 import type { Tx } from "../db.ts";
 import type { Attribution } from "../record.ts";
-import { type StoredExecution, saveExecution, unfinishedExecutions } from "./executions.ts";
+import { readExecution, type StoredExecution, saveExecution, unfinishedIds } from "./executions.ts";
 import type { HomeEnvironment } from "./parts.ts";
 import { removeService, type StoredService, saveService, servicesOf } from "./services.ts";
 import { fire } from "./triggers.ts";
@@ -28,7 +29,7 @@ export async function followEnvironment(
   if (found.end) return removeAll(tx, next, by.at);
   if (found.stop || found.rebuild || found.halt) {
     for (const service of await servicesOf(tx, next.id)) await endService(tx, service, found, by);
-    for (const execution of await unfinishedExecutions(tx, next.id)) await endExecution(tx, execution, found, by);
+    for (const id of await unfinishedIds(tx, next.id)) await endExecution(tx, await readExecution(tx, id), found, by);
   }
   for (const occurrence of found.fire) await fire(tx, next, occurrence, by);
 }
@@ -37,7 +38,8 @@ export async function followEnvironment(
 async function endService(tx: Tx, service: StoredService, found: Consequences, by: Attribution): Promise<void> {
   if (found.halt && isBeingDeleted(service)) return removeService(tx, service, by);
   let state = service;
-  if (found.stop || (found.rebuild && !service.spec.runsOn)) {
+  const isInContainer = !isAtRest(service) && !service.spec.runsOn;
+  if (found.stop || (found.rebuild && isInContainer)) {
     const stop = requestServiceStop(state);
     if (stop.kind === "changed") state = await saveService(tx, state, stop.next, by);
   }
@@ -48,7 +50,8 @@ async function endService(tx: Tx, service: StoredService, found: Consequences, b
 /** The same for an execution. */
 async function endExecution(tx: Tx, execution: StoredExecution, found: Consequences, by: Attribution): Promise<void> {
   let state = execution;
-  if (found.stop || (found.rebuild && usesDefaultTarget(execution.spec))) {
+  const isInContainer = execution.status.phase === TaskExecutionPhase.RUNNING && usesDefaultTarget(execution.spec);
+  if (found.stop || (found.rebuild && isInContainer)) {
     const stop = requestExecutionStop(state, by.at);
     if (stop.kind === "changed") {
       await saveExecution(tx, state, stop.next, by);

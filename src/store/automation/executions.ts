@@ -17,7 +17,7 @@ import { oneOf } from "../conditions.ts";
 import type { Fragment, Sql, Tx } from "../db.ts";
 import { type Attribution, type Change, recorded } from "../record.ts";
 import { revised } from "../runners.ts";
-import { listParts, noSuchPart, readablePart } from "./parts.ts";
+import { listParts, noSuchPart, type PartRows, readablePart } from "./parts.ts";
 
 /** Executions of one task that are kept, counted without those that have not ended. */
 const KEPT_PER_TASK = 50;
@@ -76,13 +76,16 @@ export async function readExecution(tx: Tx, id: string): Promise<StoredExecution
   return toExecution(row);
 }
 
-/** Executions of an environment that have not ended, the oldest first; with `taskId` those of one task. */
-export async function unfinishedExecutions(tx: Tx, environmentId: string, taskId?: string): Promise<StoredExecution[]> {
-  const rows = await tx<ExecutionRow[]>`
-    select ${columns(tx)} from task_executions p
-    where p.environment_id = ${environmentId} and p.completed_at is null ${taskId ? tx`and p.task_id = ${taskId}` : tx``}
-    order by p.id`;
-  return rows.map(toExecution);
+/**
+ * Ids of executions of an environment that have not ended, the oldest first; with `taskId` those of one task. Together
+ * their plans may be large, so they are read one by one.
+ */
+export async function unfinishedIds(tx: Tx, environmentId: string, taskId?: string): Promise<string[]> {
+  const rows = await tx<{ id: string }[]>`
+    select id from task_executions
+    where environment_id = ${environmentId} and completed_at is null ${taskId ? tx`and task_id = ${taskId}` : tx``}
+    order by id`;
+  return rows.map(({ id }) => id);
 }
 
 /** How many executions of an environment have not ended; with `startedBy` of those that it started. */
@@ -93,16 +96,17 @@ export async function countUnfinished(tx: Tx, environmentId: string, startedBy?:
   return row?.count ?? 0;
 }
 
-/** Executions that the caller may read, newest first, one more than the page holds. */
+/** Executions that the caller may read, newest first. */
 export async function listExecutions(
   sql: Sql,
   caller: Caller,
   filter: ListTaskExecutionsRequest_Filter | undefined,
   page: Page,
-): Promise<StoredExecution[]> {
-  const rows = await listParts<ExecutionRow>(sql, caller, {
+): Promise<PartRows<StoredExecution>> {
+  const { rows, isCut } = await listParts<ExecutionRow>(sql, caller, {
     part: "task_executions",
     columns: columns(sql),
+    bytes: sql`octet_length(p.spec) + octet_length(p.status)`,
     filters: [
       { column: "task_id", values: filter?.taskIds },
       { column: "environment_id", values: filter?.environmentIds },
@@ -111,7 +115,7 @@ export async function listExecutions(
     conditions: filter?.phases.length ? [oneOf(sql, sql`p.phase`, filter.phases)] : [],
     page,
   });
-  return rows.map(toExecution);
+  return { rows: rows.map(toExecution), isCut };
 }
 
 /** Executions of a runner by id, for the runner itself: these, or a page of those that have not ended. */

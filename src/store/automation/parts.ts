@@ -39,15 +39,34 @@ function among(sql: Sql, { column, values }: PartFilter): Fragment {
   return sql`(select distinct value from unnest(${list}) as given (value)) as wanted`;
 }
 
+/** Bytes of stored messages after which a page ends, full or not: answers and memory have their bounds too. */
+const PAGE_BYTES = 8 * 1024 * 1024;
+
+/** Rows of a page, newest first, one more than it holds. */
+export interface PartRows<Row> {
+  rows: Row[];
+  /** It ends before it is full, because what follows would be too large. */
+  isCut: boolean;
+}
+
 /**
- * Parts that the caller may read and that satisfy filters and conditions, newest first, one more than the page holds.
- * The first filter that is given leads, one look into its index for each of its values: together they would be a scan.
+ * Parts that the caller may read and that satisfy filters and conditions. The first filter that is given leads, one look
+ * into its index for each of its values: together they would be a scan. Which parts belong to the page is decided before
+ * any of them is read.
  */
 export async function listParts<Row extends object>(
   sql: Sql,
   caller: Caller,
-  query: { part: Part; columns: Fragment; filters: readonly PartFilter[]; conditions: readonly Fragment[]; page: Page },
-): Promise<Row[]> {
+  query: {
+    part: Part;
+    columns: Fragment;
+    /** Size of a part `p` in bytes. */
+    bytes: Fragment;
+    filters: readonly PartFilter[];
+    conditions: readonly Fragment[];
+    page: Page;
+  },
+): Promise<PartRows<Row>> {
   const { part, page } = query;
   const own: PartFilter[] =
     caller.principal === Principal.ENVIRONMENT ? [{ column: "environment_id", values: [caller.id] }] : [];
@@ -56,14 +75,24 @@ export async function listParts<Row extends object>(
   const where = conjunction(sql, [
     sql`p.organization_id = ${caller.organizationId}`,
     readsEnvironment(sql, caller),
+    ...(lead ? [sql`p.${sql(lead.column)} = wanted.value`] : []),
     ...others.map((each) => sql`p.${sql(each.column)} in (select value from ${among(sql, each)})`),
     ...query.conditions,
     ...(page.after ? [sql`p.id < ${page.after}`] : []),
   ]);
-  const from = sql`${sql(part)} p join environments e on e.id = p.environment_id`;
-  if (!lead) return sql<Row[]>`select ${query.columns} from ${from} where ${where} order by p.id desc limit ${limit}`;
-  return sql<Row[]>`
-    select found.* from ${among(sql, lead)} cross join lateral (
-      select ${query.columns} from ${from} where p.${sql(lead.column)} = wanted.value and ${where} order by p.id desc limit ${limit}
-    ) found order by found.id desc limit ${limit}`;
+  const newest = sql`
+    select p.id, ${query.bytes} as bytes from ${sql(part)} p join environments e on e.id = p.environment_id
+    where ${where} order by p.id desc limit ${limit}`;
+  const found = lead
+    ? sql`select each.* from ${among(sql, lead)} cross join lateral (${newest}) each order by each.id desc limit ${limit}`
+    : newest;
+  const rows = await sql<(Row & { total: number })[]>`
+    with found as (${found}), sized as (
+      select id, count(*) over ()::int as total,
+        coalesce(sum(bytes) over (order by id desc rows between unbounded preceding and 1 preceding), 0) as before
+      from found
+    )
+    select sized.total, ${query.columns} from sized join ${sql(part)} p on p.id = sized.id
+    where sized.before < ${PAGE_BYTES} order by p.id desc`;
+  return { rows, isCut: (rows[0]?.total ?? 0) > rows.length };
 }

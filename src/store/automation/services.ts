@@ -16,7 +16,7 @@ import type { Caller } from "../../domain/principal.ts";
 import type { Sql, Tx } from "../db.ts";
 import { type Attribution, type Change, recorded } from "../record.ts";
 import { revised } from "../runners.ts";
-import { type HomeEnvironment, listParts, noSuchPart, readablePart } from "./parts.ts";
+import { type HomeEnvironment, listParts, noSuchPart, type PartRows, readablePart } from "./parts.ts";
 
 /** A service with what is not on the wire. */
 export interface StoredService extends ServiceState {
@@ -98,16 +98,17 @@ export async function servicesOf(tx: Tx, environmentId: string): Promise<StoredS
   return rows.map(toService);
 }
 
-/** Services that the caller may read, newest first, one more than the page holds. */
+/** Services that the caller may read, newest first. */
 export async function listServices(
   sql: Sql,
   caller: Caller,
   filter: ListServicesRequest_Filter | undefined,
   page: Page,
-): Promise<StoredService[]> {
-  const rows = await listParts<ServiceRow>(sql, caller, {
+): Promise<PartRows<StoredService>> {
+  const { rows, isCut } = await listParts<ServiceRow>(sql, caller, {
     part: "services",
     columns: columns(sql),
+    bytes: sql`octet_length(p.metadata) + octet_length(p.spec) + octet_length(p.status)`,
     filters: [
       { column: "id", values: filter?.serviceIds },
       { column: "environment_id", values: filter?.environmentIds },
@@ -116,7 +117,7 @@ export async function listServices(
     conditions: filter?.roles.length ? [sql`p.role = any(${filter.roles as number[]}::int[])`] : [],
     page,
   });
-  return rows.map(toService);
+  return { rows: rows.map(toService), isCut };
 }
 
 /** Services of a runner by id, for the runner itself: these, or a page of all. */

@@ -25,6 +25,14 @@ export async function readAutomationSet(tx: Tx, environment: HomeEnvironment): P
   return { environment, services, tasks: byId(await tasksOf(tx, environment.id)) };
 }
 
+/** Size of all definitions in an environment that the transaction holds. */
+export async function definitionBytes(tx: Tx, environmentId: string): Promise<number> {
+  const [row] = await tx<{ bytes: number }[]>`
+    select (select coalesce(sum(octet_length(metadata) + octet_length(spec)), 0) from services where environment_id = ${environmentId})
+      + (select coalesce(sum(octet_length(metadata) + octet_length(spec)), 0) from tasks where environment_id = ${environmentId}) as bytes`;
+  return Number(row?.bytes ?? 0);
+}
+
 /** Who starts a task, and why. */
 export interface Start {
   creator: Subject;

@@ -10,7 +10,7 @@ import type { Page } from "../../domain/pages.ts";
 import type { Caller } from "../../domain/principal.ts";
 import type { Sql, Tx } from "../db.ts";
 import { type Attribution, type Change, recorded } from "../record.ts";
-import { type HomeEnvironment, listParts, noSuchPart, readablePart } from "./parts.ts";
+import { type HomeEnvironment, listParts, noSuchPart, type PartRows, readablePart } from "./parts.ts";
 
 /** A task with what is not on the wire. Runners learn of tasks by the plans of their executions. */
 export interface StoredTask extends TaskState {
@@ -61,16 +61,17 @@ export async function tasksOf(tx: Tx, environmentId: string): Promise<StoredTask
   return rows.map(toTask);
 }
 
-/** Tasks that the caller may read, newest first, one more than the page holds. */
+/** Tasks that the caller may read, newest first. */
 export async function listTasks(
   sql: Sql,
   caller: Caller,
   filter: ListTasksRequest_Filter | undefined,
   page: Page,
-): Promise<StoredTask[]> {
-  const rows = await listParts<TaskRow>(sql, caller, {
+): Promise<PartRows<StoredTask>> {
+  const { rows, isCut } = await listParts<TaskRow>(sql, caller, {
     part: "tasks",
     columns: columns(sql),
+    bytes: sql`octet_length(p.metadata) + octet_length(p.spec)`,
     filters: [
       { column: "id", values: filter?.taskIds },
       { column: "environment_id", values: filter?.environmentIds },
@@ -79,7 +80,7 @@ export async function listTasks(
     conditions: [],
     page,
   });
-  return rows.map(toTask);
+  return { rows: rows.map(toTask), isCut };
 }
 
 function changeOf(task: StoredTask, operation: ResourceOperation, by: Attribution, action: string): Change {
