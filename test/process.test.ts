@@ -287,11 +287,11 @@ describe("a control plane at work", () => {
     };
   }
 
-  /** Resolves when the call of a statement that reads a table waits for `holdCalls`. */
-  const blocked = (table: string) =>
+  /** Resolves when a statement with this text, not far from its beginning, waits for `holdCalls`. */
+  const blocked = (text: string) =>
     eventually(async () => {
       const rows = await fresh.db.point`select from pg_stat_activity
-        where datname = current_database() and wait_event_type = 'Lock' and query like ${`%${table}%`}`;
+        where datname = current_database() and wait_event_type = 'Lock' and query like ${`%${text}%`}`;
       return rows.length > 0;
     }, "a call is in flight");
 
@@ -360,7 +360,7 @@ describe("a control plane at work", () => {
         client.identity.getAuthenticatedIdentity({}, { signal: leaving.signal }),
         client.events.watchEvents({}, { signal: leaving.signal })[Symbol.asyncIterator]().next(),
       ];
-      await blocked("tokens");
+      await blocked("token_id");
       const inFlight = async () => {
         const metrics = await (await fetch(`${url}/metrics`)).text();
         return [...metrics.matchAll(/^berth_rpc_in_flight\{.*\} (\d+)$/gm)].map(([, count]) => Number(count));
