@@ -4,7 +4,7 @@ import { Code, createClient, type Interceptor } from "@connectrpc/connect";
 import { createConnectTransport, createGrpcTransport, createGrpcWebTransport } from "@connectrpc/connect-node";
 import { pino } from "pino";
 import { afterAll, beforeAll, expect, test } from "vitest";
-import { EnvironmentOpsService } from "../gen/supervisor/v1/environmentopts_pb.js";
+import { EnvironmentOpsService, WatchEventType } from "../gen/supervisor/v1/environmentopts_pb.js";
 import type { Listener } from "../src/http/listener.ts";
 import type { Access } from "../src/runner/access.ts";
 import type { Environments } from "../src/runner/environments.ts";
@@ -102,6 +102,31 @@ test("streams come through every protocol, with their headers at once", async ()
     expect((await first).value?.data.length).toBeGreaterThan(0);
     await failure(ops.attachTerminal({ terminalId: "nowhere" })[Symbol.asyncIterator]().next(), Code.NotFound);
   }
+});
+
+test("changes of files come through as well; an operation that is not there is UNIMPLEMENTED", async () => {
+  const opened = Promise.withResolvers<void>();
+  const leaving = new AbortController();
+  const options = { signal: leaving.signal, onHeader: () => opened.resolve() };
+  const watching = caller()
+    .watch({ eventTypes: [WatchEventType.FILE_CHANGE] }, options)
+    [Symbol.asyncIterator]();
+  const first = watching.next();
+  await opened.promise;
+  await caller().writeFile({ path: "through", content: Buffer.from("x") });
+  const { done, value } = await first;
+  const events = !done && value.event.case === "fileChanges" ? value.event.value.events : [];
+  expect(events.map(({ path }) => path)).toEqual(["through"]);
+  leaving.abort();
+  const response = await fetch(`${baseUrl}/supervisor.v1.EnvironmentOpsService/StartBrowser`, {
+    method: "POST",
+    headers: { authorization: "Bearer good", "content-type": "application/json" },
+    body: "{}",
+  });
+  expect(await response.json()).toEqual({
+    code: "unimplemented",
+    message: "supervisor.v1.EnvironmentOpsService/StartBrowser is not implemented",
+  });
 });
 
 test("a caller that leaves ends its stream in the environment as well", async () => {

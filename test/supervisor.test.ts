@@ -48,7 +48,13 @@ describe("a supervisor process", () => {
     await using environment = await testEnvironment();
     const { config, configPath } = environment;
     const hidden = join(configPath, "..", "program");
-    for (const part of ["src/pending.ts", "src/http/exchange.ts", "src/runner/supervisor", "gen", "package.json"]) {
+    for (const part of [
+      "src/http/answers.ts",
+      "src/http/exchange.ts",
+      "src/runner/supervisor",
+      "gen",
+      "package.json",
+    ]) {
       cpSync(part, join(hidden, part), { recursive: true });
     }
     symlinkSync(join(process.cwd(), "node_modules"), join(hidden, "node_modules"));
@@ -267,14 +273,6 @@ describe("a supervisor process", () => {
 });
 
 describe("the ops service", () => {
-  test("answers UNIMPLEMENTED for what is not built and claims no capability", async () => {
-    await using environment = await testEnvironment();
-    await environment.launch();
-    const { client } = environment;
-    expect((await client.listCapabilities({})).capabilities).toEqual([]);
-    await failure(client.watch({})[Symbol.asyncIterator]().next(), Code.Unimplemented);
-  });
-
   test("reaches callers of a runner that forwards, over every protocol detail of its own", async () => {
     await using environment = await testEnvironment();
     await environment.launch();
@@ -301,7 +299,7 @@ describe("the ops service", () => {
     const { result } = await caller.readFile({ path: "f" });
     expect(result.case === "content" && [...result.value.data]).toEqual([0, 255]);
     await failure(caller.readFile({ path: "missing" }), Code.NotFound);
-    await failure(caller.watch({})[Symbol.asyncIterator]().next(), Code.Unimplemented);
+    await failure(caller.attachTerminal({})[Symbol.asyncIterator]().next(), Code.NotFound);
     target = absent;
     await failure(caller.exec({ command: "true" }), Code.Unavailable);
   });

@@ -901,7 +901,7 @@ export declare type GitHunk = Message<"supervisor.v1.GitHunk"> & {
 export declare const GitHunkSchema: GenMessage<GitHunk>;
 
 /**
- * The state of the git checkout changed; read it with GetGitStatus.
+ * The state of the git checkout may have changed; read it with GetGitStatus.
  *
  * @generated from message supervisor.v1.GitStatusChanged
  */
@@ -1365,7 +1365,8 @@ export declare type TerminalReplay = Message<"supervisor.v1.TerminalReplay"> & {
 export declare const TerminalReplaySchema: GenMessage<TerminalReplay>;
 
 /**
- * Changes were lost; the caller should read everything anew.
+ * Changes were lost, or are not seen everywhere; the caller should read everything anew. Repeated every 30 seconds while
+ * directories cannot be watched.
  *
  * @generated from message supervisor.v1.WatchOverflow
  */
@@ -1398,7 +1399,7 @@ export declare type WatchRequest = Message<"supervisor.v1.WatchRequest"> & {
   eventTypes: WatchEventType[];
 
   /**
-   * Further paths to leave out of file changes; .git and what .gitignore names always are.
+   * Further paths to leave out of file changes, in the syntax of .gitignore; .git and what .gitignore names always are.
    *
    * @generated from field: repeated string file_exclude_patterns = 2;
    */
@@ -1907,8 +1908,9 @@ export declare const EnvironmentOpsService: GenService<{
     output: typeof CancelExecResponseSchema;
   },
   /**
-   * Streams file and git changes in batches collected for at most 200 milliseconds. INVALID_ARGUMENT for an
-   * unspecified event type.
+   * Streams file and git changes in batches collected for at most 200 milliseconds. From the moment the response headers
+   * arrive nothing is missed; that what is told cannot be complete, an overflow says. INVALID_ARGUMENT for an unspecified
+   * event type, or patterns beyond 100 of 1024 characters.
    *
    * @generated from rpc supervisor.v1.EnvironmentOpsService.Watch
    */

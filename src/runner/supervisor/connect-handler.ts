@@ -1,5 +1,7 @@
 import type { IncomingMessage, ServerResponse } from "node:http";
 import {
+  Code,
+  ConnectError,
   type ConnectRouter,
   type ConnectRouterOptions,
   type ContextValues,
@@ -9,6 +11,7 @@ import {
   type HandlerContext,
 } from "@connectrpc/connect";
 import { universalRequestFromNodeRequest } from "@connectrpc/connect-node";
+import { answerError } from "../../http/answers.ts";
 import { type Limits, sendAnswer, toNodeHeaders } from "../../http/exchange.ts";
 
 // Connect's own adapter sends headers with the first message, which for a stream may be much later or never, and waits
@@ -51,8 +54,12 @@ export function connectHandler(
   routes(router);
   const handlers = new Map(router.handlers.map((handler) => [handler.requestPath, handler]));
   return async (request, response, values = createContextValues()) => {
-    const handler = handlers.get(request.url?.split("?", 1)[0] ?? "");
-    if (!handler) return void response.writeHead(404).end();
+    const path = request.url?.split("?", 1)[0] ?? "";
+    const handler = handlers.get(path);
+    if (!handler) {
+      const name = /^\/([\w.]+\/\w+)$/.exec(path)?.[1] ?? "this";
+      return answerError(request, response, new ConnectError(`${name} is not implemented`, Code.Unimplemented));
+    }
     let isOver = false;
     response.once("close", () => {
       isOver = true;

@@ -16,6 +16,7 @@ import { liveSupervisor, writeSupervisorRecord } from "./record.ts";
 import { listenExclusively, SocketInUseError } from "./socket.ts";
 import { CLOSE_GRACE_MS } from "./terminal.ts";
 import { Terminals } from "./terminals.ts";
+import { Watches } from "./watches.ts";
 
 // Serves the operations of one environment and owns the processes it starts, independent of the runner that started
 // it: a runner may die and find it again. Everything is loaded before the privileges are dropped, since neither this
@@ -49,6 +50,7 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
     recordPath: join(root, "run", "terminals.json"),
   });
   let { workspaceFolder } = config;
+  const watches = new Watches(() => workspaceFolder);
   const startTime = readProcess(process.pid)?.startTime ?? 0;
 
   const routes = createOpsRoutes({
@@ -56,6 +58,7 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
     environment: () => environment.read(),
     execs,
     terminals,
+    watches,
     activity,
     unforeseen: (error) => log.write("error", "call failed", { error: String(error) }),
   });
@@ -70,7 +73,9 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
       activity: activity.last(),
     }),
     setWorkspaceFolder: (path) => {
+      if (path === workspaceFolder) return;
       workspaceFolder = path;
+      watches.moved();
     },
   });
   const rpc = connectHandler(routes, { grpc: false, grpcWeb: false, acceptCompression: [], stallMs: STALL_MS });
@@ -97,6 +102,7 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
 
   const stop = async () => {
     setTimeout(() => process.exit(0), SHUTDOWN_LIMIT_MS).unref();
+    watches.stopAll();
     await Promise.all([execs.stopAll(), terminals.stopAll()]);
     setTimeout(() => server.closeAllConnections(), ANSWER_MS).unref();
     await new Promise((resolve) => server.close(resolve));

@@ -4,6 +4,7 @@ import type { Execs } from "./exec.ts";
 import { resolvePath } from "./files.ts";
 import { gate, streamGate } from "./gate.ts";
 import type { Terminals } from "./terminals.ts";
+import type { Watches } from "./watches.ts";
 
 const DEADLINE_MS = 60_000;
 const HEAVY_PARALLEL = 4;
@@ -17,6 +18,7 @@ export interface OpsDeps {
   environment(): Record<string, string>;
   execs: Execs;
   terminals: Terminals;
+  watches: Watches;
   activity: ActivityTracker;
   /** Errors nobody foresaw; the caller only sees INTERNAL. */
   unforeseen(error: unknown): void;

@@ -1,6 +1,6 @@
-import type { ConnectRouter } from "@connectrpc/connect";
-import { EnvironmentOpsService } from "../../../gen/supervisor/v1/environmentopts_pb.js";
-import { type MethodName, withPending } from "../../pending.ts";
+import type { ConnectRouter, ServiceImpl } from "@connectrpc/connect";
+import { Capability, EnvironmentOpsService } from "../../../gen/supervisor/v1/environmentopts_pb.js";
+import { openStream } from "./connect-handler.ts";
 import { opsErrors } from "./errors.ts";
 import { MAX_FILE_BYTES, readFile, writeFile } from "./files.ts";
 import { find } from "./find.ts";
@@ -17,16 +17,14 @@ export const MAX_REQUEST_BYTES = MAX_FILE_BYTES + 1024 * 1024;
 /** Largest answer: two output streams of 8 MiB in which every byte became a three-byte replacement character. */
 export const MAX_RESPONSE_BYTES = 64 * 1024 * 1024;
 
-const pending = ["watch"] as const satisfies readonly MethodName<typeof EnvironmentOpsService>[];
-
 /** Serves EnvironmentOpsService with the rights of the process it runs in. */
 export function createOpsRoutes(deps: OpsDeps): (router: ConnectRouter) => void {
-  const { execs, activity } = deps;
+  const { execs, watches, activity } = deps;
   const tools = opsTools(deps);
-  const { absolute, directory, inTime, heavyInTime } = tools;
+  const { absolute, directory, inTime, heavyInTime, streamed } = tools;
   const withGit = <T>(what: string, work: (options: GitOptions) => Promise<T>) =>
     heavyInTime(what, () => work({ directory: deps.workspaceFolder(), env: deps.environment() }));
-  const service = withPending(EnvironmentOpsService, pending, {
+  const service: ServiceImpl<typeof EnvironmentOpsService> = {
     async exec(request) {
       return await activity.during("Ops API", execs.exec(request, directory(request.workingDirectory)));
     },
@@ -64,9 +62,11 @@ export function createOpsRoutes(deps: OpsDeps): (router: ConnectRouter) => void 
       return { branch: await withGit("GetDefaultBranch", defaultBranch) };
     },
     ...terminalOps(deps, tools),
-    // WATCH would announce an RPC that is pending.
-    listCapabilities: () => ({ capabilities: [] }),
-  });
+    async *watch(request, context) {
+      yield* streamed(watches.watch(request, context.signal, () => openStream(context)));
+    },
+    listCapabilities: () => ({ capabilities: [Capability.WATCH] }),
+  };
   const options = {
     grpc: false,
     grpcWeb: false,

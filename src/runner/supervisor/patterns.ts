@@ -37,34 +37,58 @@ function tokenize(pattern: string): Token[] {
   return tokens;
 }
 
-function matchesOne(token: Token | undefined, character: string): boolean {
-  if (token === undefined || token === "*") return false;
+function matchesOne(token: Exclude<Token, "*">, character: string): boolean {
   if (token === "?") return true;
   if ("literal" in token) return token.literal === character;
   return token.ranges.some(([low, high]) => low <= character && character <= high) !== token.negated;
 }
 
+/** Whether items match a pattern in which "*" stands for any number of them. Only the last "*" is ever tried again. */
+function wildcard<Token, Item>(
+  pattern: readonly (Token | "*")[],
+  items: readonly Item[],
+  matches: (token: Token, item: Item) => boolean,
+): boolean {
+  let [next, star, resume] = [0, -1, 0];
+  for (let at = 0; at < items.length; ) {
+    const token = pattern[next];
+    if (token === "*") {
+      star = next++;
+      resume = at;
+    } else if (token !== undefined && matches(token, items[at] as Item)) {
+      next++;
+      at++;
+    } else if (star >= 0) {
+      next = star + 1;
+      at = ++resume;
+    } else return false;
+  }
+  while (pattern[next] === "*") next++;
+  return next === pattern.length;
+}
+
+const SPECIAL = /[*?[\\]/;
+
+type NameMatcher = (name: string) => boolean;
+
 /** A shell glob over one name: `*`, `?`, `[a-z]`, `[!a-z]`, `\x`. A leading dot is matched like any character. */
-export function globMatcher(pattern: string): (name: string) => boolean {
+export function globMatcher(pattern: string): NameMatcher {
+  if (!SPECIAL.test(pattern)) return (name) => name === pattern;
+  if (pattern.startsWith("*") && !SPECIAL.test(pattern.slice(1))) return (name) => name.endsWith(pattern.slice(1));
   const tokens = tokenize(pattern);
-  return (name) => {
-    const characters = [...name];
-    let [token, star, resume] = [0, -1, 0];
-    for (let at = 0; at < characters.length; ) {
-      if (matchesOne(tokens[token], characters[at] ?? "")) {
-        token++;
-        at++;
-      } else if (tokens[token] === "*") {
-        star = token++;
-        resume = at;
-      } else if (star >= 0) {
-        token = star + 1;
-        at = ++resume;
-      } else return false;
-    }
-    while (tokens[token] === "*") token++;
-    return token === tokens.length;
-  };
+  return (name) => wildcard(tokens, [...name], matchesOne);
+}
+
+const anyName: NameMatcher = () => true;
+
+/**
+ * A glob over the segments of a path, as in .gitignore: `**` stands for any number of directories, at the end for
+ * everything below.
+ */
+export function pathMatcher(pattern: string): (segments: readonly string[]) => boolean {
+  const parts = pattern.split("/").map((part) => (part === "**" ? ("*" as const) : globMatcher(part)));
+  if (parts.at(-1) === "*") parts.push(anyName);
+  return (segments) => wildcard(parts, segments, (matches, segment) => matches(segment));
 }
 
 const isBoundary = (before: string | undefined) => before === undefined || /[/._\- ]/.test(before);
