@@ -118,15 +118,13 @@ async function addProjects(creator: TestUser): Promise<void> {
     await share(plane, userId, { type: T.PROJECT, id: going, role });
   }
   await plane.plane.app.db.write`update projects set deleting_at = now() + interval '1 day' where id = ${going}`;
-  await plane.plane.app.db.write`
-    insert into secrets (id, organization_id, scope, scope_id, name, session, message)
-    values (${known("a secret of a project")}, ${plane.organizationId}, ${Scope.PROJECT}, ${id}, 'A', ${uuidv7()}, '')`;
 }
 
 async function addOwned(creator: TestUser, robot: TestUser): Promise<void> {
   const { db } = plane.plane.app;
   const { organizationId } = plane;
-  const scopes = { organizationId, userId: creator.id, serviceAccountId: robot.id };
+  const projectId = resources.get("a project")!;
+  const scopes = { organizationId, projectId, userId: creator.id, serviceAccountId: robot.id };
   for (const [field, value] of Object.entries(scopes)) {
     const scope = create(SecretScopeSchema, { scope: { case: field as keyof typeof scopes, value } });
     const client = field === "userId" ? creator.client : plane.admin;
@@ -201,8 +199,7 @@ const QUERIES: Partial<Record<ResourceType, Query>> = {
   [T.HOST_AUTHENTICATION_TOKEN]: personal("host_tokens", "subject_id"),
   [T.PROJECT]: project,
   [T.PROJECT_ENVIRONMENT_CLASS]: project,
-  [T.SECRET]: (caller, ids) => sql`select s.id from secrets s join projects p on p.id = s.scope_id
-    where s.id = any(${ids}) and s.scope = ${Scope.PROJECT} and ${readsProject(sql, caller)}`,
+  [T.SECRET]: secretOf(Scope.PROJECT),
   [T.ORGANIZATION_SECRET]: secretOf(Scope.ORGANIZATION),
   [T.SERVICE_ACCOUNT_SECRET]: secretOf(Scope.SERVICE_ACCOUNT),
   [T.USER_SECRET]: secretOf(Scope.USER),

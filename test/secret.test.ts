@@ -307,19 +307,22 @@ describe("who may do what", () => {
     stream.stop();
     expect(await names(plane.admin, scope)).toEqual([older.secret?.name, secret.name]);
 
-    const { app } = plane.plane;
-    await app.db
-      .write`update projects set deleting_at = ${new Date(app.now().getTime() + 1e9)} where id = ${projectId}`;
-    for (const refused of [
-      make(maker.client, scope),
-      maker.client.secrets.updateSecretValue(value),
-      maker.client.secrets.deleteSecret({ secretId: secret.id }),
-    ]) {
-      const error = await refusal(refused);
-      const [details] = error.findDetails(ActionableErrorDetailsSchema);
-      expect([error.code, details?.errorCode]).toEqual([9, "PROJECT_STATE_DELETING"]);
-    }
-    await app.db.write`update projects set deleting_at = null where id = ${projectId}`;
+    const { db } = plane.plane.app;
+    // Nobody finishes the deletion meanwhile.
+    await db.begin(async (tx) => {
+      await tx`select from projects where id = ${projectId} for key share`;
+      await db.write`update projects set deleting_at = now() where id = ${projectId}`;
+      for (const refused of [
+        () => make(maker.client, scope),
+        () => maker.client.secrets.updateSecretValue(value),
+        () => maker.client.secrets.deleteSecret({ secretId: secret.id }),
+      ]) {
+        const error = await refusal(refused());
+        const [details] = error.findDetails(ActionableErrorDetailsSchema);
+        expect([error.code, details?.errorCode]).toEqual([9, "PROJECT_STATE_DELETING"]);
+      }
+      await db.write`update projects set deleting_at = null where id = ${projectId}`;
+    });
     await maker.client.projects.deleteProject({ projectId });
     const isGone = async () => (await traces(secret.id)).events.at(-1) === "SECRET DELETE";
     await eventually(isGone, "the secrets go with their project");
