@@ -67,6 +67,8 @@ export interface RunnerHostConfig {
   publicUrl: string;
   dataDir: string;
   maxEnvironments: number;
+  /** Days for which logs of services and executions are kept. */
+  logDays: number;
   /** Domain below which each port of an environment has a host of its own. */
   portDomain?: string;
   allowUnenforced: boolean;
@@ -171,6 +173,7 @@ function runnerHost(read: Reader, home: string): RunnerHostConfig {
     publicUrl: read.url("BERTH_RUNNER_PUBLIC_URL", `http://127.0.0.1:${port}`),
     dataDir: resolve(read.text("BERTH_RUNNER_DATA_DIR", join(home, "runner"))),
     maxEnvironments: read.integer("BERTH_RUNNER_MAX_ENVIRONMENTS", 10, 1, 10_000),
+    logDays: read.integer("BERTH_RUNNER_LOG_DAYS", 30, 1, 3650),
     portDomain: portDomain(read),
     allowUnenforced: read.flag("BERTH_RUNNER_ALLOW_UNENFORCED", false),
     hostDevcontainer: read.oneOf("BERTH_RUNNER_HOST_DEVCONTAINER", ["run", "skip", "fail"], "run"),

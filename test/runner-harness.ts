@@ -584,6 +584,7 @@ export class TestRunner implements AsyncDisposable {
       publicUrl: "http://127.0.0.1:0",
       dataDir: this.dataDir,
       maxEnvironments: 10,
+      logDays: 30,
       allowUnenforced: false,
       hostDevcontainer: "run",
       scm: { fallback: true, allowHosts: this.gitHost ? [this.gitHost] : [], schemes: ["http"] },

@@ -30,7 +30,15 @@ beforeAll(async () => {
     isWithdrawn: async (token: string) => withdrawn.has(token),
   } as unknown as Access;
   server = await startRunnerServer({
-    ...{ host: "127.0.0.1", port: 0, environments, access, connected: () => true, log: pino({ level: "silent" }) },
+    ...{
+      host: "127.0.0.1",
+      port: 0,
+      dataDir: "",
+      environments,
+      access,
+      connected: () => true,
+      log: pino({ level: "silent" }),
+    },
     ...{ publicUrl: () => "http://127.0.0.1", portDomain: undefined, signInUrl: "http://127.0.0.1", recheckMs: 20 },
   });
   baseUrl = `http://127.0.0.1:${server.port}/environments/${config.environmentId}/ops`;

@@ -14,6 +14,8 @@ import {
   EnvironmentStatus_Machine_Phase as MachinePhase,
 } from "../../gen/gitpod/v1/environment_pb.js";
 import { portOf } from "../domain/environment-ports.ts";
+import { AutomationRelay } from "./automations/relay.ts";
+import type { AutomationReports } from "./automations/reports.ts";
 import { classSettings } from "./classes.ts";
 import { initializerProblem } from "./clone-plan.ts";
 import { keepContent, keepRepositoryFiles, observeFiles } from "./content-steps.ts";
@@ -62,6 +64,8 @@ export interface EnvironmentEvents {
   report(environmentId: string, status: EnvironmentStatus): void;
   /** Nothing of it is left here. */
   gone(environmentId: string): void;
+  /** Takes how its services and executions fare. */
+  automations: AutomationReports;
 }
 
 const LOOK_INTERVAL_MS = 1_000;
@@ -71,6 +75,7 @@ const RETRY_MAX_MS = 30_000;
 const FAILURES_ALLOWED = 5;
 const ACTIVITY_INTERVAL_MS = 60_000;
 const REPORT_AGAIN_MS = 5_000;
+const LAST_WORDS_MS = 5_000;
 
 const UP_PHASES: ReadonlySet<MachinePhase> = new Set([
   MachinePhase.CREATING,
@@ -90,6 +95,8 @@ export class ManagedEnvironment {
   readonly #events: EnvironmentEvents;
   readonly #site: EnvironmentSite;
   readonly #gitWatch = new GitWatch(() => this.wake());
+  /** Its services and executions. */
+  readonly automations: AutomationRelay;
   #goal: Goal | undefined;
   #pass: { controller: AbortController; course: string } | undefined;
   #dirty = true;
@@ -107,6 +114,7 @@ export class ManagedEnvironment {
     this.#host = host;
     this.#events = events;
     this.#site = new EnvironmentSite(host, id, record, () => this.publish());
+    this.automations = relayFor(host, id, events.automations);
     this.#mayRun = this.#site.machinePhase !== MachinePhase.STOPPED;
     this.log.live = record !== undefined && this.#mayRun;
     this.#ended = this.#work();
@@ -345,6 +353,7 @@ export class ManagedEnvironment {
     if (site.status.machine?.failureMessage) return undefined;
     const onState = (state: SupervisorState) => this.#signalActivity(state);
     if (!(await keepMachine(site, desired, spec, onState, signal))) return undefined;
+    this.automations.connect(site.supervision.client, site.passed);
     // A specification that is refused while the environment runs changes nothing.
     if (!refusal) {
       await keepSecrets(site, spec, false, signal);
@@ -378,6 +387,9 @@ export class ManagedEnvironment {
 
   async #endProcesses(gracefully: boolean, signal: AbortSignal): Promise<void> {
     if (this.#mayRun) await this.#site.endProcesses(gracefully, signal);
+    // The last words of services come before that of the environment, after which nothing counts.
+    await this.#events.automations.sent(LAST_WORDS_MS);
+    this.automations.connect(undefined, false);
     this.#mayRun = false;
   }
 
@@ -427,6 +439,24 @@ export class ManagedEnvironment {
     });
     this.publish();
   }
+}
+
+function relayFor(host: Host, environmentId: string, reports: AutomationReports): AutomationRelay {
+  return new AutomationRelay({
+    reports,
+    runnerName: host.config.name,
+    logDays: host.config.logDays,
+    logBase: () => environmentUrl(host.config.publicUrl, environmentId),
+    async secrets(secretIds) {
+      const { secrets } = await host.controlPlane.control.getEnvironmentSecrets({
+        ...{ environmentId, secretIds: [...secretIds] },
+      });
+      // What only a proxy may use must not enter the environment.
+      const given = secrets.filter(({ credentialProxy }) => !credentialProxy);
+      return Object.fromEntries(given.map(({ id, value }) => [id, value]));
+    },
+    failed: (error) => host.log.debug({ environmentId, error: describe(error) }, "automations wait for the supervisor"),
+  });
 }
 
 /** What the goal amounts to, as one text: work towards another one is pointless. */

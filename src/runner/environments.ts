@@ -1,12 +1,17 @@
 import { readdir } from "node:fs/promises";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import type { DesiredEnvironment } from "../../gen/berth/runner/v1/runner_control_pb.js";
+import type {
+  DesiredEnvironment,
+  DesiredService,
+  DesiredTaskExecution,
+} from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { ReportResult_Outcome as Outcome } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import {
   type EnvironmentStatus,
   EnvironmentStatus_Machine_Phase as MachinePhase,
 } from "../../gen/gitpod/v1/environment_pb.js";
+import type { AutomationReports } from "./automations/reports.ts";
 import { type EnvironmentEvents, ManagedEnvironment } from "./environment.ts";
 import { removeTree } from "./files.ts";
 import type { Host } from "./host.ts";
@@ -25,13 +30,19 @@ export class Environments {
   readonly #events: EnvironmentEvents;
   readonly #managed = new Map<string, ManagedEnvironment>();
   readonly #timer: NodeJS.Timeout;
-  /** Ids named by the snapshot that is being read. */
+  /** Ids of environments, and of their services and executions, named by the snapshot that is being read. */
   #named: Set<string> | undefined;
 
-  private constructor(host: Host, report: EnvironmentEvents["report"], forget: (environmentId: string) => void) {
+  private constructor(
+    host: Host,
+    report: EnvironmentEvents["report"],
+    forget: (environmentId: string) => void,
+    automations: AutomationReports,
+  ) {
     this.#host = host;
     this.#events = {
       report,
+      automations,
       gone: (environmentId) => {
         this.#managed.delete(environmentId);
         forget(environmentId);
@@ -46,8 +57,9 @@ export class Environments {
     host: Host,
     report: EnvironmentEvents["report"],
     forget: (environmentId: string) => void,
+    automations: AutomationReports,
   ): Promise<Environments> {
-    const environments = new Environments(host, report, forget);
+    const environments = new Environments(host, report, forget, automations);
     const names = await readdir(environmentsFolder(host.config.dataDir));
     for (const id of names.filter((name) => UUID.test(name))) await environments.#open(id);
     await environments.#sweep();
@@ -102,7 +114,27 @@ export class Environments {
     const id = desired.environment?.id ?? "";
     if (!UUID.test(id)) return;
     this.#named?.add(id);
-    (await this.#open(id)).setGoal({ kind: "keep", desired });
+    const environment = await this.#open(id);
+    // Outside of a snapshot it is new, or known already: all of its automations have been said, or will be.
+    if (!this.#named) environment.automations.complete();
+    environment.setGoal({ kind: "keep", desired });
+  }
+
+  wantService(desired: DesiredService): void {
+    const { id = "", environmentId = "" } = desired.service ?? {};
+    this.#named?.add(id);
+    this.#managed.get(environmentId)?.automations.wantService(desired);
+  }
+
+  wantExecution(desired: DesiredTaskExecution): void {
+    const { id = "", metadata } = desired.taskExecution ?? {};
+    this.#named?.add(id);
+    this.#managed.get(metadata?.environmentId ?? "")?.automations.wantExecution(desired);
+  }
+
+  /** A service or an execution is gone. */
+  removeAutomation(id: string): void {
+    for (const environment of this.#managed.values()) if (environment.automations.remove(id)) return;
   }
 
   /** The environment was deleted: what is left of it goes, wherever it lies. */
@@ -120,6 +152,8 @@ export class Environments {
     this.#named = undefined;
     if (!named) return;
     for (const [id, environment] of this.#managed) {
+      environment.automations.keepOnly(named);
+      environment.automations.complete();
       if (named.has(id)) environment.publish();
       else environment.setGoal({ kind: "quarantine" });
     }

@@ -9,10 +9,12 @@ import {
   DeregisterRequest_Reason as Reason,
   RegisterRequestSchema,
   type RegisterResponse,
+  type Upsert,
   type WatchResponse,
 } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { RunnerStatusSchema } from "../../gen/gitpod/v1/runner_pb.js";
 import { HEARTBEAT_MS, PROTOCOL_VERSION } from "../domain/runner.ts";
+import type { AutomationReports } from "./automations/reports.ts";
 import type { Calls } from "./calls.ts";
 import { codeOf, describe } from "./control-plane.ts";
 import { type Credentials, RefusedError } from "./credentials.ts";
@@ -32,6 +34,7 @@ export interface LinkDeps {
   credentials: Credentials;
   environments: Environments;
   reports: Reports;
+  automations: AutomationReports;
   calls: Calls;
   /** What the runner says about itself. */
   status(): MessageInitShape<typeof RunnerStatusSchema>;
@@ -96,7 +99,11 @@ export class Link {
     const { signal } = this.#stopping;
     try {
       await this.#register(signal);
-      const loops = [this.#heartbeats(signal), this.#watch(signal), this.#report(signal), this.#renewals(signal)];
+      const { reports, automations } = this.#deps;
+      const loops = [
+        ...[this.#heartbeats(signal), this.#watch(signal), this.#renewals(signal)],
+        ...[this.#report(reports, signal), this.#report(automations, signal)],
+      ];
       for (const loop of loops) loop.catch((error: unknown) => this.#broken(error));
     } catch (error) {
       this.#broken(error);
@@ -162,13 +169,14 @@ export class Link {
   }
 
   async #accept(response: RegisterResponse, registered: () => void): Promise<void> {
-    const { credentials, environments, reports, host } = this.#deps;
+    const { credentials, environments, reports, automations, host } = this.#deps;
     const { linkId, runner, controlPlaneId, heartbeatInterval } = response;
     await credentials.bind(runner?.runnerId ?? "", controlPlaneId, environments.ids.length > 0);
     this.#linkId = linkId;
     this.#lastContactAt = Date.now();
     if (heartbeatInterval) this.#intervalMs = Math.max(100, durationMs(heartbeatInterval));
     reports.restart();
+    automations.restart();
     host.log.info({ linkId, runnerId: runner?.runnerId }, "registered with the control plane");
     registered();
   }
@@ -258,10 +266,11 @@ export class Link {
         }
         return environments.beginSnapshot();
       case "upsert":
-        if (event.value.object.case === "environment") await environments.upsert(event.value.object.value);
+        await this.#upsert(event.value.object);
         return this.#applied(event.value.revision);
       case "remove":
         if (event.value.kind === ObjectKind.ENVIRONMENT) await environments.remove(event.value.id);
+        else environments.removeAutomation(event.value.id);
         return this.#applied(event.value.revision);
       case "snapshotEnd":
         environments.endSnapshot();
@@ -275,12 +284,24 @@ export class Link {
     }
   }
 
+  async #upsert(object: Upsert["object"]): Promise<void> {
+    const { environments } = this.#deps;
+    switch (object.case) {
+      case "environment":
+        return environments.upsert(object.value);
+      case "service":
+        return environments.wantService(object.value);
+      case "taskExecution":
+        return environments.wantExecution(object.value);
+    }
+  }
+
   #applied(revision: bigint): void {
     if (revision > this.#revision) this.#revision = revision;
   }
 
-  async #report(signal: AbortSignal): Promise<void> {
-    const { host, reports } = this.#deps;
+  async #report(reports: Reports | AutomationReports, signal: AbortSignal): Promise<void> {
+    const { host } = this.#deps;
     const pause = backoff();
     for (;;) {
       await reports.waiting(signal);

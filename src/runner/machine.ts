@@ -23,7 +23,8 @@ import { distinctUid, loginShell, removeUser, type UnixUser } from "./users.ts";
 // The machine of an environment on a plain Linux host: a user, folders, and a supervisor process with all it starts.
 
 /** How long a supervisor may take to end what it runs; beyond that everything is killed. */
-const SUPERVISOR_GRACE_MS = 30_000;
+// Services have two minutes to end by their own rules.
+const SUPERVISOR_GRACE_MS = 150_000;
 const KILL_DEADLINE_MS = 60_000;
 const OWNER_DEADLINE_MS = 5 * 60_000;
 const POLL_MS = 50;

@@ -7,6 +7,7 @@ import { linuxHostSchema } from "../domain/environment-class.ts";
 import { parseContextUrl } from "../scm/context-url.ts";
 import { createGuard } from "../scm/guard.ts";
 import { Access } from "./access.ts";
+import { AutomationReports } from "./automations/reports.ts";
 import { Calls } from "./calls.ts";
 import { ControlGroups } from "./cgroups.ts";
 import { connectControlPlane } from "./control-plane.ts";
@@ -87,13 +88,15 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
     startGate: gate(MACHINES_AT_ONCE, MACHINES_WAITING),
   };
   const reports: Reports = new Reports(log, (id, outcome, status) => environments.judged(id, outcome, status));
+  const automations = new AutomationReports(log, (id) => environments.removeAutomation(id));
   const environments: Environments = await Environments.open(
     host,
     (id, status) => reports.push(id, status),
     (id) => reports.forget(id),
+    automations,
   );
   const server = await startRunnerServer({
-    ...{ host: config.host, port: config.port, environments, log },
+    ...{ host: config.host, port: config.port, dataDir: config.dataDir, environments, log },
     access: new Access(host.controlPlane),
     publicUrl: () => config.publicUrl,
     portDomain: config.portDomain,
@@ -116,7 +119,10 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
     publicKey: credentials.publicKey,
   });
   const calls = new Calls(host);
-  const running = new Link({ host, credentials, environments, reports, calls, status, registered: registered.resolve });
+  const running = new Link({
+    ...{ host, credentials, environments, reports, automations, calls, status },
+    registered: registered.resolve,
+  });
   link = running;
 
   const work = async (): Promise<RunnerEnd> => {

@@ -4,6 +4,7 @@ import type { Logger } from "pino";
 import { ReportResult_Outcome as Outcome, type ReportResult } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { type EnvironmentStatus, EnvironmentStatusSchema } from "../../gen/gitpod/v1/environment_pb.js";
 import type { ControlPlane } from "./control-plane.ts";
+import { Waiting } from "./waiting.ts";
 
 const BATCH = 100;
 
@@ -20,7 +21,7 @@ export class Reports {
   readonly #pending = new Map<string, EnvironmentStatus>();
   readonly #accepted = new Map<string, EnvironmentStatus>();
   readonly #seq = new Map<string, bigint>();
-  #wake: () => void = () => undefined;
+  readonly #waiting = new Waiting();
 
   constructor(log: Logger, judged: Judged) {
     this.#log = log;
@@ -31,7 +32,7 @@ export class Reports {
     const known = this.#accepted.get(environmentId);
     if (known && !this.#pending.has(environmentId) && equals(EnvironmentStatusSchema, known, status)) return;
     this.#pending.set(environmentId, status);
-    this.#wake();
+    this.#waiting.wake();
   }
 
   /** Forgets an environment that is gone. */
@@ -47,16 +48,7 @@ export class Reports {
 
   /** Something waits to be sent; resolves at once if it does already, or when the signal fires. */
   waiting(signal: AbortSignal): Promise<void> {
-    return new Promise((resolve) => {
-      if (this.#pending.size > 0 || signal.aborted) return resolve();
-      const done = () => {
-        signal.removeEventListener("abort", done);
-        this.#wake = () => undefined;
-        resolve();
-      };
-      this.#wake = done;
-      signal.addEventListener("abort", done);
-    });
+    return this.#waiting.until(() => this.#pending.size > 0, signal);
   }
 
   /** Sends one batch. What could not be delivered waits on, unless it is outdated by now; the error is thrown. */

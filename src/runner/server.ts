@@ -7,12 +7,10 @@ import { Gauge, Registry } from "prom-client";
 import { IntrospectTokenResponse_Kind as Kind } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { EnvironmentOpsService } from "../../gen/supervisor/v1/environmentopts_pb.js";
 import { answerError } from "../http/answers.ts";
-import { drained, type HttpRequest, type HttpResponse, type Limits } from "../http/exchange.ts";
+import type { HttpRequest, HttpResponse, Limits } from "../http/exchange.ts";
 import { type Listener, listen } from "../http/listener.ts";
 import { type Access, bearerToken, type Grant } from "./access.ts";
-import type { ManagedEnvironment } from "./environment.ts";
-import type { Environments } from "./environments.ts";
-import type { EnvironmentLog } from "./logs.ts";
+import { answerText, CORS, LOGS_PATH, type LogServerDeps, serveLog } from "./log-server.ts";
 import { refuseUpgrade } from "./ports/proxy.ts";
 import { portRoute } from "./ports/route.ts";
 import { portServer } from "./ports/server.ts";
@@ -22,11 +20,9 @@ import { streamGate } from "./supervisor/gate.ts";
 import { MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES } from "./supervisor/ops.ts";
 
 /** What the port of a runner serves. */
-export interface ServerDeps {
+export interface ServerDeps extends LogServerDeps {
   host: string;
   port: number;
-  environments: Environments;
-  access: Access;
   /** Public base URL of this runner. */
   publicUrl(): string;
   /** Domain below which each port has a host of its own. */
@@ -56,15 +52,11 @@ const LIMITS: Limits = {
 const RECHECK_MS = 30_000;
 /** Smallest message that is worth compressing. */
 const COMPRESS_MIN_BYTES = 16 * 1024;
-const PATH = /^\/environments\/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\/(logs|ops(?:\/.*)?)$/;
+const PATH = /^\/environments\/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(\/.*)$/;
+const OPS_PATH = /^\/ops(\/|$)/;
 const OPS_KINDS = [Kind.ENVIRONMENT_ACCESS, Kind.ENVIRONMENT];
-const LOGS_KINDS = [Kind.ENVIRONMENT_ACCESS, Kind.ENVIRONMENT_LOGS];
 /** Calls that only look. Everything else may change files. */
 const LOOKING = /^(List|Get|Watch|Find|ReadFile|ReadTerminal|AttachTerminal)/;
-const CORS = {
-  "access-control-allow-origin": "*",
-  "access-control-expose-headers": "*, grpc-status, grpc-message, grpc-status-details-bin",
-};
 const PREFLIGHT = {
   ...CORS,
   "access-control-allow-methods": "GET, POST, OPTIONS",
@@ -72,11 +64,6 @@ const PREFLIGHT = {
     "authorization, content-type, connect-protocol-version, connect-timeout-ms, connect-accept-encoding, connect-content-encoding, grpc-timeout, x-grpc-web, x-user-agent, range",
   "access-control-max-age": "7200",
 };
-
-function answerText(response: HttpResponse, status: number, text: string, headers: Record<string, string> = {}): void {
-  response.writeHead(status, { "content-type": "text/plain; charset=utf-8", ...headers });
-  response.end(text);
-}
 
 /** What the token of an operation opens, or the reason to refuse it, as the caller sees it. */
 async function judgeOperation(access: Access, token: string | undefined, environmentId: string) {
@@ -168,58 +155,6 @@ function operations({ environments, access, recheckMs = RECHECK_MS }: ServerDeps
   });
 }
 
-/** Sends a log: what is stored, then what comes until the environment has stopped or the reader leaves. */
-async function sendLog(
-  response: HttpResponse,
-  log: EnvironmentLog,
-  follow: boolean,
-  mustEnd: () => Promise<boolean>,
-): Promise<void> {
-  const left = new AbortController();
-  response.once("close", () => left.abort());
-  response.writeHead(200, { "content-type": "text/plain; charset=utf-8", "cache-control": "no-store", ...CORS });
-  response.flushHeaders();
-  let position = 0;
-  let checkedAt = Date.now();
-  while (!left.signal.aborted) {
-    const { data, next } = log.read(position);
-    if (data.length > 0 && !response.write(data)) await drained(response, LIMITS);
-    if (next !== position) {
-      position = next;
-      continue;
-    }
-    if (!follow || !log.live) break;
-    if (Date.now() - checkedAt >= RECHECK_MS) {
-      if (await mustEnd()) break;
-      checkedAt = Date.now();
-    }
-    await log.changed(RECHECK_MS, left.signal);
-  }
-  if (!left.signal.aborted) response.end();
-}
-
-async function serveLog(
-  { environments, access }: ServerDeps,
-  environmentId: string,
-  request: HttpRequest,
-  response: HttpResponse,
-): Promise<void> {
-  if (request.method !== "GET")
-    return answerText(response, 405, "method not allowed\n", { ...CORS, allow: "GET, OPTIONS" });
-  const token = bearerToken(request.headers.authorization);
-  const verdict = await access.judge(token, environmentId, LOGS_KINDS);
-  if (verdict === "none") {
-    return answerText(response, 401, "a valid logs token is needed\n", { ...CORS, "www-authenticate": "Bearer" });
-  }
-  if (verdict === "other") return answerText(response, 403, "the token is for another environment\n", CORS);
-  if (verdict === "unknown") return answerText(response, 502, "the token cannot be checked at the moment\n", CORS);
-  const environment: ManagedEnvironment | undefined = environments.get(environmentId);
-  if (!environment) return answerText(response, 404, "no such environment\n", CORS);
-  if (!environment.hasLog) return answerText(response, 502, "not ready yet\n", CORS);
-  const follow = new URL(request.url ?? "", "http://runner").searchParams.get("follow") !== "false";
-  await sendLog(response, environment.log, follow, () => access.isWithdrawn(token ?? "", verdict.grant));
-}
-
 function metrics({ environments, connected }: ServerDeps): Registry {
   const registry = new Registry();
   new Gauge({
@@ -275,8 +210,8 @@ export async function startRunnerServer(deps: ServerDeps): Promise<Listener> {
       response.end();
       return;
     }
-    if (part === "logs") return await serveLog(deps, environmentId, request, response);
-    if (environmentId) return await serveOperation(environmentId, request, response);
+    if (OPS_PATH.test(part)) return await serveOperation(environmentId, request, response);
+    if (LOGS_PATH.test(part)) return await serveLog(deps, { environmentId, path: part }, request, response);
     switch (path) {
       case "/healthz":
         return answerText(response, 200, "ok\n");

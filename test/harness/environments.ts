@@ -93,6 +93,14 @@ async function userIdOf(environmentId: string): Promise<number | undefined> {
   return fields && process.getuid?.() === 0 ? Number(fields[2]) : undefined;
 }
 
+/** The process that serves an environment. */
+export async function supervisorOf(runnerDataDir: string, environmentId: string): Promise<{ pid: number }> {
+  const root = join(runnerDataDir, "environments", environmentId);
+  const { supervisor } = (await readRecord({ root, record: join(root, "state.json") })) ?? {};
+  if (!supervisor) throw new Error("there is no supervisor");
+  return supervisor;
+}
+
 /** Waits until nothing of an environment is left on the host: no folder, no user, no process. */
 export async function isGone(runnerDataDir: string, environmentId: string): Promise<void> {
   const what = `nothing is left of ${environmentId}`;

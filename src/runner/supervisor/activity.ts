@@ -1,5 +1,5 @@
 /** Where activity comes from, as `EnvironmentActivitySignal.source` names it. */
-export type ActivitySource = "Ops API" | "Terminal";
+export type ActivitySource = "Ops API" | "Terminal" | "Automations";
 
 export interface LastActivity {
   source: ActivitySource;

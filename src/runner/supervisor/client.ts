@@ -3,9 +3,18 @@ import { request as httpRequest } from "node:http";
 import { type Client, Code, ConnectError, createClient, type Interceptor } from "@connectrpc/connect";
 import { createConnectTransport } from "@connectrpc/connect-node";
 import { EnvironmentOpsService } from "../../../gen/supervisor/v1/environmentopts_pb.js";
+import type { ActivitySource } from "./activity.ts";
+import { linesOf, type ToRunner, type ToSupervisor } from "./automation/link.ts";
 import { errnoOf } from "./errors.ts";
 import { MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES } from "./ops.ts";
 import type { SupervisorState } from "./private-http.ts";
+
+/** A conversation about services and executions; its messages end, or throw, when the supervisor goes. */
+export interface AutomationChannel {
+  readonly messages: AsyncIterable<ToRunner>;
+  send(message: ToSupervisor): void;
+  close(): void;
+}
 
 /** Calls to the supervisor of one environment. Whatever keeps it from answering is UNAVAILABLE. */
 export interface SupervisorClient extends Client<typeof EnvironmentOpsService> {
@@ -13,10 +22,14 @@ export interface SupervisorClient extends Client<typeof EnvironmentOpsService> {
   health(timeoutMs?: number): Promise<SupervisorState>;
   /** Where relative paths, commands and git calls start from now on. */
   setWorkspaceFolder(path: string): Promise<void>;
+  /** Opens the conversation about services and executions; another one that is open ends. */
+  automations(): Promise<AutomationChannel>;
 }
 
+const SOURCES: readonly ActivitySource[] = ["Ops API", "Terminal", "Automations"];
 const CONTROL_TIMEOUT_MS = 2000;
 const MAX_STATE_BYTES = 64 * 1024;
+const MAX_NEWS_BYTES = 1024 * 1024;
 const UNREACHABLE = new Set([
   "ENOENT",
   "ENOTSOCK",
@@ -93,6 +106,33 @@ function control(target: ControlCall, body: string, timeoutMs: number): Promise<
   });
 }
 
+function openChannel(target: ControlCall, timeoutMs: number): Promise<AutomationChannel> {
+  return new Promise((resolve, reject) => {
+    const call = httpRequest({ ...target, agent: false });
+    const timer = setTimeout(() => call.destroy(new Error("no answer")), timeoutMs);
+    call.once("error", (error) => reject(unavailable(error)));
+    call.once("response", (response) => {
+      clearTimeout(timer);
+      // What breaks it off later shows in the messages.
+      call.on("error", () => undefined);
+      if (response.statusCode !== 200) {
+        call.destroy();
+        return reject(new ConnectError(`supervisor answered ${response.statusCode}`, Code.Unavailable));
+      }
+      resolve({
+        messages: messagesOf(response),
+        send: (message) => void (call.destroyed || call.write(`${JSON.stringify(message)}\n`)),
+        close: () => call.destroy(),
+      });
+    });
+    call.flushHeaders();
+  });
+}
+
+async function* messagesOf(response: AsyncIterable<Buffer>): AsyncGenerator<ToRunner> {
+  for await (const line of linesOf(response, MAX_NEWS_BYTES)) yield JSON.parse(line) as ToRunner;
+}
+
 function parseState(text: string): SupervisorState {
   const value: unknown = JSON.parse(text);
   if (typeof value !== "object" || value === null) throw unavailable();
@@ -109,8 +149,8 @@ function parseActivity(value: unknown): SupervisorState["activity"] {
   if (typeof value !== "object" || value === null) return undefined;
   const { source, at } = value as Record<string, unknown>;
   const time = new Date(String(at));
-  if ((source !== "Ops API" && source !== "Terminal") || Number.isNaN(time.getTime())) return undefined;
-  return { source, at: time };
+  const known = SOURCES.find((each) => each === source);
+  return known && !Number.isNaN(time.getTime()) ? { source: known, at: time } : undefined;
 }
 
 /**
@@ -138,6 +178,10 @@ export function connectSupervisor(
     async health(timeoutMs = CONTROL_TIMEOUT_MS) {
       checkSocket(socketPath, uid);
       return parseState(await control({ ...target, method: "GET", path: "/healthz" }, "", timeoutMs));
+    },
+    async automations() {
+      checkSocket(socketPath, uid);
+      return await openChannel({ ...target, method: "POST", path: "/automations" }, CONTROL_TIMEOUT_MS);
     },
     async setWorkspaceFolder(path: string) {
       checkSocket(socketPath, uid);

@@ -2,6 +2,9 @@ import { rmSync, statSync } from "node:fs";
 import { createServer } from "node:http";
 import { join } from "node:path";
 import { ActivityTracker } from "./activity.ts";
+import { AutomationEngine } from "./automation/engine.ts";
+import { AutomationLink } from "./automation/link.ts";
+import { TIMES } from "./automation/parts.ts";
 import { readSupervisorConfig, type SupervisorConfig, SupervisorConfigError } from "./config.ts";
 import { connectHandler } from "./connect-handler.ts";
 import { Execs } from "./exec.ts";
@@ -22,7 +25,8 @@ import { Watches } from "./watches.ts";
 // it: a runner may die and find it again. Everything is loaded before the privileges are dropped, since neither this
 // program nor node need to be readable for the environment's user afterwards.
 
-const SHUTDOWN_LIMIT_MS = 20_000;
+// Services have two minutes to end.
+const SHUTDOWN_LIMIT_MS = 140_000;
 const ANSWER_MS = 2000;
 // Longer than the runner waits for its caller.
 const STALL_MS = 120_000;
@@ -51,6 +55,22 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
   });
   let { workspaceFolder } = config;
   const watches = new Watches(() => workspaceFolder);
+  const automations = new AutomationLink();
+  const engine = new AutomationEngine(
+    {
+      state: join(root, "run", "automations"),
+      logs: join(root, "logs", "automations"),
+      variables: (more) => environment.read(more),
+      folder: () => workspaceFolder,
+      secrets: (ids) => automations.secrets(ids),
+      logUrl: (path) => `${automations.facts.logBase}/${path}/logs`,
+      runnerName: () => automations.facts.runnerName,
+      times: TIMES,
+      unforeseen: (error) => log.write("error", "an automation is in trouble", { error: String(error) }),
+    },
+    (news) => automations.tell(news),
+  );
+  automations.use(engine);
   const startTime = readProcess(process.pid)?.startTime ?? 0;
 
   const routes = createOpsRoutes({
@@ -70,16 +90,20 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
       environmentId: config.environmentId,
       workspaceFolder,
       runningExecs: execs.runningCount,
-      activity: activity.last(),
+      activity: engine.isAtWork ? { source: "Automations", at: new Date() } : activity.last(),
     }),
     setWorkspaceFolder: (path) => {
       if (path === workspaceFolder) return;
       workspaceFolder = path;
       watches.moved();
     },
+    automations: (request, response) => {
+      automations.serve(request, response).catch(() => response.destroy());
+    },
   });
   const rpc = connectHandler(routes, { grpc: false, grpcWeb: false, acceptCompression: [], stallMs: STALL_MS });
-  const server = createServer({ requestTimeout: 60_000 }, (request, response) => {
+  // The conversation about automations is one long request.
+  const server = createServer({ requestTimeout: 0 }, (request, response) => {
     // A link in another environment may have led the runner here.
     if (request.headers.host !== config.environmentId) response.writeHead(421).end();
     else if (isControl(request)) control(request, response);
@@ -98,12 +122,13 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
   for (const orphan of terminals.open()) void terminateSession(orphan, CLOSE_GRACE_MS, "first");
   writeSupervisorRecord(root, { pid: process.pid, startTime, version });
   setInterval(() => journal.prune(), PRUNE_MS).unref();
+  engine.keepLogs(() => automations.facts.logDays);
   log.write("info", "serving", { pid: process.pid, version, orphans: orphans.length });
 
   const stop = async () => {
     setTimeout(() => process.exit(0), SHUTDOWN_LIMIT_MS).unref();
     watches.stopAll();
-    await Promise.all([execs.stopAll(), terminals.stopAll()]);
+    await Promise.all([engine.close(), execs.stopAll(), terminals.stopAll()]);
     setTimeout(() => server.closeAllConnections(), ANSWER_MS).unref();
     await new Promise((resolve) => server.close(resolve));
     if (liveSupervisor(root)?.pid === process.pid) rmSync(join(root, "run", "supervisor.json"), { force: true });

@@ -18,15 +18,17 @@ export interface SupervisorState {
 const MAX_BODY_BYTES = 8192;
 
 export const isControl = (request: IncomingMessage) =>
-  request.url === "/healthz" || request.url === "/workspace-folder";
+  request.url === "/healthz" || request.url === "/workspace-folder" || request.url === "/automations";
 
 /**
  * For the runner only, on the supervisor's socket: `GET /healthz` answers SupervisorState as JSON,
- * `PUT /workspace-folder` takes the absolute path of the primary checkout as its body.
+ * `PUT /workspace-folder` takes the absolute path of the primary checkout as its body, `POST /automations` opens the
+ * conversation about services and executions.
  */
 export function controlHandler(supervisor: {
   health(): SupervisorState;
   setWorkspaceFolder(path: string): void;
+  automations(request: IncomingMessage, response: ServerResponse): void;
 }): (request: IncomingMessage, response: ServerResponse) => void {
   return (request, response) => {
     const answer = (status: number, body = "") => {
@@ -34,6 +36,9 @@ export function controlHandler(supervisor: {
       response.end(body);
     };
     if (request.url === "/healthz") return answer(200, JSON.stringify(supervisor.health()));
+    if (request.url === "/automations") {
+      return request.method === "POST" ? supervisor.automations(request, response) : answer(405);
+    }
     if (request.method !== "PUT") return answer(405);
     let body = "";
     request.setEncoding("utf8");

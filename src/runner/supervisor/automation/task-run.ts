@@ -1,0 +1,156 @@
+import { join } from "node:path";
+import type { TaskExecutionSpec_Task } from "../../../../gen/gitpod/v1/environment_automation_pb.js";
+import { TaskExecutionPhase } from "../../../../gen/gitpod/v1/environment_automation_pb.js";
+import { LineSplitter } from "./line-log.ts";
+import { commandOf, endRun, endText, outputOf, type Surroundings } from "./parts.ts";
+import type { Records } from "./records.ts";
+import { forgetRun, Run, type RunEnd } from "./run.ts";
+import { problemOf } from "./service.ts";
+
+const { RUNNING, SUCCEEDED, FAILED, STOPPED } = TaskExecutionPhase;
+
+/** What is remembered of one run of a task's command. */
+export interface TaskRecord {
+  phase: TaskExecutionPhase;
+  failureMessage: string;
+  output: Record<string, string>;
+}
+
+/** A step of an execution that waits for the run. */
+export interface Attached {
+  /** Lines of the command, as they come. */
+  lines(lines: readonly string[]): void;
+  /** It goes on, with this. */
+  changed(record: TaskRecord): void;
+}
+
+/**
+ * One run of a task's command, for every step that waits for it: within one firing of a trigger a task runs once. It is
+ * written down before it begins; a run that is found written down never begins again.
+ */
+export class TaskRun {
+  readonly key: string;
+  readonly result: Promise<TaskRecord>;
+  readonly #around: Surroundings;
+  readonly #records: Records<TaskRecord>;
+  readonly #attached = new Set<Attached>();
+  readonly #stop = Promise.withResolvers<"stop">();
+  #record: TaskRecord;
+
+  constructor(
+    key: string,
+    task: { reference: string; executionId: string; task: TaskExecutionSpec_Task },
+    around: Surroundings,
+    records: Records<TaskRecord>,
+  ) {
+    this.key = key;
+    this.#around = around;
+    this.#records = records;
+    const known = records.read(key);
+    this.#record = known ?? { phase: RUNNING, failureMessage: "", output: {} };
+    this.result = this.#work(task, known !== undefined).catch((error: unknown) =>
+      this.#end(FAILED, problemOf("the command cannot be started", error)),
+    );
+  }
+
+  get record(): TaskRecord {
+    return this.#record;
+  }
+
+  attach(step: Attached): void {
+    this.#attached.add(step);
+  }
+
+  /** The step no longer waits. True if it was the last one that did: then the command is stopped. */
+  detach(step: Attached): boolean {
+    const isLast = this.#attached.size === 1 && this.#attached.has(step);
+    if (isLast) this.#stop.resolve("stop");
+    else this.#attached.delete(step);
+    return isLast;
+  }
+
+  get #folder(): string {
+    return join(this.#around.state, "runs", this.key);
+  }
+
+  async #work(
+    { reference, executionId, task }: { reference: string; executionId: string; task: TaskExecutionSpec_Task },
+    isKnown: boolean,
+  ): Promise<TaskRecord> {
+    if (isKnown && this.#record.phase !== RUNNING) return this.#record;
+    let lines: string[] = [];
+    const splitter = new LineSplitter((line) => lines.push(line));
+    const flush = () => {
+      for (const step of this.#attached) step.lines(lines);
+      lines = [];
+    };
+    const take = (chunk: Buffer) => {
+      splitter.write(chunk);
+      flush();
+    };
+    const finish = () => {
+      splitter.end();
+      flush();
+    };
+    if (isKnown) {
+      const found = Run.adopt(this.#folder, this.key, take);
+      if (!(found instanceof Run)) return this.#ended(found ?? { code: undefined });
+      return this.#follow(found, finish);
+    }
+    // Before anything else: what is not written down could run twice.
+    this.#records.write(this.key, this.#record);
+    const spec = task.spec;
+    const own = { BERTH_AUTOMATION: reference, BERTH_EXECUTION_ID: executionId };
+    const text = spec?.command ?? "";
+    const command = await commandOf(this.#around, { text, env: spec?.env ?? [], runsOn: spec?.runsOn }, own);
+    const run = await Run.start(this.#folder, this.key, command, take);
+    return this.#follow(run, finish);
+  }
+
+  async #follow(run: Run, finish: () => void): Promise<TaskRecord> {
+    const output = outputOf(run, (problem) => {
+      for (const step of this.#attached) step.lines([problem]);
+    });
+    const readOutput = () => {
+      const values = output();
+      if (values) this.#set({ output: values });
+    };
+    const look = setInterval(readOutput, this.#around.times.outputMs);
+    try {
+      const first = await Promise.race([run.ended, this.#stop.promise]);
+      if (first !== "stop") {
+        finish();
+        readOutput();
+        return this.#ended(first);
+      }
+      const { taskStopMs } = this.#around.times;
+      const isObedient = await endRun(run, taskStopMs);
+      finish();
+      readOutput();
+      if (isObedient) return this.#end(STOPPED, "");
+      return this.#end(FAILED, `the command did not end within ${taskStopMs / 1000} seconds and was killed`);
+    } finally {
+      clearInterval(look);
+    }
+  }
+
+  #ended(end: RunEnd): TaskRecord {
+    return end.code === 0 ? this.#end(SUCCEEDED, "") : this.#end(FAILED, endText("the command", end));
+  }
+
+  #end(phase: TaskExecutionPhase, failureMessage: string): TaskRecord {
+    this.#set({ phase, failureMessage });
+    void forgetRun(this.#folder);
+    return this.#record;
+  }
+
+  #set(change: Partial<TaskRecord>): void {
+    this.#record = { ...this.#record, ...change };
+    try {
+      this.#records.write(this.key, this.#record);
+    } catch (error) {
+      this.#around.unforeseen(error);
+    }
+    for (const step of this.#attached) step.changed(this.#record);
+  }
+}
