@@ -155,15 +155,19 @@ test("a new value has to suit the mount as the first one did", () => {
   expect(fields(file("/a"), "")).toEqual(["value"]);
 });
 
-test("a policy names a secret by its id, or by its name", () => {
+test("a policy names a secret by its id, if that agent is on, or by its name", () => {
   const secret = create(SecretSchema, { id: ID, name: "FALCON_CID" });
   const named = (securityAgentPolicy: MessageInitShape<typeof OrganizationPoliciesSchema>["securityAgentPolicy"]) =>
     isNamedByPolicy(create(OrganizationPoliciesSchema, { securityAgentPolicy }), secret);
   expect(named(undefined)).toBe(false);
   expect(
-    named({ crowdstrike: { cidSecretId: OTHER_ID }, customAgents: [{ envMappings: [{ secretName: "OTHER" }] }] }),
+    named({
+      crowdstrike: { enabled: true, cidSecretId: OTHER_ID },
+      customAgents: [{ envMappings: [{ secretName: "OTHER" }] }],
+    }),
   ).toBe(false);
-  expect(named({ crowdstrike: { cidSecretId: ID } })).toBe(true);
+  expect(named({ crowdstrike: { cidSecretId: ID } })).toBe(false);
+  expect(named({ crowdstrike: { enabled: true, cidSecretId: ID } })).toBe(true);
   expect(named({ customAgents: [{}, { envMappings: [{ secretName: "A" }, { secretName: "FALCON_CID" }] }] })).toBe(
     true,
   );
