@@ -8,7 +8,7 @@ import { afterAll, beforeAll, expect, test } from "vitest";
 import { EnvironmentPhase } from "../gen/gitpod/v1/environment_pb.js";
 import { type BerthClient, createBerthClient } from "../src/client.ts";
 import { openDb } from "../src/store/db.ts";
-import { getEnvironment, operations, reaches, usableClass } from "./harness/environments.ts";
+import { getEnvironment, isGone, operations, reaches, usableClass } from "./harness/environments.ts";
 import { type Installation, startInstallation } from "./harness/installation.ts";
 import { refusal } from "./harness/refusal.ts";
 import { eventually } from "./harness/wait.ts";
@@ -41,7 +41,10 @@ beforeAll(async () => {
 });
 
 afterAll(async () => {
-  await admin?.environments.deleteEnvironment({ environmentId, force: true });
+  if (environmentId) {
+    await admin.environments.deleteEnvironment({ environmentId, force: true });
+    await isGone(join(berth.dataDir, "runner"), environmentId);
+  }
   await berth?.[Symbol.asyncDispose]();
 });
 
