@@ -146,6 +146,48 @@ describe("what a runner is told", () => {
   });
 });
 
+describe("secrets that variables name", () => {
+  test("AUT-36 their values reach the runner while something needs them, and no longer than they exist", async () => {
+    // Those that the environment has anyway are given without being named: these are behind others of the same name.
+    const make = async (name: string) => {
+      const mount = { case: "apiOnly" as const, value: true };
+      const userScope = { scope: { case: "userId" as const, value: stage.member.id } };
+      await client.secrets.createSecret({ name, value: "another", scope: userScope, mount });
+      const scope = { scope: { case: "organizationId" as const, value: stage.plane.organizationId } };
+      return (await stage.plane.admin.secrets.createSecret({ name, value: `value of ${name}`, scope, mount })).secret!
+        .id;
+    };
+    const [used, planned, gone, unused] = [
+      await make("USED"),
+      await make("PLANNED"),
+      await make("GONE"),
+      await make("UNUSED"),
+    ];
+    const own = await runningEnvironment(stage);
+    const variable = (id: string) => ({
+      name: `V${id.replaceAll("-", "")}`,
+      source: {
+        case: "valueFrom" as const,
+        value: { source: { case: "secretRef" as const, value: { id } } },
+      },
+    });
+    await newService(client, own.id, "secretive", { env: [variable(used), variable(gone)] });
+    const task = await newTask(client, own.id, "secretive", [], { env: [variable(planned)] });
+    const ask = async (...secretIds: string[]) => {
+      const { secrets } = await stage.runner.control.getEnvironmentSecrets({ environmentId: own.id, secretIds });
+      return secrets.map(({ value }) => value).sort();
+    };
+    expect(await codeOf(ask(planned))).toBe("NotFound");
+    const execution = await startTask(client, task);
+    expect(await ask(used, planned)).toEqual(["value of PLANNED", "value of USED"]);
+    expect(await codeOf(ask(unused))).toBe("NotFound");
+    await stage.plane.admin.secrets.deleteSecret({ secretId: gone });
+    expect(await ask(used, gone)).toEqual(["value of USED"]);
+    await api().stopTaskExecution({ id: execution.id });
+    expect(await codeOf(ask(planned))).toBe("NotFound");
+  });
+});
+
 describe("reports about services", () => {
   test("AUT-43 they are taken in the order of epoch and number, and what says nothing new is no news", async () => {
     const { id, spec } = await newService(client, environment.id, "counted", { desiredPhase: RUNNING });
@@ -182,6 +224,8 @@ describe("reports about services", () => {
     expect(status?.output).toEqual({ url: "x" });
     expect(status?.failureMessage.length).toBe(4096);
     expect((await traces(stage, service.id)).actions.at(-1)).toBe("Service is running");
+    for (const logUrl of ["file:///etc/passwd", "x", `http://runner/${"x".repeat(2048)}`])
+      expect((await report({ logUrl })).outcome).toBe(REJECTED);
     for (const output of [
       { "": "x" },
       { k: "x".repeat(4097) },

@@ -622,7 +622,7 @@ describe("tasks", () => {
 });
 
 describe("executions", () => {
-  test("AUT-16 a plan has groups by level, each by reference, with steps that know their predecessors", async () => {
+  test("AUT-16, AUT-20 a plan has groups by level, with steps that know their predecessors, and its services are asked to start", async () => {
     const own = await runningEnvironment(stage);
     const s = await newService(client, own.id, "s");
     const a = await newTask(client, own.id, "a");
@@ -646,7 +646,7 @@ describe("executions", () => {
       ...{ taskId: d.id, environmentId: own.id, startedBy: "manual", creator: { id: stage.member.id } },
     });
     expect([metadata?.startedAt, metadata?.completedAt]).toEqual([undefined, undefined]);
-    // AUT-20: the service has been asked to start, and the runner sees both.
+    // The service has been asked to start, and the runner sees both.
     const { service } = await stage.runner.desiredService(s.id, (each) => each.service?.spec?.desiredPhase === RUNNING);
     expect(service?.spec?.session).not.toBe("");
     const [execution] = await executionsOf(client, own.id);

@@ -12,7 +12,7 @@ import {
   TaskExecutionStatusSchema,
 } from "../../gen/gitpod/v1/environment_automation_pb.js";
 import type { Subject } from "../../gen/gitpod/v1/identity_pb.js";
-import { type Move, outputProblems, storedFailure, type TriggerName } from "./automation.ts";
+import { isLogUrl, type Move, outputProblems, storedFailure, type TriggerName } from "./automation.ts";
 import { stepsOf } from "./automation-plan.ts";
 
 // One run of a task. The plan never changes; the runner says how its steps fare, and only the first word about an end
@@ -180,6 +180,7 @@ export function acceptExecutionReport(
   if (hasEnded(state)) {
     return sameStatus(state.status, kept) ? { kind: "noop" } : { kind: "refused", reason: "the execution has ended" };
   }
-  const reason = stepsRefusal(state, kept.steps) ?? phaseRefusal(state, kept);
+  const logReason = isLogUrl(status.logUrl) ? undefined : "the log address is not one";
+  const reason = logReason ?? stepsRefusal(state, kept.steps) ?? phaseRefusal(state, kept);
   return reason ? { kind: "refused", reason } : settled(state, { status: kept }, times, now);
 }

@@ -18,6 +18,7 @@ import {
 import type { Subject } from "../../gen/gitpod/v1/identity_pb.js";
 import {
   commandProblems,
+  isLogUrl,
   isOwnLog,
   type Move,
   mergedOutput,
@@ -269,6 +270,7 @@ export function acceptServiceStatus(state: ServiceState, status: ServiceStatus, 
   const refused = (reason: string): StatusMove => ({ kind: "refused", reason });
   const { spec, status: before } = state;
   if (status.session !== spec.session && status.session !== before.session) return refused("stale session");
+  if (!isLogUrl(status.logUrl)) return refused("the log address is not one");
   if (status.phase === DELETED) return isBeingDeleted(state) ? { kind: "removed" } : refused("deletion is not wanted");
   if (WITH_PROCESSES.has(status.phase) && isHalted) return refused("the environment does not run");
   // A session begins anywhere: at STARTING, or with the failure that kept it from starting.

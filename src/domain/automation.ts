@@ -205,6 +205,10 @@ export function mergedOutput(output: Output, changes: Output): Record<string, st
 /** A reported message, cut to what is kept. */
 export const storedFailure = (message: string) => message.slice(0, FAILURE_LENGTH).toWellFormed();
 
+/** Whether a runner can mean an address as that of a log; it is asked only for what it is trusted with anyway. */
+export const isLogUrl = (logUrl: string) =>
+  logUrl === "" || (logUrl.length <= LOG_URL_LENGTH && /^https?:$/.test(URL.parse(logUrl)?.protocol ?? ""));
+
 /**
  * Whether a log address lies below the environment's own. Readers bring a token to it, so one that reads differently to
  * different parsers is refused as well. `logsUrl` is the address of the environment's own log, empty if there is none.

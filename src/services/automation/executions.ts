@@ -27,25 +27,29 @@ import { byCaller, checkStop, decided } from "./environment.ts";
 export const executionMessage = ({ id, metadata, spec, status }: StoredExecution): TaskExecution =>
   create(TaskExecutionSchema, { id, metadata, spec, status });
 
-/** Asks an execution to end, in an environment that the transaction holds; one that has not begun is over at once. */
+/**
+ * Asks an execution to end, in an environment that the transaction holds; one that has not begun is over at once. True if
+ * it was not asked before.
+ */
 export async function stopExecution(
   tx: Tx,
   environment: StoredEnvironment,
   execution: StoredExecution,
   by: Attribution,
-): Promise<void> {
+): Promise<boolean> {
   const state = decided(requestExecutionStop(execution, by.at));
-  if (!state) return;
+  if (!state) return false;
   await saveExecution(tx, execution, state, { ...by, action: "Task execution stop requested" });
   if (hasEnded(state)) await fireBeforeSnapshot(tx, environment, by);
+  return true;
 }
 
 async function stopTaskExecution(app: App, caller: Caller, id: string): Promise<void> {
   await transact(app, async (tx, touched) => {
     const environment = await holdEnvironmentOf(tx, caller, "task_executions", id);
     checkStop(caller, environment);
-    await stopExecution(tx, environment, await readExecution(tx, id), byCaller(app, caller));
-    touched(environment.metadata.runnerId);
+    const isNew = await stopExecution(tx, environment, await readExecution(tx, id), byCaller(app, caller));
+    if (isNew) touched(environment.metadata.runnerId);
   });
 }
 

@@ -65,18 +65,21 @@ import {
 const message = ({ id, environmentId, metadata, spec, status }: StoredService): Service =>
   create(ServiceSchema, { id, environmentId, metadata, spec, status });
 
-/** Runs a change of a service whose environment the transaction holds and the caller may read. */
-function change(
+/**
+ * Runs a change of a service whose environment the transaction holds and the caller may read; `work` resolves with
+ * whether the runner has to look at it.
+ */
+async function change(
   app: App,
   caller: Caller,
   id: string,
-  work: (tx: Tx, environment: StoredEnvironment, service: StoredService) => Promise<unknown>,
-): Promise<void> {
-  return transact(app, async (tx, touched) => {
+  work: (tx: Tx, environment: StoredEnvironment, service: StoredService) => Promise<boolean>,
+): Promise<Record<string, never>> {
+  await transact(app, async (tx, touched) => {
     const environment = await holdEnvironmentOf(tx, caller, "services", id);
-    await work(tx, environment, await readService(tx, id));
-    touched(environment.metadata.runnerId);
+    if (await work(tx, environment, await readService(tx, id))) touched(environment.metadata.runnerId);
   });
+  return {};
 }
 
 async function createService(app: App, caller: Caller, request: CreateServiceRequest): Promise<Service> {
@@ -122,9 +125,9 @@ function withStatus(
   return { ...edit, status: decided(move)?.status ?? service.status };
 }
 
-async function updateService(app: App, caller: Caller, request: UpdateServiceRequest): Promise<void> {
+async function updateService(app: App, caller: Caller, request: UpdateServiceRequest) {
   refuseProblems(updateServiceProblems(request));
-  await change(app, caller, request.id, async (tx, environment, service) => {
+  return change(app, caller, request.id, async (tx, environment, service) => {
     const isDefinition = request.metadata !== undefined || request.spec !== undefined;
     if (request.status && !environment.relation.self)
       throw denied("the status of a service is written by its environment alone");
@@ -135,21 +138,26 @@ async function updateService(app: App, caller: Caller, request: UpdateServiceReq
     if (isDefinition && refusal) throw precondition(refusal);
     const by = byCaller(app, caller);
     const edit = withStatus(environment, service, isDefinition ? next : {}, request);
-    if (!edit) return removeService(tx, service, by);
+    if (!edit) {
+      await removeService(tx, service, by);
+      return true;
+    }
     const state = decided(settled(service, edit));
-    const isRedefined = state && (state.spec !== service.spec || state.metadata !== service.metadata);
-    if (state) await saveService(tx, service, state, isRedefined ? { ...by, action: "Service updated" } : by);
+    if (!state) return false;
+    const isRedefined = state.spec !== service.spec || state.metadata !== service.metadata;
+    await saveService(tx, service, state, isRedefined ? { ...by, action: "Service updated" } : by);
     if (isRedefined) await checkSize(tx, environment);
+    return isRedefined;
   });
 }
 
 const dependsOn = (id: string) => (task: StoredTask) => task.dependsOn.includes(id);
 
-async function deleteService(app: App, caller: Caller, { id, force }: DeleteServiceRequest): Promise<void> {
-  await change(app, caller, id, async (tx, environment, service) => {
+async function deleteService(app: App, caller: Caller, { id, force }: DeleteServiceRequest) {
+  return change(app, caller, id, async (tx, environment, service) => {
     checkDelete(caller, environment);
     const by = byCaller(app, caller);
-    if (!force && isBeingDeleted(service)) return;
+    if (!force && isBeingDeleted(service)) return false;
     const dependents = (await tasksOf(tx, environment.id)).filter(dependsOn(service.id));
     if (!force && dependents.length > 0) {
       const references = dependents.map(({ metadata }) => metadata.reference).join(", ");
@@ -157,18 +165,31 @@ async function deleteService(app: App, caller: Caller, { id, force }: DeleteServ
     }
     for (const task of dependents)
       await saveTask(tx, { ...task, dependsOn: task.dependsOn.filter((each) => each !== service.id) }, by);
-    if (force || isHalted(environment))
-      return removeService(tx, service, { ...by, action: force ? "Service deleted by force" : "Service deleted" });
+    if (force || isHalted(environment)) {
+      await removeService(tx, service, { ...by, action: force ? "Service deleted by force" : "Service deleted" });
+      return true;
+    }
     const state = decided(requestServiceDelete(service));
     if (state) await saveService(tx, service, state, { ...by, action: "Service deletion requested" });
+    return state !== undefined;
   });
 }
 
-async function stopService(app: App, caller: Caller, id: string): Promise<void> {
-  await change(app, caller, id, async (tx, environment, service) => {
+async function stopService(app: App, caller: Caller, id: string) {
+  return change(app, caller, id, async (tx, environment, service) => {
     checkStop(caller, environment);
     const state = decided(requestServiceStop(service));
     if (state) await saveService(tx, service, state, { ...byCaller(app, caller), action: "Service stop requested" });
+    return state !== undefined;
+  });
+}
+
+async function start(app: App, caller: Caller, id: string) {
+  return change(app, caller, id, async (tx, environment, service) => {
+    checkStart(environment);
+    const reason = startRefusal(service);
+    if (reason) throw precondition(reason);
+    return (await startService(tx, service, "manual", byCaller(app, caller))) !== service;
   });
 }
 
@@ -188,27 +209,9 @@ export function services(app: App) {
       const { items, nextToken } = closePage(page, rows, (service) => service.id, isCut);
       return { services: items.map(message), pagination: { nextToken } };
     },
-    async updateService(request, context) {
-      await updateService(app, principal(context), request);
-      return {};
-    },
-    async deleteService(request, context) {
-      await deleteService(app, principal(context), request);
-      return {};
-    },
-    async startService({ id }, context) {
-      const caller = principal(context);
-      await change(app, caller, id, async (tx, environment, service) => {
-        checkStart(environment);
-        const reason = startRefusal(service);
-        if (reason) throw precondition(reason);
-        await startService(tx, service, "manual", byCaller(app, caller));
-      });
-      return {};
-    },
-    async stopService({ id }, context) {
-      await stopService(app, principal(context), id);
-      return {};
-    },
+    updateService: (request, context) => updateService(app, principal(context), request),
+    deleteService: (request, context) => deleteService(app, principal(context), request),
+    startService: ({ id }, context) => start(app, principal(context), id),
+    stopService: ({ id }, context) => stopService(app, principal(context), id),
   } satisfies Partial<ServiceImpl<typeof EnvironmentAutomationService>>;
 }
