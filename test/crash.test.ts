@@ -1,3 +1,4 @@
+import { randomUUID } from "node:crypto";
 import { access, chmod, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -8,12 +9,13 @@ import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase } from "../gen/gitpod/v1/runner_pb.js";
 import { type BerthClient, createBerthClient } from "../src/client.ts";
 import { environmentPaths } from "../src/runner/paths.ts";
-import { isAlive, type ProcessRef } from "../src/runner/supervisor/processes.ts";
+import { bootId, isAlive, type ProcessRef } from "../src/runner/supervisor/processes.ts";
 import { liveSupervisor } from "../src/runner/supervisor/record.ts";
 import {
   createEnvironment,
   getEnvironment,
   isGone,
+  killProcessesOf,
   type Operations,
   operations,
   processesOf,
@@ -25,6 +27,7 @@ import { freePort } from "./harness/free-port.ts";
 import { type GitServer, startGitServer } from "./harness/git-server.ts";
 import { type Installation, startInstallation } from "./harness/installation.ts";
 import { type Program, startProgram } from "./harness/program.ts";
+import { codeOf } from "./harness/refusal.ts";
 import { eventually } from "./harness/wait.ts";
 
 // Everything that may die is killed without warning, each time with environments at every point of their life.
@@ -35,6 +38,7 @@ const STUBBORN = {
   command: "trap '' TERM; touch armed; while [ ! -e let-go ]; do sleep 0.1; done",
   operationId: "stubborn",
 };
+const encoder = new TextEncoder();
 // Takes long enough to erase that the erasing can be seen.
 const MANY_FILES = { command: "mkdir many && cd many && seq 3000 | xargs touch" };
 
@@ -49,6 +53,20 @@ let classes: { embedded: string; alone: string };
 
 const dataDirOf = (victim: Victim) =>
   victim.runner === "alone" ? join(folder, "runner") : join(berth.dataDir, "runner");
+
+/** Supervisors of environments, as far as they have any. */
+const supervisorsOf = (ids: readonly string[]) =>
+  ids.flatMap((id) => liveSupervisor(environmentPaths(join(folder, "runner"), id).root) ?? []);
+
+/** What is on the disk of the runner was written before the present boot. */
+async function pretendReboot(): Promise<void> {
+  const dataDir = join(folder, "runner");
+  const names = await readdir(dataDir, { recursive: true });
+  for (const name of names.filter((each) => /(^runner\.lock|state\.json|run\/exec\/\w+\.json)$/.test(each))) {
+    const text = await readFile(join(dataDir, name), "utf8");
+    await writeFile(join(dataDir, name), text.replaceAll(bootId(), randomUUID()));
+  }
+}
 
 async function startRunner(): Promise<void> {
   runner = startProgram(["runner"], runnerEnv);
@@ -109,12 +127,14 @@ interface Victim {
   name: string;
   /** Which runner the environments are on. */
   runner: "embedded" | "alone";
-  kill(): Promise<void>;
+  kill(environmentIds: readonly string[]): Promise<void>;
   restart(): Promise<void>;
   /** It keeps what was acknowledged. */
   remembers: boolean;
   /** It does the work on the host. */
   works: boolean;
+  /** Processes of environments die with it. */
+  takesProcesses: boolean;
 }
 
 async function postmaster(): Promise<number> {
@@ -132,6 +152,16 @@ const victims: Victim[] = [
     restart: () => berth.start(),
     remembers: true,
     works: true,
+    takesProcesses: false,
+  },
+  {
+    name: "the server, while its runner goes on,",
+    runner: "alone",
+    kill: () => berth.kill(),
+    restart: () => berth.start(),
+    remembers: true,
+    works: false,
+    takesProcesses: false,
   },
   {
     name: "a runner that is alone",
@@ -142,6 +172,31 @@ const victims: Victim[] = [
     restart: startRunner,
     remembers: false,
     works: true,
+    takesProcesses: false,
+  },
+  {
+    name: "every supervisor",
+    runner: "alone",
+    async kill(ids) {
+      for (const { pid } of supervisorsOf(ids)) process.kill(pid, "SIGKILL");
+    },
+    restart: async () => undefined,
+    remembers: false,
+    works: true,
+    takesProcesses: true,
+  },
+  {
+    name: "the host, which starts again,",
+    runner: "alone",
+    async kill(ids) {
+      await runner[Symbol.asyncDispose]();
+      for (const id of ids) await killProcessesOf(id);
+      await pretendReboot();
+    },
+    restart: startRunner,
+    remembers: false,
+    works: true,
+    takesProcesses: true,
   },
   {
     name: "the database",
@@ -155,11 +210,16 @@ const victims: Victim[] = [
     restart: async () => void (await eventually(isUp, "the server is ready")),
     remembers: true,
     works: false,
+    takesProcesses: false,
   },
 ];
 
-/** An environment by what is going on with it at the moment of the crash; the last three are only acknowledged. */
-type Name = "steady" | "creating" | "stopping" | "deleting" | "erasing" | "created" | "stopped" | "deleted";
+type Going = "steady" | "creating" | "starting" | "stopping" | "archiving" | "deleting" | "erasing";
+/** An environment by what is going on with it at the moment of the crash, or by what is only acknowledged. */
+type Name = Going | "created" | "stopped" | "deleted";
+
+// Environments that the runner is bringing to an end.
+const ENDING = ["stopping", "archiving", "deleting"] as const;
 
 /** Starts a command that goes on; whoever waits for it is cut off when the runner dies. */
 function goOn(ops: Operations, request: { command: string; operationId: string }): void {
@@ -167,7 +227,7 @@ function goOn(ops: Operations, request: { command: string; operationId: string }
 }
 
 describe.each(victims)("$name is killed", { timeout: 120_000 }, (victim) => {
-  const running: Name[] = ["steady", "stopping", "deleting"];
+  const running: Name[] = ["steady", "starting", ...ENDING];
   if (victim.works) running.push("erasing");
   if (victim.remembers) running.push("stopped", "deleted");
   const ids = {} as Record<Name, string>;
@@ -181,6 +241,11 @@ describe.each(victims)("$name is killed", { timeout: 120_000 }, (victim) => {
   };
   const inProject = (name: Name, file: string) => join(paths(name).workspace, "project", file);
   const id = (name: Name) => ({ environmentId: ids[name] });
+  const served = (name: Name) =>
+    eventually(async () => {
+      const found = await operations(client, ids[name]);
+      return (await found.exec({ command: "true" })).exitCode === 0 && found;
+    }, "its operations are served");
 
   // One crash at all moments at once: each environment is at another one.
   beforeAll(async () => {
@@ -189,9 +254,13 @@ describe.each(victims)("$name is killed", { timeout: 120_000 }, (victim) => {
 
     const steady = await operations(client, ids.steady);
     goOn(steady, LONG_COMMAND);
-    for (const name of ["stopping", "deleting"] as const) goOn(await operations(client, ids[name]), STUBBORN);
+    for (const ops of [steady, await operations(client, ids.starting)]) {
+      await ops.writeFile({ path: "work.txt", content: encoder.encode("precious") });
+    }
+    for (const name of ENDING) goOn(await operations(client, ids[name]), STUBBORN);
+    await client.environments.stopEnvironment(id("starting"));
     if (victim.works) expect((await (await operations(client, ids.erasing)).exec(MANY_FILES)).exitCode).toBe(0);
-    for (const name of ["stopping", "deleting"] as const) {
+    for (const name of ENDING) {
       await eventually(async () => {
         await access(inProject(name, "armed"));
         return true;
@@ -199,16 +268,20 @@ describe.each(victims)("$name is killed", { timeout: 120_000 }, (victim) => {
     }
     const processes = await eventually(async () => {
       const found = await processesOf(ids.steady);
-      return found.length === 2 && found;
+      // Git may be looking at the files for a moment.
+      const command = await readFile(`/proc/${found[1]?.pid}/cmdline`, "latin1");
+      return found.length === 2 && command.startsWith("sleep") && found;
     }, "supervisor and command run");
     before = { processes, session: (await getEnvironment(client, ids.steady)).status?.machine?.session ?? "" };
 
+    await phasesOf({ starting: EnvironmentPhase.STOPPED });
     git.holdRequests();
     await create("creating");
     await git.held();
     await client.environments.stopEnvironment(id("stopping"));
+    await client.environments.archiveEnvironment(id("archiving"));
     await client.environments.deleteEnvironment(id("deleting"));
-    for (const name of ["stopping", "deleting"] as const) {
+    for (const name of ENDING) {
       await eventually(async () => {
         const { status } = await getEnvironment(client, ids[name]);
         return status?.phase === EnvironmentPhase.STOPPING && status.machine?.phase === MachinePhase.STOPPING;
@@ -226,10 +299,11 @@ describe.each(victims)("$name is killed", { timeout: 120_000 }, (victim) => {
       await client.environments.stopEnvironment(id("stopped"));
       await client.environments.deleteEnvironment(id("deleted"));
     }
-    await victim.kill();
+    await client.environments.startEnvironment(id("starting"));
+    await victim.kill(Object.values(ids));
     // One clone goes on while nobody looks after it, the others wait.
     if (victim.remembers && victim.works) git.release();
-    expect(before.processes.filter((each) => !isAlive(each))).toEqual([]);
+    if (!victim.takesProcesses) expect(before.processes.filter((each) => !isAlive(each))).toEqual([]);
     await victim.restart();
     git.release();
   }, 120_000);
@@ -258,33 +332,53 @@ describe.each(victims)("$name is killed", { timeout: 120_000 }, (victim) => {
       await isGone(dataDirOf(victim), ids.deleted);
     });
 
-  test("a running environment goes on: same machine, same processes, same command", async () => {
-    await phasesOf({ steady: EnvironmentPhase.RUNNING });
-    const ops = await eventually(async () => {
-      const found = await operations(client, ids.steady);
-      return (await found.exec({ command: "true" })).exitCode === 0 && found;
-    }, "its operations are served");
-    expect(await processesOf(ids.steady)).toEqual(before.processes);
-    expect(liveSupervisor(paths("steady").root)?.pid).toBe(before.processes[0]?.pid);
-    expect((await getEnvironment(client, ids.steady)).status?.machine?.session).toBe(before.session);
-    const joined = ops.exec(LONG_COMMAND);
-    await eventually(async () => {
-      await ops.cancelExec({ operationId: LONG_COMMAND.operationId });
-      return (await processesOf(ids.steady)).length === 1;
-    }, "the command has ended");
-    // A command that was started anew, or lost, would say something else.
-    expect((await joined).exitCode).toBe(130);
+  test("ENV-11 mid start: it runs, with what was in it, and nothing was cloned again", async () => {
+    await phasesOf({ starting: EnvironmentPhase.RUNNING });
+    expect(await readdir(paths("starting").workspace)).toEqual(["project"]);
+    expect(await readFile(inProject("starting", "README.md"), "utf8")).toBe("hello\n");
+    const ops = await served("starting");
+    expect((await ops.exec({ command: "git status --porcelain; cat work.txt" })).stdout).toBe("?? work.txt\nprecious");
   });
 
-  test("mid stop and mid delete: it stops, it is deleted, and no process is left", async () => {
-    for (const name of ["stopping", "deleting"] as const) {
+  if (victim.takesProcesses)
+    test("a running environment runs again, with its files and without its commands", async () => {
+      await phasesOf({ steady: EnvironmentPhase.RUNNING });
+      const ops = await served("steady");
+      expect((await getEnvironment(client, ids.steady)).status?.machine?.session).toBe(before.session);
+      expect(await codeOf(ops.exec(LONG_COMMAND))).toBe("Aborted");
+      await eventually(() => before.processes.every((each) => !isAlive(each)), "what was lost has ended");
+      expect((await ops.exec({ command: "cat work.txt" })).stdout).toBe("precious");
+    });
+
+  if (!victim.takesProcesses)
+    test("a running environment goes on: same machine, same processes, same command", async () => {
+      await phasesOf({ steady: EnvironmentPhase.RUNNING });
+      const ops = await served("steady");
+      await expect.poll(() => processesOf(ids.steady), { timeout: 10_000 }).toEqual(before.processes);
+      expect(liveSupervisor(paths("steady").root)?.pid).toBe(before.processes[0]?.pid);
+      expect((await getEnvironment(client, ids.steady)).status?.machine?.session).toBe(before.session);
+      const joined = ops.exec(LONG_COMMAND);
+      await eventually(async () => {
+        await ops.cancelExec({ operationId: LONG_COMMAND.operationId });
+        return (await processesOf(ids.steady)).length === 1;
+      }, "the command has ended");
+      // A command that was started anew, or lost, would say something else.
+      expect((await joined).exitCode).toBe(130);
+    });
+
+  test("mid stop, mid archive and mid delete: it ends, no process is left, and only what is deleted has no files", async () => {
+    for (const name of ENDING) {
       await writeFile(inProject(name, "let-go"), "").catch((error: NodeJS.ErrnoException) => {
         if (error.code !== "ENOENT") throw error;
       });
     }
-    await phasesOf({ stopping: EnvironmentPhase.STOPPED, deleting: EnvironmentPhase.DELETED });
-    expect(await processesOf(ids.stopping)).toEqual([]);
-    expect(await readFile(inProject("stopping", "README.md"), "utf8")).toBe("hello\n");
+    const { STOPPED, DELETED } = EnvironmentPhase;
+    await phasesOf({ stopping: STOPPED, archiving: STOPPED, deleting: DELETED });
+    expect((await getEnvironment(client, ids.archiving)).metadata?.archivedAt).toBeDefined();
+    for (const name of ["stopping", "archiving"] as const) {
+      expect(await processesOf(ids[name])).toEqual([]);
+      expect(await readFile(inProject(name, "README.md"), "utf8")).toBe("hello\n");
+    }
     await isGone(dataDirOf(victim), ids.deleting);
   });
 

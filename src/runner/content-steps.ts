@@ -10,7 +10,14 @@ import {
   EnvironmentStatus_ContentSchema,
   EnvironmentStatusSchema,
 } from "../../gen/gitpod/v1/environment_pb.js";
-import { configureGit, contentGitStatus, gitIdentity, initializeContent, type Workspace } from "./content.ts";
+import {
+  configureGit,
+  contentGitStatus,
+  gitIdentity,
+  initializeContent,
+  type PlacedContent,
+  type Workspace,
+} from "./content.ts";
 import { ContentError } from "./git.ts";
 import { writeEnvironmentVariables } from "./machine-steps.ts";
 import type { ContentFacts } from "./record.ts";
@@ -56,23 +63,24 @@ export async function keepContent(site: EnvironmentSite, spec: EnvironmentSpec, 
     const phase = isFirst ? ContentPhase.INITIALIZING : ContentPhase.UPDATING;
     status.content = create(EnvironmentStatus_ContentSchema, { session, phase, git, contentLocationInMachine });
   });
+  let placed: PlacedContent;
   try {
-    await placeContent(site, spec, signal);
-    site.sections.end("content", LogSectionOutcome.SUCCESS);
-    return true;
+    placed = await placeContent(site, spec, signal);
   } catch (error) {
     site.sections.end("content", signal.aborted ? LogSectionOutcome.CANCELLED : LogSectionOutcome.FAILURE);
     if (signal.aborted) throw error;
     return await contentFailed(site, spec, isFirst, error);
   }
+  await contentReady(site, spec, placed.facts, placed.warnings.join("; "));
+  return true;
 }
 
-async function placeContent(site: EnvironmentSite, spec: EnvironmentSpec, signal: AbortSignal): Promise<void> {
+async function placeContent(site: EnvironmentSite, spec: EnvironmentSpec, signal: AbortSignal): Promise<PlacedContent> {
   const content = contentOf(spec);
   const workspace = workspaceOf(site, signal);
   const placed = await initializeContent(workspace, content.session, content.initializer, site.record.content);
   await configureGit(workspace, content, placed.facts);
-  await contentReady(site, spec, placed.facts, placed.warnings.join("; "));
+  return placed;
 }
 
 /** The first content that cannot be had is fatal; later the old one stays, with a warning. */
@@ -107,8 +115,8 @@ async function contentReady(
   const content = contentOf(spec);
   const git = await contentGitStatus(site.id, site.paths, userOf(site), facts);
   const folder = facts.folder || site.paths.workspace;
-  await site.supervision.client?.setWorkspaceFolder(folder);
   if (warningMessage) site.log.write(`Warning: ${warningMessage}`);
+  site.sections.end("content", LogSectionOutcome.SUCCESS);
   await site.edit((record) => {
     record.content = facts;
     record.gitIdentity = gitIdentity(content, facts);
@@ -121,6 +129,8 @@ async function contentReady(
     if (devcontainer) devcontainer.phase = DevContainerPhase.CREATING;
     if (automations) automations.phase = ContentPhase.CREATING;
   });
+  // One that does not answer is not the content's failure: the next pass replaces it, and its successor knows.
+  await site.supervision.setWorkspaceFolder(folder);
 }
 
 /** Name and address for commits can change at any time. */

@@ -98,7 +98,7 @@ async function bringUp(
   signal.throwIfAborted();
   const { limits } = classSettings(host.schema, desired.environmentClass);
   const supervisor =
-    (await adoptSupervisor(id, paths, user, site.record.supervisor)) ??
+    (await adoptSupervisor(id, paths, user, site.folder, site.record.supervisor)) ??
     (await startSupervisor(host, id, paths, user, site.folder, limits));
   site.supervision.use(supervisor);
   if (site.sections.isOpen("machine")) site.log.write("The supervisor answers");
@@ -159,7 +159,7 @@ async function environmentToken(site: EnvironmentSite, spec: EnvironmentSpec, si
 export async function adopt(site: EnvironmentSite): Promise<boolean> {
   const { user, supervisor } = site.record;
   if (!user) return false;
-  const found = await adoptSupervisor(site.id, site.paths, user, supervisor);
+  const found = await adoptSupervisor(site.id, site.paths, user, site.folder, supervisor);
   if (!found) return false;
   site.supervision.use(found);
   await site.edit((record) => {

@@ -161,19 +161,28 @@ export async function startSupervisor(
   return { process: { pid: record.pid, startTime: record.startTime, bootId: bootId() }, client };
 }
 
-/** The supervisor that an earlier runner process left, if it still answers as the one of this environment. */
+/**
+ * The supervisor that an earlier runner process left, if it still answers as the one of this environment. That process
+ * may have died before it could tell the folder.
+ */
 export async function adoptSupervisor(
   environmentId: string,
   paths: EnvironmentPaths,
   user: UnixUser,
+  workspaceFolder: string,
   recorded: RecordedProcess | undefined,
 ): Promise<Supervisor | undefined> {
   const known = recorded?.bootId === bootId() && isAlive(recorded) ? recorded : undefined;
   const found = known ?? liveSupervisor(paths.root, user.own ? user.uid : undefined);
   if (!found) return undefined;
   const client = connectSupervisor(await supervisorSocket(paths), environmentId, ownerOf(user));
-  const state = await client.health().catch(() => undefined);
-  if (state?.environmentId !== environmentId || state.pid !== found.pid) return undefined;
+  try {
+    const state = await client.health();
+    if (state.environmentId !== environmentId || state.pid !== found.pid) return undefined;
+    if (state.workspaceFolder !== workspaceFolder) await client.setWorkspaceFolder(workspaceFolder);
+  } catch {
+    return undefined;
+  }
   return { process: { pid: found.pid, startTime: found.startTime, bootId: bootId() }, client };
 }
 

@@ -43,6 +43,16 @@ export class Supervision {
     this.#supervisor = undefined;
   }
 
+  /** Tells it the folder that commands start in. One that cannot be told counts as gone, and the error is passed on. */
+  async setWorkspaceFolder(folder: string): Promise<void> {
+    try {
+      await this.client?.setWorkspaceFolder(folder);
+    } catch (error) {
+      this.drop();
+      throw error;
+    }
+  }
+
   /** It lives, and has answered lately; its state, when it was asked for, goes to `onState`. */
   async isPresent(onState: (state: SupervisorState) => void): Promise<boolean> {
     const supervisor = this.#supervisor;

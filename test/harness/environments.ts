@@ -89,7 +89,7 @@ export async function processesOf(environmentId: string): Promise<ProcessRef[]> 
 
 async function userIdOf(environmentId: string): Promise<number | undefined> {
   const lines = (await readFile("/etc/passwd", "utf8")).split("\n");
-  const fields = lines.map((line) => line.split(":")).find((each) => each[4]?.endsWith(environmentId));
+  const fields = lines.map((line) => line.split(":")).find((each) => each[4] === `berth environment ${environmentId}`);
   return fields && process.getuid?.() === 0 ? Number(fields[2]) : undefined;
 }
 
@@ -99,6 +99,13 @@ export async function supervisorOf(runnerDataDir: string, environmentId: string)
   const { supervisor } = (await readRecord({ root, record: join(root, "state.json") })) ?? {};
   if (!supervisor) throw new Error("there is no supervisor");
   return supervisor;
+}
+
+/** Kills every process of an environment without warning: those with its mark, and those of its user. */
+export async function killProcessesOf(environmentId: string): Promise<void> {
+  const uid = await userIdOf(environmentId);
+  await killEnvironmentProcesses({ environmentId });
+  if (uid !== undefined) await killEnvironmentProcesses({ environmentId, uid });
 }
 
 /** Waits until nothing of an environment is left on the host: no folder, no user, no process. */

@@ -206,6 +206,8 @@ async function scan(
   { environmentId, uid, exclude = [] }: EnvironmentSelector,
   onMember: (entry: ProcessEntry) => void = () => undefined,
 ): Promise<Scan> {
+  // Whoever asks so by mistake would end everything else on the machine.
+  if (uid === 0) throw new Error("the processes of root belong to no environment");
   const marker = `BERTH_ENVIRONMENT_ID=${environmentId}`;
   const spared = new Set(exclude);
   const since = Number.parseFloat(readFileSync("/proc/uptime", "latin1")) * TICKS_PER_SECOND - YOUNG_TICKS;
