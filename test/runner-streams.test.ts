@@ -194,3 +194,23 @@ test("a caller that does not read costs bounded memory, delays others for a mome
   await caller().writeTerminal({ terminalId, data: Buffer.from("go\n") });
   await reading;
 });
+
+test("when the runner stops, its streams end with UNAVAILABLE", async () => {
+  const terminalId = await running("yes");
+  const silent = caller().watch({})[Symbol.asyncIterator]();
+  const talking = caller().readTerminal({ terminalId })[Symbol.asyncIterator]();
+  await talking.next();
+  const ended = [
+    failure(silent.next(), Code.Unavailable),
+    failure(
+      (async () => {
+        while (!(await talking.next()).done);
+      })(),
+      Code.Unavailable,
+    ),
+  ];
+  // The supervisor takes a moment to answer the one that has nothing to say yet.
+  await caller().listTerminals({});
+  await server.close(5000);
+  await Promise.all(ended);
+});

@@ -1,6 +1,7 @@
 import { execFileSync } from "node:child_process";
 import { existsSync, readFileSync } from "node:fs";
 import { readFile, rm, stat, writeFile } from "node:fs/promises";
+import { userInfo } from "node:os";
 import { createClient } from "@connectrpc/connect";
 import { createConnectTransport } from "@connectrpc/connect-node";
 import { v7 as uuidv7 } from "uuid";
@@ -198,6 +199,38 @@ describe.concurrent("life of an environment", () => {
     await it.runner.exec(it.id, "true");
     await eventually(() => it.plane.activity.includes(it.id), "the signal");
     expect(it.plane.activity).toEqual([it.id]);
+  });
+
+  test("a terminal runs as the environment's user with its variables, counts as use, and ends with the environment", async () => {
+    await using it = await running();
+    const { plane, runner, id } = it;
+    const other = plane.create();
+    await plane.untilPhase(other, RUNNING);
+    const ops = runner.ops(other);
+    const { terminalId } = await ops.createTerminal({ env: { PS1: "" } });
+    let [text, last] = ["", ""];
+    const attached = (async () => {
+      for await (const { content } of ops.attachTerminal({ terminalId })) {
+        last = content.case ?? "";
+        if (content.case === "replay" || content.case === "data") text += Buffer.from(content.value.data).toString();
+      }
+    })();
+    await ops.writeTerminal({
+      terminalId,
+      data: Buffer.from(
+        'stty -echo; echo "$(id -un) $GITPOD_ENVIRONMENT_ID $(printenv GITPOD_API_KEY | wc -c)-$(pwd)"; sleep 300 &\n',
+      ),
+    });
+    const user = isRoot ? userName(other) : userInfo().username;
+    const shown = new RegExp(`${user} ${other} [1-9]\\d+-/.*/workspace`);
+    await eventually(() => shown.test(text), "its output");
+    await eventually(() => plane.activity.includes(other), "the signal");
+    expect(plane.activity).not.toContain(id);
+    plane.stopEnvironment(other);
+    await attached;
+    expect(last).toBe("exited");
+    await plane.untilPhase(other, STOPPED);
+    expect(await environmentProcesses({ environmentId: other })).toEqual([]);
   });
 
   test("a data folder may be deep", async () => {

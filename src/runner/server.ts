@@ -11,12 +11,12 @@ import type { HttpRequest, HttpResponse, Limits } from "../http/exchange.ts";
 import { type Listener, listen } from "../http/listener.ts";
 import { type Access, bearerToken, type Grant } from "./access.ts";
 import { answerText, CORS, LOGS_PATH, type LogServerDeps, serveLog } from "./log-server.ts";
+import { OpenStreams } from "./open-streams.ts";
 import { refuseUpgrade } from "./ports/proxy.ts";
 import { portRoute } from "./ports/route.ts";
 import { portServer } from "./ports/server.ts";
 import { connectHandler } from "./supervisor/connect-handler.ts";
 import { forwardOps } from "./supervisor/forward.ts";
-import { streamGate } from "./supervisor/gate.ts";
 import { MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES } from "./supervisor/ops.ts";
 
 /** What the port of a runner serves. */
@@ -80,39 +80,6 @@ async function judgeOperation(access: Access, token: string | undefined, environ
   }
 }
 
-/** Passes messages on until the check, made again and again, says that the stream has to end. */
-async function* whileGranted<T>(
-  messages: AsyncIterable<T>,
-  recheckMs: number,
-  mustEnd: () => Promise<boolean>,
-): AsyncIterable<T> {
-  const iterator = messages[Symbol.asyncIterator]();
-  let timer: NodeJS.Timeout | undefined;
-  const tick = () =>
-    new Promise<undefined>((resolve) => {
-      timer = setTimeout(() => resolve(undefined), recheckMs);
-    });
-  try {
-    let due = tick();
-    for (let next = iterator.next(); ; ) {
-      // A stream that always has something to say must not put off the check.
-      const result = await Promise.race([due, next]);
-      if (result === undefined) {
-        if (await mustEnd()) throw new ConnectError("the token has been withdrawn", Code.Unauthenticated);
-        due = tick();
-        continue;
-      }
-      if (result.done) return;
-      yield result.value;
-      next = iterator.next();
-    }
-  } finally {
-    clearTimeout(timer);
-    // What is still being waited for ends with the call's signal.
-    void iterator.return?.()?.catch(() => undefined);
-  }
-}
-
 /** An operation that somebody may use. */
 interface Operation {
   environmentId: string;
@@ -123,8 +90,7 @@ interface Operation {
 const operationKey = createContextKey<Operation | undefined>(undefined, { description: "operation" });
 
 /** Ends the public protocols and passes each call on to the supervisor of its environment. */
-function operations({ environments, access, recheckMs = RECHECK_MS }: ServerDeps) {
-  const counted = streamGate(LIMITS.streams);
+function operations({ environments, access }: ServerDeps, streams: OpenStreams) {
   const follow: Interceptor = (next) => async (request) => {
     const operation = request.contextValues.get(operationKey);
     if (!operation) throw new ConnectError("a valid environment access token is needed", Code.Unauthenticated);
@@ -136,8 +102,7 @@ function operations({ environments, access, recheckMs = RECHECK_MS }: ServerDeps
     const response = await next(request);
     touch();
     if (!response.stream) return response;
-    const message = whileGranted(response.message, recheckMs, () => access.isWithdrawn(token, grant));
-    return { ...response, message: counted(message) };
+    return { ...response, message: streams.pass(response.message, () => access.isWithdrawn(token, grant)) };
   };
   const implementation = forwardOps(async (context) => {
     const environmentId = context.values.get(operationKey)?.environmentId ?? "";
@@ -178,8 +143,8 @@ function metrics({ environments, connected }: ServerDeps): Registry {
 }
 
 /** Serves the operations of environments. Who may use them is decided before anything of the request is read. */
-function operationsHandler(deps: ServerDeps) {
-  const serve = operations(deps);
+function operationsHandler(deps: ServerDeps, streams: OpenStreams) {
+  const serve = operations(deps, streams);
   return async (environmentId: string, request: HttpRequest, response: HttpResponse): Promise<void> => {
     for (const [name, value] of Object.entries(CORS)) response.setHeader(name, value);
     const token = bearerToken(request.headers.authorization);
@@ -195,7 +160,8 @@ function operationsHandler(deps: ServerDeps) {
 
 /** Opens the port of the runner: logs and operations of environments, health and metrics. */
 export async function startRunnerServer(deps: ServerDeps): Promise<Listener> {
-  const serveOperation = operationsHandler(deps);
+  const streams = new OpenStreams(LIMITS.streams, deps.recheckMs ?? RECHECK_MS);
+  const serveOperation = operationsHandler(deps, streams);
   const registry = metrics(deps);
   const ports = portServer({ ...deps, domain: deps.portDomain });
   const portRouteOf = ({ headers, url = "" }: HttpRequest) =>
@@ -231,7 +197,7 @@ export async function startRunnerServer(deps: ServerDeps): Promise<Listener> {
     refuseUpgrade(socket, 404, "not found");
   };
   const failed = (error: unknown) => deps.log.error({ err: error }, "a request failed");
-  return await listen(
+  const listener = await listen(
     { host: deps.host, port: deps.port, limits: LIMITS },
     (request, response) => {
       response.on("error", () => undefined);
@@ -249,4 +215,11 @@ export async function startRunnerServer(deps: ServerDeps): Promise<Listener> {
       });
     },
   );
+  return {
+    ...listener,
+    close(withinMs) {
+      streams.endAll();
+      return listener.close(withinMs);
+    },
+  };
 }
