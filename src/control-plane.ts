@@ -7,6 +7,7 @@ import { cookieRules } from "./domain/browser.ts";
 import { checkAdminToken, firstStart } from "./first-start.ts";
 import { commandLineRoutes } from "./http/command-line.ts";
 import { loginRoutes } from "./http/login.ts";
+import { portRoutes } from "./http/ports.ts";
 import { wellKnown } from "./http/well-known.ts";
 import { openInstallation } from "./installation.ts";
 import { routes, services } from "./routes.ts";
@@ -17,6 +18,7 @@ import { addressLimit, rateLimit } from "./rpc/rate-limit.ts";
 import { validation, warmValidation } from "./rpc/validate.ts";
 import { createGuard } from "./scm/guard.ts";
 import { type Server, startServer } from "./server.ts";
+import { enterPort } from "./services/environment/tokens.ts";
 import { createSigner } from "./signing.ts";
 import { holdsMasterKey } from "./store/bootstrap.ts";
 import { EventHub } from "./store/hub.ts";
@@ -97,6 +99,7 @@ export async function startControlPlane(
         ...wellKnown(config.publicUrl, createSigner(app).publicKeys),
         ...loginRoutes(app, limitAddress),
         ...commandLineRoutes(app, limitAddress),
+        ...portRoutes(app, limitAddress, (caller, visit) => enterPort(app, caller, visit)),
       ]),
       metricsToken: config.metricsToken,
       trustedProxies: config.trustedProxies,

@@ -2,41 +2,14 @@ import { request } from "node:http";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { AdmissionLevel, EnvironmentPhase } from "../gen/gitpod/v1/environment_pb.js";
 import { portRoute, portUrl } from "../src/runner/ports/route.ts";
-import { getEnvironment, operations, reaches } from "./harness/environments.ts";
+import { getEnvironment, reaches } from "./harness/environments.ts";
 import { freePort } from "./harness/free-port.ts";
 import { startHost, type TestHost } from "./harness/host.ts";
 import { liftQuotas, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
-import { eventually } from "./harness/wait.ts";
+import { admitPort, runningEnvironment, servePort } from "./harness/ports.ts";
 
 const { EVERYONE, ORGANIZATION, CREATOR_ONLY, UNSPECIFIED } = AdmissionLevel;
 const TIMEOUT_MS = 90_000;
-
-// Says what it is asked, sends people around, and echoes what comes through a WebSocket.
-const SERVICE = `
-  const { createServer } = require("node:http");
-  const { createHash } = require("node:crypto");
-  const server = createServer((request, response) => {
-    if (request.url === "/moved") return response.writeHead(302, { location: "/there", "set-cookie": "a=b; Path=/" }).end();
-    let body = "";
-    request.on("data", (chunk) => (body += chunk)).on("end", () => {
-      response.setHeader("content-type", "application/json");
-      response.end(JSON.stringify({ who: process.argv[2], method: request.method, url: request.url, headers: request.headers, body }));
-    });
-  });
-  server.on("upgrade", (request, socket) => {
-    const accept = createHash("sha1").update(request.headers["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest("base64");
-    socket.write("HTTP/1.1 101 Switching Protocols\\r\\nUpgrade: websocket\\r\\nConnection: Upgrade\\r\\nSec-WebSocket-Accept: " + accept + "\\r\\n\\r\\n");
-    socket.on("error", () => {});
-    socket.on("data", (frame) => {
-      const length = frame[1] & 127;
-      if ((frame[0] & 15) !== 1) return socket.end();
-      const mask = frame.subarray(2, 6);
-      const text = Buffer.from(frame.subarray(6, 6 + length).map((byte, index) => byte ^ mask[index % 4]));
-      socket.write(Buffer.concat([Buffer.from([0x81, text.length]), text]));
-    });
-  });
-  server.listen(Number(process.argv[1]), "127.0.0.1");
-`;
 
 let plane: TestPlane;
 let host: TestHost;
@@ -51,7 +24,7 @@ beforeAll(async () => {
   host = await startHost(plane);
   [creator, member] = [await plane.addUser(), await plane.addUser()];
   [id, port] = [await running(creator), await freePort()];
-  await serve(creator, id, port, "first");
+  await servePort(creator, id, port, "first");
 }, TIMEOUT_MS);
 
 afterAll(async () => {
@@ -59,34 +32,9 @@ afterAll(async () => {
   await plane[Symbol.asyncDispose]();
 }, TIMEOUT_MS);
 
-async function running(user: TestUser): Promise<string> {
-  const { environment } = await user.client.environments.createEnvironment({
-    spec: { machine: { class: host.classId } },
-  });
-  return (await reaches(user.client, environment?.id ?? "", EnvironmentPhase.RUNNING)).id;
-}
-
-/** Starts the service inside an environment; resolves when it listens. */
-async function serve(user: TestUser, environmentId: string, number: number, name: string): Promise<void> {
-  const ops = await operations(user.client, environmentId);
-  const script = Buffer.from(SERVICE).toString("base64");
-  const run = `eval(Buffer.from("${script}", "base64").toString())`;
-  const command = `setsid '${process.execPath}' -e '${run}' ${number} ${name} >/dev/null 2>&1 &`;
-  expect((await ops.exec({ command })).exitCode).toBe(0);
-  await eventually(async () => (await fetch(`http://127.0.0.1:${number}/`)).ok, "the service answers");
-}
-
-/** Sets the admission of a port and resolves with its URL once the runner has heard of it. */
-async function admit(admission: AdmissionLevel, environmentId = id, number = port): Promise<string> {
-  const ports = [{ port: number, name: "web", admission }];
-  await creator.client.environments.updateEnvironment({ environmentId, spec: { ports } });
-  return eventually(async () => {
-    const { spec, status } = await getEnvironment(creator.client, environmentId);
-    if (status?.runnerAck?.specVersion !== spec?.specVersion) return undefined;
-    return status?.environmentUrls?.ports.find((each) => each.port === number)?.url ?? "closed";
-  }, "the runner knows the port");
-}
-
+const running = (user: TestUser) => runningEnvironment(user, host.classId);
+const admit = (admission: AdmissionLevel, environmentId = id, number = port) =>
+  admitPort(creator, environmentId, number, admission);
 const tokenFor = async (user: TestUser, environmentId = id, number = port) =>
   (await user.client.environments.createPortAccessToken({ environmentId, port: number })).accessToken;
 const bearer = (token: string) => ({ headers: { authorization: `Bearer ${token}` }, redirect: "manual" as const });
@@ -169,7 +117,9 @@ describe("browsers", () => {
       const cookie = back.headers.get("set-cookie") ?? "";
       expect(cookie).toContain(`Path=${new URL(url).pathname}`);
       expect(cookie).toMatch(/HttpOnly; SameSite=Lax$/);
-      const answer = await fetch(url, { headers: { cookie: `theirs=1; ${cookie.split(";")[0]}` } });
+      const answer = await fetch(url, {
+        headers: { cookie: `theirs=1; berth_session=x; __Host-berth_session=x; ${cookie.split(";")[0]}` },
+      });
       const { headers } = (await answer.json()) as { headers: Record<string, string> };
       // The service sees its own cookies only.
       expect(headers.cookie).toBe("theirs=1");
@@ -187,6 +137,14 @@ describe("browsers", () => {
     const token = await tokenFor(creator);
     const answer = await raw(`${new URL(url).pathname}/./%2e//evil.example/?berth_port_token=${token}`);
     expect(answer.headers.location).toMatch(new RegExp(`^${new URL(url).pathname.slice(0, -1)}/[^/]`));
+  });
+
+  test("a target that would be another host's, or none at all, is a path of the service like any other", async () => {
+    const url = await admit(EVERYONE);
+    for (const path of ["//[", "//evil.example/x", "//?berth_port_token", "/%zz"]) {
+      const answer = await raw(`${new URL(url).pathname.slice(0, -1)}${path}`);
+      expect([path, answer.status]).toEqual([path, 200]);
+    }
   });
 
   test("redirects and cookies of a service stay below its prefix", async () => {
@@ -242,7 +200,7 @@ describe("connections", () => {
     const url = await admit(EVERYONE, other, port);
     const answer = await fetch(url);
     expect([answer.status, await answer.text()]).toEqual([502, "nothing of this environment listens on the port\n"]);
-    await serve(creator, other, await freePort(), "second");
+    await servePort(creator, other, await freePort(), "second");
     expect(await statusOf(url)).toBe(502);
   });
 

@@ -26,6 +26,9 @@ export function cookieRules(publicUrl: string): CookieRules {
   return { secure, session: `${prefix}berth_session`, flow: `${prefix}berth_oidc` };
 }
 
+/** Whether a cookie is for this server alone, though browsers send it to every port of the host. */
+export const isOwnCookie = (name: string): boolean => /^(__Host-)?berth_(session|oidc)$/.test(name);
+
 /** The value of a cookie in a request header; undefined if it is not there. */
 export function cookieValue(header: string | null | undefined, name: string): string | undefined {
   for (const pair of (header ?? "").split(";")) {

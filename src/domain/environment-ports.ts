@@ -30,3 +30,42 @@ export const admits = (
   creatorId: string | undefined,
   memberId: string,
 ) => OPEN_TO_MEMBERS.has(port.admission) || memberId === creatorId;
+
+/** What somebody with a browser wants to see. */
+export interface PortVisit {
+  environmentId: string;
+  port: number;
+  /** The full address of it. */
+  returnTo: string;
+}
+
+/** Query parameter with which a browser comes back from signing in. */
+export const PORT_TOKEN_PARAMETER = "berth_port_token";
+
+/**
+ * The query of an address without tokens for ports, `?` included. The rest stays as it is written, which services may
+ * make a difference of.
+ */
+export function withoutPortToken(search: string): string {
+  const pairs = search.slice(1).split("&");
+  const rest = pairs.filter((pair) => !new URLSearchParams(pair).has(PORT_TOKEN_PARAMETER)).join("&");
+  return rest && `?${rest}`;
+}
+
+/** The address at its port with a token, instead of any that it has. */
+export function withPortToken({ origin, pathname, search }: URL, token: string): string {
+  const rest = withoutPortToken(search);
+  return `${origin}${pathname}${rest ? `${rest}&` : "?"}${PORT_TOKEN_PARAMETER}=${token}`;
+}
+
+/**
+ * An address that somebody gave, if it lies at a port's own: ports can share host and port with each other and with all
+ * else that their runner serves.
+ */
+export function addressBelow(portUrl: string, address: string): URL | undefined {
+  const [port, target] = [URL.parse(portUrl), URL.parse(address)];
+  // Browsers read a backslash as a slash, and drop control characters.
+  if (!port || !target || /[\\\p{Cc}]/u.test(address) || target.username || target.password) return undefined;
+  const isThere = target.origin === port.origin && target.pathname.startsWith(port.pathname.replace(/\/?$/, "/"));
+  return isThere && /^https?:$/.test(target.protocol) ? target : undefined;
+}

@@ -1,4 +1,5 @@
 const MAX_REDIRECTS = 10;
+const PAGE = { accept: "text/html,*/*" };
 
 /** What a browser shows. */
 export interface Page {
@@ -11,20 +12,26 @@ export interface Page {
   redirects: string[];
 }
 
-/** A browser without scripts: it follows redirects and keeps cookies, each for the host and port that set it. */
+interface Cookie {
+  name: string;
+  value: string;
+  path: string;
+}
+
+/** A browser without scripts: it follows redirects and keeps cookies, each for the host, port and path that it was set for. */
 export class Browser {
-  readonly #jar = new Map<string, Map<string, string>>();
+  readonly #jar = new Map<string, Cookie[]>();
   /** `Set-Cookie` headers in the order in which they came. */
   readonly setCookies: string[] = [];
 
-  /** Value of a cookie of the host of a URL. */
+  /** Value of a cookie that is sent to a URL. */
   cookie(url: string, name: string): string | undefined {
-    return this.#jar.get(new URL(url).host)?.get(name);
+    return this.#sentTo(url).find((cookie) => cookie.name === name)?.value;
   }
 
   /** Opens an address as one that is typed in or followed; `stopAt` is a redirect that is not followed. */
   visit(url: string, options: { stopAt?: (url: string) => boolean } = {}): Promise<Page> {
-    return this.#go(url, { method: "GET" }, options.stopAt);
+    return this.#go(url, { method: "GET", headers: PAGE }, options.stopAt);
   }
 
   /** Sends a form of a page at `origin`, by default that of the address itself. */
@@ -49,7 +56,7 @@ export class Browser {
 
   async #go(url: string, init: RequestInit, stopAt?: (url: string) => boolean): Promise<Page> {
     const redirects: string[] = [];
-    for (let at = url, sent = init; redirects.length <= MAX_REDIRECTS; sent = { method: "GET" }) {
+    for (let at = url, sent = init; redirects.length <= MAX_REDIRECTS; sent = { method: "GET", headers: PAGE }) {
       const response = await fetch(at, {
         ...sent,
         redirect: "manual",
@@ -67,20 +74,25 @@ export class Browser {
     throw new Error(`${url} redirects without end: ${redirects.join(" ")}`);
   }
 
+  #sentTo(url: string): Cookie[] {
+    const { host, pathname } = new URL(url);
+    const isBelow = (path: string) => pathname === path || pathname.startsWith(path.replace(/\/?$/, "/"));
+    return (this.#jar.get(host) ?? []).filter(({ path }) => isBelow(path));
+  }
+
   #cookies(url: string): Record<string, string> {
-    const cookies = [...(this.#jar.get(new URL(url).host) ?? [])].map(([name, value]) => `${name}=${value}`);
+    const cookies = this.#sentTo(url).map(({ name, value }) => `${name}=${value}`);
     return cookies.length ? { cookie: cookies.join("; ") } : {};
   }
 
   #keep(url: string, headers: readonly string[]): void {
     const { host } = new URL(url);
-    const jar = this.#jar.get(host) ?? new Map<string, string>();
-    this.#jar.set(host, jar);
     for (const header of headers) {
       this.setCookies.push(header);
       const [, name = "", value = ""] = /^([^=]+)=([^;]*)/.exec(header) ?? [];
-      if (/;\s*max-age=0/i.test(header)) jar.delete(name);
-      else jar.set(name, value);
+      const path = /;\s*path=([^;]*)/i.exec(header)?.[1] ?? "/";
+      const others = (this.#jar.get(host) ?? []).filter((each) => each.name !== name || each.path !== path);
+      this.#jar.set(host, /;\s*max-age=0/i.test(header) ? others : [...others, { name, value, path }]);
     }
   }
 }

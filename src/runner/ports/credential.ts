@@ -1,9 +1,9 @@
 import type { IncomingHttpHeaders } from "node:http";
+import { isOwnCookie } from "../../domain/browser.ts";
+import { PORT_TOKEN_PARAMETER, withoutPortToken } from "../../domain/environment-ports.ts";
 import { tokenKind } from "../../domain/tokens.ts";
 import { bearerToken } from "../access.ts";
 
-/** Query parameter with which a browser comes back from signing in. */
-export const TOKEN_PARAMETER = "berth_port_token";
 const COOKIE = "berth_port";
 const COOKIE_SECONDS = 3600;
 
@@ -20,12 +20,15 @@ function cookies(header: string | undefined): [name: string, value: string][] {
   });
 }
 
+// Put together, since a target that begins with two slashes is no address of its own.
+const addressOf = (target: string) => new URL(`http://port${target}`);
+
 /**
  * The credential for the port itself. A bearer token that is none of ours is the service's business, and so is every
  * cookie but one.
  */
 export function presented(headers: IncomingHttpHeaders, target: string): Presented | undefined {
-  const query = new URL(target, "http://port").searchParams.get(TOKEN_PARAMETER);
+  const query = addressOf(target).searchParams.get(PORT_TOKEN_PARAMETER);
   if (query) return { token: query, by: "query" };
   const bearer = bearerToken(headers.authorization);
   if (bearer && tokenKind(bearer)) return { token: bearer, by: "header" };
@@ -33,10 +36,10 @@ export function presented(headers: IncomingHttpHeaders, target: string): Present
   return cookie ? { token: cookie, by: "cookie" } : undefined;
 }
 
-/** Headers without what only the runner may see. */
+/** Headers without what only the runner may see, nor the control plane's cookies, which come along on a shared host. */
 export function withoutCredential(headers: IncomingHttpHeaders): IncomingHttpHeaders {
   const { authorization, cookie, ...rest } = headers;
-  const others = cookies(cookie).filter(([name]) => name !== COOKIE);
+  const others = cookies(cookie).filter(([name]) => name !== COOKIE && !isOwnCookie(name));
   const bearer = bearerToken(authorization);
   return {
     ...rest,
@@ -47,10 +50,9 @@ export function withoutCredential(headers: IncomingHttpHeaders): IncomingHttpHea
 
 /** The target without the parameter that brought the token. */
 export function withoutToken(target: string): string {
-  const url = new URL(target, "http://port");
-  url.searchParams.delete(TOKEN_PARAMETER);
+  const { pathname, search } = addressOf(target);
   // Two slashes at the front would lead to another host.
-  return url.pathname.replace(/^\/{2,}/, "/") + url.search;
+  return pathname.replace(/^\/{2,}/, "/") + withoutPortToken(search);
 }
 
 /** Keeps the token in the browser, for this port only. */

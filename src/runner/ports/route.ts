@@ -18,13 +18,15 @@ export function portUrl(publicUrl: string, domain: string | undefined, environme
   return `https://${port}--${environmentId}.${domain}`;
 }
 
+const rooted = (target: string) => (target.startsWith("/") ? target : `/${target}`);
+
 /** What a request is for, told by its host if there is a domain for ports, else by its path; undefined if no port. */
 export function portRoute(host: string, url: string, domain: string | undefined): PortRoute | undefined {
   const name = host.replace(/:\d+$/, "").toLowerCase();
   const label = domain && name.endsWith(`.${domain}`) ? name.slice(0, -domain.length - 1) : undefined;
   const [, ownPort, ownId] = LABEL.exec(label ?? "") ?? [];
-  if (ownPort && ownId) return { environmentId: ownId, port: Number(ownPort), prefix: "", target: url };
+  if (ownPort && ownId) return { environmentId: ownId, port: Number(ownPort), prefix: "", target: rooted(url) };
   const [, prefix, environmentId, port, rest = ""] = PATH.exec(url) ?? [];
   if (!prefix || !environmentId) return undefined;
-  return { environmentId, port: Number(port), prefix, target: rest.startsWith("/") ? rest : `/${rest}` };
+  return { environmentId, port: Number(port), prefix, target: rooted(rest) };
 }

@@ -141,9 +141,18 @@ export function portServer(deps: PortDeps) {
   }
 
   /** A person in front of a browser is sent to sign in and comes back with a token; for programs it is an error. */
-  function refuse(route: PortRoute, request: HttpRequest, response: HttpResponse, refused: Refused): void {
+  function refuse(
+    route: PortRoute,
+    request: HttpRequest,
+    response: HttpResponse,
+    refused: Refused,
+    by?: Presented["by"],
+  ): void {
     const isPerson = request.method === "GET" && String(request.headers.accept ?? "").includes("text/html");
-    if (refused === SIGN_IN && isPerson) {
+    // A cookie may be older than the port's admission. A token from there that is refused would be so again, and again.
+    const mayHelp =
+      by === "cookie" ? refused === SIGN_IN || refused === FOREIGN : refused === SIGN_IN && by !== "query";
+    if (isPerson && mayHelp) {
       const { url } = addressOf(route);
       const target = withoutToken(route.target);
       const query = new URLSearchParams({ environment_id: route.environmentId, port: String(route.port) });
@@ -178,11 +187,11 @@ export function portServer(deps: PortDeps) {
       if (credential?.by === "query") {
         const port = portOf(route);
         const refused = isRefused(port) ? port : await judge(route, port, credential);
-        if (refused && isRefused(refused)) return refuse(route, request, response, refused);
+        if (refused && isRefused(refused)) return refuse(route, request, response, refused, "query");
         return keep(route, credential.token, response);
       }
       const passage = await pass(route, credential);
-      if (isRefused(passage)) return refuse(route, request, response, passage);
+      if (isRefused(passage)) return refuse(route, request, response, passage, credential?.by);
       const refused = await whileOpen(route.environmentId, passage, (signal) =>
         proxyRequest(request, response, passage.upstream, signal, () => refuse(route, request, response, NO_ANSWER)),
       );

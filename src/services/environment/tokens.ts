@@ -2,8 +2,8 @@ import { EnvironmentPhase, type EnvironmentSpec_EnvironmentPort } from "../../..
 import { ResourceType } from "../../../gen/gitpod/v1/event_pb.js";
 import type { OrganizationPolicies } from "../../../gen/gitpod/v1/organization_pb.js";
 import { type App, actorOf, newTokenText, transact } from "../../app.ts";
-import { admits, portOf } from "../../domain/environment-ports.ts";
-import { denied, notFound, precondition } from "../../domain/errors.ts";
+import { addressBelow, admits, type PortVisit, portOf, withPortToken } from "../../domain/environment-ports.ts";
+import { denied, invalid, notFound, precondition } from "../../domain/errors.ts";
 import { policyRefusal } from "../../domain/policies.ts";
 import type { Caller } from "../../domain/principal.ts";
 import { TokenKind } from "../../domain/tokens.ts";
@@ -88,19 +88,45 @@ async function findDoor(sql: Sql | Tx, caller: Caller, environmentId: string, nu
 const isGone = ({ status }: StoredEnvironment) =>
   status.phase === EnvironmentPhase.DELETING || status.phase === EnvironmentPhase.DELETED;
 
+/** A port that admits the caller, refused otherwise. */
+async function openDoor(tx: Tx, caller: Caller, id: string, number: number) {
+  const { stored, port, admitted, policies } = await findDoor(tx, caller, id, number);
+  if (!port) throw precondition(`the environment does not list port ${number}`);
+  if (!admitted) throw denied("the port does not admit you");
+  if (policies.portSharingDisabled) {
+    const message = "sharing ports is switched off in this organization";
+    throw policyRefusal("failed_precondition", "port_sharing_disabled", message);
+  }
+  if (isGone(stored)) throw precondition("the environment is deleted or being deleted");
+  return { stored, port };
+}
+
+function mintForPort(app: App, tx: Tx, caller: Caller, { stored, port }: Awaited<ReturnType<typeof openDoor>>) {
+  const token = { kind: TokenKind.PORT_ACCESS, port: port.port, authNonce: port.authNonce };
+  return mint(app, tx, caller, stored, token, `Access token for port ${port.port}`);
+}
+
 /** CreatePortAccessToken: opens one port for whom it admits. */
 export async function issuePortToken(app: App, caller: Caller, id: string, number: number): Promise<string> {
+  return transact(app, async (tx) => mintForPort(app, tx, caller, await openDoor(tx, caller, id, number)));
+}
+
+/**
+ * As CreatePortAccessToken, for a browser: where to send it with the token. FAILED_PRECONDITION while the environment does
+ * not run, INVALID_ARGUMENT for an address that is not the port's.
+ */
+export async function enterPort(
+  app: App,
+  caller: Caller,
+  { environmentId, port, returnTo }: PortVisit,
+): Promise<string> {
   return transact(app, async (tx) => {
-    const { stored, port, admitted, policies } = await findDoor(tx, caller, id, number);
-    if (!port) throw precondition(`the environment does not list port ${number}`);
-    if (!admitted) throw denied("the port does not admit you");
-    if (policies.portSharingDisabled) {
-      const message = "sharing ports is switched off in this organization";
-      throw policyRefusal("failed_precondition", "port_sharing_disabled", message);
-    }
-    if (isGone(stored)) throw precondition("the environment is deleted or being deleted");
-    const token = { kind: TokenKind.PORT_ACCESS, port: number, authNonce: port.authNonce };
-    return mint(app, tx, caller, stored, token, `Access token for port ${number}`);
+    const door = await openDoor(tx, caller, environmentId, port);
+    const url = door.stored.status.environmentUrls?.ports.find((each) => each.port === port)?.url;
+    if (!url) throw precondition("the environment is not running");
+    const address = addressBelow(url, returnTo);
+    if (!address) throw invalid({ field: "return_to", message: "is no address of the port" });
+    return withPortToken(address, await mintForPort(app, tx, caller, door));
   });
 }
 
