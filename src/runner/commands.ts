@@ -46,6 +46,9 @@ export function commandPath(): string {
   return [...new Set([...SYSTEM_PATH.split(":"), ...usable])].join(":");
 }
 
+/** A text as one word of a shell. */
+export const shellQuoted = (text: string): string => `'${text.replaceAll("'", "'\\''")}'`;
+
 function collect(
   stream: NodeJS.ReadableStream | null,
   limit: number,

@@ -6,7 +6,6 @@ import {
   type EnvironmentSpec,
   EnvironmentSpec_AutomationsFileSchema,
   EnvironmentSpec_ContentSchema,
-  EnvironmentSpec_DevContainerSchema,
   EnvironmentStatus_ContentSchema,
   EnvironmentStatusSchema,
 } from "../../gen/gitpod/v1/environment_pb.js";
@@ -18,20 +17,17 @@ import {
   type PlacedContent,
   type Workspace,
 } from "./content.ts";
+import { devContainerOf, endCommands, keepDevContainer } from "./devcontainer-steps.ts";
 import { ContentError } from "./git.ts";
-import { writeEnvironmentVariables } from "./machine-steps.ts";
 import type { ContentFacts } from "./record.ts";
-import { automationsFile, devContainerHash, hostDevContainer } from "./repository-files.ts";
+import { automationsFile, devContainerHash } from "./repository-files.ts";
 import { gitHelpers } from "./secrets/git-helper.ts";
 import { type EnvironmentSite, textOf, userOf } from "./site.ts";
-import { isReady, setUnserved, variablesMark } from "./status.ts";
+import { isReady, setUnserved } from "./status.ts";
 
 // Steps that put the content of an environment in place and apply what its files ask for.
 
-const MAX_VARIABLES_CHARACTERS = 64 * 1024;
-
 const contentOf = (spec: EnvironmentSpec) => spec.content ?? create(EnvironmentSpec_ContentSchema);
-const devContainerOf = (spec: EnvironmentSpec) => spec.devcontainer ?? create(EnvironmentSpec_DevContainerSchema);
 const automationsOf = (spec: EnvironmentSpec) => spec.automationsFile ?? create(EnvironmentSpec_AutomationsFileSchema);
 
 function workspaceOf(site: EnvironmentSite, signal: AbortSignal): Workspace {
@@ -57,6 +53,7 @@ export async function keepContent(site: EnvironmentSite, spec: EnvironmentSpec, 
   }
   if (reported?.session === session && reported.phase === ContentPhase.FAILED) return false;
   const isFirst = site.record.content.session === "";
+  await endCommands(site);
   site.sections.open("content");
   await site.edit(({ status }) => {
     const { git, contentLocationInMachine = "" } = status.content ?? {};
@@ -152,17 +149,14 @@ export async function keepRepositoryFiles(
   spec: EnvironmentSpec,
   signal: AbortSignal,
 ): Promise<void> {
-  const container = needsDevContainer(site, spec) ? await devContainer(site, spec) : undefined;
+  const container = await keepDevContainer(site, spec);
   const file = needsAutomationsFile(site, spec)
     ? await automationsFile({ folder: site.folder, user: userOf(site) }, automationsOf(spec))
     : undefined;
   signal.throwIfAborted();
   if (file?.failureMessage) site.log.write(`Automations: ${file.failureMessage}`);
   const next = clone(EnvironmentStatusSchema, site.status);
-  if (container) {
-    const secretsInSync = variablesMark(spec) === site.record.secretVariables;
-    next.devcontainer = { ...container.status, secretsInSync };
-  }
+  if (container) next.devcontainer = container.status;
   if (file) next.automationsFile = file;
   setUnserved(next, spec);
   const passes = !site.passed && isReady(next, spec);
@@ -174,37 +168,17 @@ export async function keepRepositoryFiles(
   }
   await site.edit((record) => {
     record.status = next;
-    if (container) record.devcontainerHash = container.hash;
+    if (container) {
+      record.devcontainerHash = container.hash;
+      record.lifecycle = container.lifecycle;
+    }
     if (passes) record.gatesPassedSession = spec.machine?.session ?? "";
   });
-}
-
-function needsDevContainer({ status: { devcontainer } }: EnvironmentSite, spec: EnvironmentSpec): boolean {
-  if (devcontainer?.session !== devContainerOf(spec).session) return true;
-  return devcontainer.phase !== DevContainerPhase.RUNNING && devcontainer.phase !== DevContainerPhase.FAILED;
 }
 
 function needsAutomationsFile({ status: { automationsFile: file } }: EnvironmentSite, spec: EnvironmentSpec): boolean {
   if (file?.session !== automationsOf(spec).session) return true;
   return file.phase !== ContentPhase.READY && file.phase !== ContentPhase.FAILED;
-}
-
-/** Applies the dev container: its variables go to every process that starts from now on. */
-async function devContainer(site: EnvironmentSite, spec: EnvironmentSpec) {
-  const user = userOf(site);
-  site.sections.open("devcontainer");
-  const mode = site.host.config.hostDevcontainer;
-  const container = await hostDevContainer({ folder: site.folder, user }, devContainerOf(spec), mode);
-  const text = JSON.stringify(container.variables);
-  const variables = text.length <= MAX_VARIABLES_CHARACTERS ? container.variables : {};
-  if (JSON.stringify(variables) !== JSON.stringify(site.record.variables)) {
-    site.record.variables = variables;
-    await writeEnvironmentVariables(site, user, site.record.token?.text ?? "");
-  }
-  const { failureMessage, warningMessage } = container.status;
-  if (failureMessage || warningMessage) site.log.write(failureMessage || `Warning: ${warningMessage}`);
-  site.sections.end("devcontainer", failureMessage ? LogSectionOutcome.FAILURE : LogSectionOutcome.SUCCESS);
-  return container;
 }
 
 /** Looks at what people change: the git status, and whether the dev container file is the one in use; true if news. */

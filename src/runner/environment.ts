@@ -113,7 +113,13 @@ export class ManagedEnvironment {
     this.id = id;
     this.#host = host;
     this.#events = events;
-    this.#site = new EnvironmentSite(host, id, record, () => this.publish());
+    this.#site = new EnvironmentSite(
+      host,
+      id,
+      record,
+      () => this.publish(),
+      () => this.wake(),
+    );
     this.automations = relayFor(host, id, events.automations);
     this.#mayRun = this.#site.machinePhase !== MachinePhase.STOPPED;
     this.log.live = record !== undefined && this.#mayRun;
@@ -217,6 +223,7 @@ export class ManagedEnvironment {
     this.#pass?.controller.abort(new Error("the runner stops"));
     this.#wake?.();
     await this.#ended;
+    this.#site.letGo();
   }
 
   async #work(): Promise<void> {

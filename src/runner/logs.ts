@@ -147,7 +147,7 @@ export class EnvironmentLog {
 }
 
 /** Parts of the log in the order in which they come. */
-export type SectionName = "machine" | "secrets" | "content" | "devcontainer" | "automations" | "system";
+export type SectionName = "machine" | "secrets" | "content" | "dotfiles" | "devcontainer" | "automations" | "system";
 
 /** Opens and ends sections; which ones are open is kept in the environment's record. */
 export class LogSections {

@@ -1,5 +1,6 @@
 import { create, fromJson, type JsonValue, toJson } from "@bufbuild/protobuf";
 import { type EnvironmentStatus, EnvironmentStatusSchema } from "../../gen/gitpod/v1/environment_pb.js";
+import type { LifecycleCommand, StepOutcome } from "./devcontainer/lifecycle.ts";
 import { exists, readSmall, writeAtomically } from "./files.ts";
 import type { EnvironmentPaths } from "./paths.ts";
 import type { Delivery } from "./secrets/plan.ts";
@@ -42,6 +43,14 @@ export interface DeliveredSecret {
   contentSession?: string;
 }
 
+/** What has been run of the dev container, so that nothing is run twice. */
+export interface LifecycleFacts {
+  /** Steps that have ended or were left out. */
+  ended: StepOutcome[];
+  /** Commands that still have to run, and that nobody waits for. */
+  attach: LifecycleCommand[];
+}
+
 /** A section of the log that has not ended. */
 export interface OpenSection {
   id: string;
@@ -66,6 +75,7 @@ export interface EnvironmentRecord {
   devcontainerHash: string;
   /** Variables that the dev container adds. */
   variables: Record<string, string>;
+  lifecycle: LifecycleFacts;
   secrets: DeliveredSecret[];
   /** Secrets in variables with which the environment has started, as one text. */
   secretVariables: string;
@@ -83,6 +93,7 @@ export function newRecord(): EnvironmentRecord {
     gitIdentity: "",
     devcontainerHash: "",
     variables: {},
+    lifecycle: { ended: [], attach: [] },
     secrets: [],
     secretVariables: "",
   };

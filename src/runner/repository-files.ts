@@ -14,6 +14,8 @@ import {
   EnvironmentStatus_DevContainerSchema,
 } from "../../gen/gitpod/v1/environment_pb.js";
 import { runCommand } from "./commands.ts";
+import { LIFECYCLE_COMMANDS, type Lifecycle, lifecycleOf, NO_LIFECYCLE, withFolder } from "./devcontainer/lifecycle.ts";
+import type { Run } from "./devcontainer/run.ts";
 import { parseJsonc } from "./jsonc.ts";
 import { commandUser } from "./machine.ts";
 import type { UnixUser } from "./users.ts";
@@ -42,14 +44,6 @@ for each in .devcontainer/*/devcontainer.json; do
   if [ -f "$each" ]; then printf '%s\\n' "$each"; exec head -c "$limit" -- "$each"; fi
 done
 exit ${NONE}`;
-const LIFECYCLE = [
-  "initializeCommand",
-  "onCreateCommand",
-  "updateContentCommand",
-  "postCreateCommand",
-  "postStartCommand",
-  "postAttachCommand",
-];
 
 interface FoundFile {
   path: string;
@@ -83,8 +77,16 @@ function inside(path: string): string | undefined {
 const isRecord = (value: unknown): value is Record<string, unknown> => typeof value === "object" && value !== null;
 const isVariable = (entry: [string, unknown]): entry is [string, string] =>
   /^[A-Za-z_][A-Za-z0-9_]*$/.test(entry[0]) && typeof entry[1] === "string" && !/\$\{|\0/.test(entry[1]);
-const literals = (value: unknown) =>
-  isRecord(value) ? Object.fromEntries(Object.entries(value).filter(isVariable)) : {};
+
+/** Variables that need nothing but the checkout to be filled in. */
+function literals(value: unknown, folder: string): Record<string, string> {
+  if (!isRecord(value)) return {};
+  const filled = Object.entries(value).map(([name, text]): [string, unknown] => [
+    name,
+    typeof text === "string" ? withFolder(text, folder) : text,
+  ]);
+  return Object.fromEntries(filled.filter(isVariable));
+}
 
 /** What a dev container means on a host without a container engine. */
 export interface HostDevContainer {
@@ -93,6 +95,16 @@ export interface HostDevContainer {
   hash: string;
   /** Variables of `containerEnv` and `remoteEnv` that need no substitution. */
   variables: Record<string, string>;
+  /** What it asks to be run here. */
+  lifecycle: Lifecycle;
+}
+
+/** A dev container that is being applied: what the file said, and the commands at work. */
+export interface Application {
+  /** Sessions that it is for. */
+  key: string;
+  container: HostDevContainer;
+  run: Run;
 }
 
 const hashOf = (file: FoundFile | undefined) => (file ? createHash("sha256").update(file.text).digest("hex") : "");
@@ -122,24 +134,18 @@ function parse(file: FoundFile | undefined): Record<string, unknown> {
   throw new Error(`${file.path} is not a JSON object`);
 }
 
-function hostWarnings(
-  content: Record<string, unknown>,
-  spec: EnvironmentSpec_DevContainer,
-  skipsCommands: boolean,
-): string {
-  const declared = LIFECYCLE.filter((name) => content[name] !== undefined);
-  const lifecycle = skipsCommands ? "are skipped by configuration" : "are not run by this runner version";
+function hostWarnings(content: Record<string, unknown>, skipsCommands: boolean): string {
+  const skipped = skipsCommands ? LIFECYCLE_COMMANDS.filter((name) => content[name] !== undefined) : [];
   const warnings = [
     "no container engine: image and features of the dev container are ignored and commands run on the host",
-    declared.length > 0 ? `${declared.join(", ")} ${lifecycle}` : "",
-    spec.dotfiles?.repository ? "dotfiles are not installed by this runner version" : "",
+    skipped.length > 0 ? `commands skipped by configuration: ${skipped.join(", ")}` : "",
   ];
   return warnings.filter(Boolean).join("; ");
 }
 
 /**
  * The dev container of a checkout on this host: found, its variables applied, its image and features left out. FAILED
- * if the named file is missing or unreadable, or if the operator wants no dev container without an engine.
+ * if the named file is missing or unreadable, if one of its commands cannot be run, or if the operator wants no dev container without an engine.
  */
 export async function hostDevContainer(
   checkout: Checkout,
@@ -162,16 +168,19 @@ export async function hostDevContainer(
     status: { ...status, phase: DevContainerPhase.FAILED, failureMessage },
     hash: hashOf(file),
     variables: {},
+    lifecycle: NO_LIFECYCLE,
   });
   if (specified && !file) return failed(`dev container file ${specified.slice(0, 200)} not found`);
   if (file && mode === "fail") return failed("dev containers need a container engine on this runner");
   try {
     const content = parse(file);
-    const warningMessage = hostWarnings(content, spec, mode === "skip");
+    const { folder } = checkout;
+    const warningMessage = hostWarnings(content, mode === "skip");
     return {
       status: { ...status, phase: DevContainerPhase.RUNNING, warningMessage },
       hash: hashOf(file),
-      variables: { ...literals(content.containerEnv), ...literals(content.remoteEnv) },
+      variables: { ...literals(content.containerEnv, folder), ...literals(content.remoteEnv, folder) },
+      lifecycle: mode === "skip" ? NO_LIFECYCLE : lifecycleOf(content, spec.lifecycleStage, folder),
     };
   } catch (error) {
     return failed(error instanceof Error ? error.message : "the dev container file cannot be read");

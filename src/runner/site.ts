@@ -3,12 +3,14 @@ import {
   type EnvironmentStatus,
   EnvironmentStatus_Machine_Phase as MachinePhase,
 } from "../../gen/gitpod/v1/environment_pb.js";
+import type { Run } from "./devcontainer/run.ts";
 import type { Host } from "./host.ts";
 import { EnvironmentLog, LogSections } from "./logs.ts";
 import { stopProcesses } from "./machine.ts";
 import { type EnvironmentPaths, environmentPaths } from "./paths.ts";
 import { type EnvironmentRecord, newRecord, writeRecord } from "./record.ts";
 import { redact } from "./redact.ts";
+import type { Application } from "./repository-files.ts";
 import { acknowledgement, type Refusal } from "./status.ts";
 import { Supervision } from "./supervision.ts";
 import { bootId, terminateSession } from "./supervisor/processes.ts";
@@ -39,9 +41,15 @@ export class EnvironmentSite {
   readonly secretValues = new Map<string, { session: string; value: string }>();
   /** Its folder exists, so that changes are written down. */
   onDisk: boolean;
+  /** The dev container that is being applied. */
+  application: Application | undefined;
+  /** Its commands that nobody waits for. */
+  attached: Run | undefined;
+  /** Lets the next pass begin at once. */
+  readonly wake: () => void;
   readonly #changed: () => void;
 
-  constructor(host: Host, id: string, record: EnvironmentRecord | undefined, changed: () => void) {
+  constructor(host: Host, id: string, record: EnvironmentRecord | undefined, changed: () => void, wake: () => void) {
     this.host = host;
     this.id = id;
     this.paths = environmentPaths(host.config.dataDir, id);
@@ -50,6 +58,7 @@ export class EnvironmentSite {
     this.log = new EnvironmentLog(this.paths.log);
     this.sections = new LogSections(this.log, this.record.sections);
     this.#changed = changed;
+    this.wake = wake;
   }
 
   get status(): EnvironmentStatus {
@@ -110,10 +119,18 @@ export class EnvironmentSite {
   /** Ends every process; throws while one is left, so that it is tried again. */
   async endProcesses(gracefully: boolean, signal: AbortSignal): Promise<void> {
     const { user, supervisor } = this.record;
+    this.letGo();
     this.supervision.drop();
     const left = await stopProcesses(this.host, this.id, user, gracefully ? supervisor : undefined, signal);
     if (left.length > 0) throw new Error(`${left.length} processes cannot be ended`);
     await this.endStrayGit();
+  }
+
+  /** Stops following commands; what runs goes on running. */
+  letGo(): void {
+    this.application?.run.abandon();
+    this.attached?.abandon();
+    this.application = this.attached = undefined;
   }
 
   /** Git that a runner before this one started goes on writing into a folder that nobody wants any more. */

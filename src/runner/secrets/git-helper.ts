@@ -1,3 +1,4 @@
+import { shellQuoted } from "../commands.ts";
 import type { EnvironmentPaths } from "../paths.ts";
 import type { DeliveredSecret } from "../record.ts";
 import { asUser, type Place, valueFile } from "./files.ts";
@@ -5,10 +6,8 @@ import { asUser, type Place, valueFile } from "./files.ts";
 // Git asks a helper for credentials. This one is configured for one host over https alone, and is a command that prints a
 // file: addresses never hold a credential, and a new one is used from the next call on.
 
-const quoted = (text: string) => `'${text.replaceAll("'", "'\\''")}'`;
-
 /** The command that git runs, with the operation as argument. */
-const helperCommand = (file: string) => `!f() { test "$1" = get && cat ${quoted(file)}; }; f`;
+const helperCommand = (file: string) => `!f() { test "$1" = get && cat ${shellQuoted(file)}; }; f`;
 
 const keyOf = (host: string) => `credential.https://${host}.helper`;
 

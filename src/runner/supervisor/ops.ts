@@ -1,4 +1,4 @@
-import type { ConnectRouter, ServiceImpl } from "@connectrpc/connect";
+import type { ConnectRouter, HandlerContext, ServiceImpl } from "@connectrpc/connect";
 import { Capability, EnvironmentOpsService } from "../../../gen/supervisor/v1/environmentopts_pb.js";
 import { openStream } from "./connect-handler.ts";
 import { opsErrors } from "./errors.ts";
@@ -11,11 +11,14 @@ import { fileDiffContent, gitDiff } from "./git-diff.ts";
 import { gitStatus } from "./git-status.ts";
 import { terminalOps } from "./ops-terminals.ts";
 import { type OpsDeps, opsTools } from "./ops-tools.ts";
+import { UNATTENDED } from "./private-http.ts";
 
 /** Largest request message: a file at its limit plus the other fields. */
 export const MAX_REQUEST_BYTES = MAX_FILE_BYTES + 1024 * 1024;
 /** Largest answer: two output streams of 8 MiB in which every byte became a three-byte replacement character. */
 export const MAX_RESPONSE_BYTES = 64 * 1024 * 1024;
+
+const isUnattended = ({ requestHeader }: HandlerContext) => requestHeader.has(UNATTENDED);
 
 /** Serves EnvironmentOpsService with the rights of the process it runs in. */
 export function createOpsRoutes(deps: OpsDeps): (router: ConnectRouter) => void {
@@ -25,11 +28,12 @@ export function createOpsRoutes(deps: OpsDeps): (router: ConnectRouter) => void 
   const withGit = <T>(what: string, work: (options: GitOptions) => Promise<T>) =>
     heavyInTime(what, () => work({ directory: deps.workspaceFolder(), env: deps.environment() }));
   const service: ServiceImpl<typeof EnvironmentOpsService> = {
-    async exec(request) {
-      return await activity.during("Ops API", execs.exec(request, directory(request.workingDirectory)));
+    async exec(request, context) {
+      const result = execs.exec(request, directory(request.workingDirectory));
+      return await (isUnattended(context) ? result : activity.during("Ops API", result));
     },
-    cancelExec({ operationId }) {
-      activity.onActivity("Ops API");
+    cancelExec({ operationId }, context) {
+      if (!isUnattended(context)) activity.onActivity("Ops API");
       execs.cancel(operationId);
       return {};
     },

@@ -15,6 +15,9 @@ export interface SupervisorState {
   activity?: LastActivity;
 }
 
+/** Header of the runner's own calls: nobody is at work because of them. */
+export const UNATTENDED = "berth-unattended";
+
 const MAX_BODY_BYTES = 8192;
 
 export const isControl = (request: IncomingMessage) =>
