@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-import { ExitCode, exitCodeOf } from "./cli/exit.ts";
+import { ExitCode, exitCodeOf, Failure } from "./cli/exit.ts";
 import { UsageError } from "./cli/usage.ts";
 import { ConfigError } from "./config.ts";
 
@@ -16,6 +16,10 @@ const USAGE = `berth: a control plane for development environments
   berth logout [URL]
                    end it
 
+  berth automations
+                   list, run, start and stop tasks and services, read their logs, apply a file:
+                   \`berth automations help\` lists the commands
+
 Servers and runners are configured by environment variables; the README lists them.
 `;
 
@@ -23,6 +27,7 @@ async function main(args: readonly string[]): Promise<ExitCode> {
   const [command = "server", ...rest] = args;
   // Each command loads what it needs: a server is much more than most of them.
   if (command === "admin") return (await import("./cli/admin.ts")).runAdmin(rest, process.env);
+  if (command === "automations") return (await import("./cli/automations.ts")).runAutomations(rest, process.env);
   if (command === "login") return (await import("./cli/login.ts")).runLogin(rest, process.env);
   if (command === "logout") return (await import("./cli/login.ts")).runLogout(rest, process.env);
   if (command === "token") return (await import("./cli/login.ts")).runToken(rest, process.env);
@@ -38,7 +43,8 @@ async function main(args: readonly string[]): Promise<ExitCode> {
 main(process.argv.slice(2)).then(
   (code) => process.exit(code),
   (error: unknown) => {
-    const known = error instanceof ConfigError || exitCodeOf(error) === ExitCode.REFUSED;
+    const isExpected = error instanceof ConfigError || error instanceof Failure;
+    const known = isExpected || exitCodeOf(error) === ExitCode.REFUSED;
     process.stderr.write(
       `berth: ${known && error instanceof Error ? error.message : error instanceof Error ? error.stack : String(error)}\n`,
     );

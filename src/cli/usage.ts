@@ -18,6 +18,24 @@ export function readOptions<const T extends Options>(usage: string, args: readon
   }
 }
 
+/** Options of a command, and the operands that it takes, exactly so many. */
+export function readArguments<const T extends Options>(
+  usage: string,
+  args: readonly string[],
+  options: T,
+  count: number,
+): { values: Values<T>; operands: string[] } {
+  try {
+    const { values, positionals } = parseArgs({ args: [...args], options, strict: true, allowPositionals: true });
+    if (positionals.length !== count || positionals.includes("")) {
+      throw new Error(positionals.length > count ? "there are too many arguments" : "something is missing");
+    }
+    return { values: values as Values<T>, operands: positionals };
+  } catch (error) {
+    throw new UsageError(`${error instanceof Error ? error.message : String(error)}\n\n${usage}`);
+  }
+}
+
 /** The value of an option that has to be there. */
 export function required(usage: string, name: string, value: string | undefined): string {
   if (!value?.trim()) throw new UsageError(`--${name} is missing\n\n${usage}`);

@@ -1,11 +1,10 @@
-import { Readable } from "node:stream";
-import { pipeline } from "node:stream/promises";
 import { toJson } from "@bufbuild/protobuf";
 import { ListAuditLogsResponse_AuditLogEntrySchema } from "../../../gen/gitpod/v1/event_pb.js";
 import { RefusedStart } from "../../domain/errors.ts";
 import { auditEntryMessage, type ExportedEntry, exportAuditEntries } from "../../store/audit-log.ts";
 import type { Db } from "../../store/db.ts";
 import { findOrganizations } from "../../store/operator.ts";
+import { pour } from "../output.ts";
 import { readOptions, time } from "../usage.ts";
 import { type AdminCommand, onInstallation, only } from "./operator.ts";
 
@@ -29,13 +28,6 @@ async function* lines(db: Db, accept: (entry: ExportedEntry) => boolean): AsyncG
   }
 }
 
-/** Writes until all is written, or nobody reads any more. */
-async function print(source: AsyncIterable<string>): Promise<void> {
-  await pipeline(Readable.from(source), process.stdout, { end: false }).catch((error: NodeJS.ErrnoException) => {
-    if (error.code !== "EPIPE") throw error;
-  });
-}
-
 export const auditExportCommand: AdminCommand = {
   name: "audit export",
   options: OPTIONS,
@@ -57,7 +49,7 @@ export const auditExportCommand: AdminCommand = {
         (!organization || organizationId === organization.id) &&
         (!from || createdAt >= from) &&
         (!to || createdAt < to);
-      await print(lines(db, accept));
+      await pour(lines(db, accept));
     });
   },
 };
