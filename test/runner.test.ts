@@ -275,7 +275,7 @@ describe.concurrent("life of an environment", () => {
 describe.concurrent("files of the repository", () => {
   test("ENV-35: without an engine the dev container runs on the host, and says what is left out", async () => {
     const file = `{ "image": "x", /* c */ "postCreateCommand": "touch ~/done", "containerEnv": { "COLOR": "blue", "X": "\${localEnv:Y}", }, }`;
-    await using it = await running({ ".devcontainer/devcontainer.json": file, ".ona/automations.yaml": "tasks: {}\n" });
+    await using it = await running({ ".devcontainer/devcontainer.json": file });
     const { status } = it.environment;
     expect(status?.devcontainer).toMatchObject({
       phase: DevContainerPhase.RUNNING,
@@ -286,11 +286,6 @@ describe.concurrent("files of the repository", () => {
     });
     expect(status?.devcontainer?.warningMessage).toContain("image and features");
     expect(await it.runner.exec(it.id, "echo $COLOR-$X; ls ~")).toBe("blue-\ndone");
-    expect(status?.automationsFile).toMatchObject({
-      phase: ContentPhase.FAILED,
-      automationsFilePresence: AutomationsPresence.DISCOVERED,
-      automationsFilePath: ".ona/automations.yaml",
-    });
     await it.runner.exec(it.id, "echo '{}' > .devcontainer/devcontainer.json");
     const isSeen = ({ status }: Environment) =>
       status?.devcontainer?.devcontainerconfigInSync === false && status.content?.git?.totalChangedFiles === 1;
@@ -309,20 +304,18 @@ describe.concurrent("files of the repository", () => {
       devcontainerFilePresence: DevContainerPresence.SPECIFIED,
       failureMessage: "dev container file no/such.json not found",
     });
-    expect(status?.automationsFile).toMatchObject({
-      phase: ContentPhase.FAILED,
-      failureMessage: "automations file none.yaml not found",
-    });
+    const isSettled = ({ status }: Environment) => status?.automationsFile?.phase === ContentPhase.FAILED;
+    const { status: later } = await it.plane.until(it.id, isSettled, "the missing file");
+    expect(later?.automationsFile?.failureMessage).toBe("automations file none.yaml not found");
   });
 
   test("without files: a generated dev container, no automations; keys cannot be used", async () => {
     await using it = await running(undefined, { sshPublicKeys: [{ id: "k1", value: "ssh-ed25519 AAAA" }] });
     const { status } = it.environment;
     expect(status?.devcontainer?.devcontainerFilePresence).toBe(DevContainerPresence.GENERATED);
-    expect(status?.automationsFile).toMatchObject({
-      phase: ContentPhase.READY,
-      automationsFilePresence: AutomationsPresence.ABSENT,
-    });
+    const isSettled = ({ status }: Environment) => status?.automationsFile?.phase === ContentPhase.READY;
+    const { status: later } = await it.plane.until(it.id, isSettled, "no automations file");
+    expect(later?.automationsFile?.automationsFilePresence).toBe(AutomationsPresence.ABSENT);
     expect(status?.sshPublicKeys).toMatchObject([{ id: "k1", phase: ContentPhase.UNAVAILABLE }]);
     expect(status?.machine?.warningMessage).toContain("SSH");
   });

@@ -4,7 +4,6 @@ import {
   EnvironmentStatus_ContentPhase as ContentPhase,
   EnvironmentStatus_DevContainer_Phase as DevContainerPhase,
   type EnvironmentSpec,
-  EnvironmentSpec_AutomationsFileSchema,
   EnvironmentSpec_ContentSchema,
   EnvironmentStatus_ContentSchema,
   EnvironmentStatusSchema,
@@ -20,7 +19,7 @@ import {
 import { devContainerOf, endCommands, keepDevContainer } from "./devcontainer-steps.ts";
 import { ContentError } from "./git.ts";
 import type { ContentFacts } from "./record.ts";
-import { automationsFile, devContainerHash } from "./repository-files.ts";
+import { devContainerHash } from "./repository-files.ts";
 import { gitHelpers } from "./secrets/git-helper.ts";
 import { type EnvironmentSite, textOf, userOf } from "./site.ts";
 import { isReady, setUnserved } from "./status.ts";
@@ -28,7 +27,6 @@ import { isReady, setUnserved } from "./status.ts";
 // Steps that put the content of an environment in place and apply what its files ask for.
 
 const contentOf = (spec: EnvironmentSpec) => spec.content ?? create(EnvironmentSpec_ContentSchema);
-const automationsOf = (spec: EnvironmentSpec) => spec.automationsFile ?? create(EnvironmentSpec_AutomationsFileSchema);
 
 function workspaceOf(site: EnvironmentSite, signal: AbortSignal): Workspace {
   return {
@@ -141,7 +139,7 @@ async function keepIdentity(site: EnvironmentSite, spec: EnvironmentSpec, signal
 }
 
 /**
- * Dev container, automations file, secrets and keys. When they are the last that was missing, the same change marks
+ * Dev container, secrets and keys. When they are the last that was missing, the same change marks
  * the start as done: whoever reads that the environment runs must find its operations too.
  */
 export async function keepRepositoryFiles(
@@ -150,14 +148,9 @@ export async function keepRepositoryFiles(
   signal: AbortSignal,
 ): Promise<void> {
   const container = await keepDevContainer(site, spec);
-  const file = needsAutomationsFile(site, spec)
-    ? await automationsFile({ folder: site.folder, user: userOf(site) }, automationsOf(spec))
-    : undefined;
   signal.throwIfAborted();
-  if (file?.failureMessage) site.log.write(`Automations: ${file.failureMessage}`);
   const next = clone(EnvironmentStatusSchema, site.status);
   if (container) next.devcontainer = container.status;
-  if (file) next.automationsFile = file;
   setUnserved(next, spec);
   const passes = !site.passed && isReady(next, spec);
   if (!passes && equals(EnvironmentStatusSchema, next, site.status)) return;
@@ -174,11 +167,6 @@ export async function keepRepositoryFiles(
     }
     if (passes) record.gatesPassedSession = spec.machine?.session ?? "";
   });
-}
-
-function needsAutomationsFile({ status: { automationsFile: file } }: EnvironmentSite, spec: EnvironmentSpec): boolean {
-  if (file?.session !== automationsOf(spec).session) return true;
-  return file.phase !== ContentPhase.READY && file.phase !== ContentPhase.FAILED;
 }
 
 /** Looks at what people change: the git status, and whether the dev container file is the one in use; true if news. */

@@ -12,6 +12,7 @@ export interface ControlPlane {
   identity: BerthClient["identity"];
   /** The public API with the token of an environment. */
   environments(token: string): BerthClient["environments"];
+  automations(token: string): BerthClient["environmentAutomation"];
 }
 
 const CALL_TIMEOUT_MS = 15_000;
@@ -34,6 +35,7 @@ export function connectControlPlane(baseUrl: string, accessToken: () => string):
     runners: createBerthClient({ ...options, token: accessToken }).runners,
     identity: createBerthClient(options).identity,
     environments: (token) => createBerthClient({ ...options, token }).environments,
+    automations: (token) => createBerthClient({ ...options, token }).environmentAutomation,
   };
 }
 

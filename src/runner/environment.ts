@@ -14,6 +14,7 @@ import {
   EnvironmentStatus_Machine_Phase as MachinePhase,
 } from "../../gen/gitpod/v1/environment_pb.js";
 import { portOf } from "../domain/environment-ports.ts";
+import { keepAutomationsFile } from "./automations/file.ts";
 import { AutomationRelay } from "./automations/relay.ts";
 import type { AutomationReports } from "./automations/reports.ts";
 import { classSettings } from "./classes.ts";
@@ -367,6 +368,8 @@ export class ManagedEnvironment {
       if (!(await keepContent(site, spec, signal))) return undefined;
       await keepSecrets(site, spec, true, signal);
       await keepRepositoryFiles(site, spec, signal);
+      this.automations.connect(site.supervision.client, site.passed);
+      await keepAutomationsFile(site, spec, signal);
     }
     if (this.#gitWatch.isDue) {
       const seen = this.#gitWatch.look();

@@ -2,14 +2,9 @@ import { createHash } from "node:crypto";
 import { posix } from "node:path";
 import { create } from "@bufbuild/protobuf";
 import {
-  EnvironmentStatus_AutomationsFile_Presence as AutomationsPresence,
-  EnvironmentStatus_ContentPhase as ContentPhase,
   EnvironmentStatus_DevContainer_Phase as DevContainerPhase,
   EnvironmentStatus_DevContainer_Presence as DevContainerPresence,
-  type EnvironmentSpec_AutomationsFile,
   type EnvironmentSpec_DevContainer,
-  type EnvironmentStatus_AutomationsFile,
-  EnvironmentStatus_AutomationsFileSchema,
   type EnvironmentStatus_DevContainer,
   EnvironmentStatus_DevContainerSchema,
 } from "../../gen/gitpod/v1/environment_pb.js";
@@ -26,17 +21,13 @@ const MAX_FILE_BYTES = 1024 * 1024;
 const READ_DEADLINE_MS = 20_000;
 const NONE = 3;
 const DEVCONTAINER_FILES = [".devcontainer/devcontainer.json", ".devcontainer.json"];
-const AUTOMATIONS_FILES = [
-  ".ona/automations.yaml",
-  ".ona/automations.yml",
-  ".ona/automations.json",
-  ".gitpod/automations.yaml",
-  ".gitpod/automations.yml",
-];
 // Arguments: folder, most bytes to show, candidates in order. Prints the name of the first file, and its content.
-const FIND_FILE = `cd -- "$1" 2>/dev/null || exit ${NONE}; limit=$2; shift 2
+const FIND_FILE = `cd -- "$1" 2>/dev/null || exit ${NONE}; top=$(pwd -P); limit=$2; shift 2
 for each in "$@"; do
-  if [ -f "$each" ]; then printf '%s\\n' "$each"; exec head -c "$limit" -- "$each"; fi
+  [ -f "$each" ] || continue
+  case $(realpath -- "$each") in
+    "\${top%/}"/*) printf '%s\\n' "$each"; exec head -c "$limit" -- "$each" ;;
+  esac
 done
 exit ${NONE}`;
 const FIND_NESTED = `cd -- "$1" 2>/dev/null || exit ${NONE}; limit=$2
@@ -45,8 +36,10 @@ for each in .devcontainer/*/devcontainer.json; do
 done
 exit ${NONE}`;
 
-interface FoundFile {
+export interface FoundFile {
+  /** Below the folder of the checkout. */
   path: string;
+  /** Cut when it is longer than any file that is looked for may be. */
   text: string;
 }
 
@@ -86,6 +79,13 @@ function literals(value: unknown, folder: string): Record<string, string> {
     typeof text === "string" ? withFolder(text, folder) : text,
   ]);
   return Object.fromEntries(filled.filter(isVariable));
+}
+
+/** The first of these files, relative to the checkout, that is in it; links that lead out of it do not count. */
+export async function findFile(checkout: Checkout, candidates: readonly string[]): Promise<FoundFile | undefined> {
+  const paths = candidates.flatMap((path) => inside(path) ?? []);
+  const found = paths.length > 0 ? await find(checkout, FIND_FILE, paths) : undefined;
+  return found && { ...found, path: posix.normalize(found.path) };
 }
 
 /** What a dev container means on a host without a container engine. */
@@ -185,25 +185,4 @@ export async function hostDevContainer(
   } catch (error) {
     return failed(error instanceof Error ? error.message : "the dev container file cannot be read");
   }
-}
-
-/** Whether there is an automations file. One that exists is FAILED: this version of the runner does not apply any. */
-export async function automationsFile(
-  checkout: Checkout,
-  { session, automationsFilePath: specified }: EnvironmentSpec_AutomationsFile,
-): Promise<EnvironmentStatus_AutomationsFile> {
-  const path = specified && inside(specified);
-  const file = specified
-    ? path && (await find(checkout, FIND_FILE, [path]))
-    : await find(checkout, FIND_FILE, AUTOMATIONS_FILES);
-  const found = file ? AutomationsPresence.DISCOVERED : AutomationsPresence.ABSENT;
-  const status = create(EnvironmentStatus_AutomationsFileSchema, {
-    session,
-    automationsFilePath: specified || (file ? file.path : ""),
-    automationsFilePresence: specified ? AutomationsPresence.SPECIFIED : found,
-    phase: file || specified ? ContentPhase.FAILED : ContentPhase.READY,
-  });
-  if (file) status.failureMessage = "automations are not supported by this runner version";
-  else if (specified) status.failureMessage = `automations file ${specified.slice(0, 200)} not found`;
-  return status;
 }

@@ -2,6 +2,7 @@ import { mkdirSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import type { ServiceStatus, TaskExecutionSpec_Step } from "../../../../gen/gitpod/v1/environment_automation_pb.js";
 import { ENDED } from "../../../domain/automation-execution.ts";
+import { runOf } from "../../../domain/automation-plan.ts";
 import { ExecutionMachine, type ExecutionRecord, type ExecutionWish } from "./execution.ts";
 import { pruneLogs } from "./log-folders.ts";
 import { keyOf, type News, type Surroundings } from "./parts.ts";
@@ -127,7 +128,7 @@ export class AutomationEngine {
   taskRun(step: TaskExecutionSpec_Step, { firingId, execution }: ExecutionWish): TaskRun {
     const task = step.step.case === "task" ? step.step.value : undefined;
     if (!task) throw new Error("a step without a task has no run");
-    const key = firingId ? keyOf(firingId, task.id) : step.id;
+    const key = keyOf(runOf(firingId, step));
     const known = this.#tasks.runs.get(key);
     if (known) return known;
     const reference = step.label;
