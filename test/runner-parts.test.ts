@@ -163,9 +163,10 @@ describe("control groups", () => {
     await groups?.prepare("id", { cpuCores: 2, memoryMib: 512 });
     await groups?.add("id", 42);
     const read = (name: string) => readFile(join(root, "service", name), "utf8");
-    expect(await read("cgroup.subtree_control")).toBe("+cpu +memory");
+    expect(await read("cgroup.subtree_control")).toBe("+cpu +memory +pids");
     expect(await read("berth-id/cpu.max")).toBe("200000 100000");
     expect(await read("berth-id/memory.max")).toBe(String(512 * 1024 * 1024));
+    expect(await read("berth-id/pids.max")).toBe("8192");
     expect(await read("berth-id/cgroup.procs")).toBe("42");
     await groups?.prepare("id", { cpuCores: undefined, memoryMib: undefined });
     expect(await read("berth-id/cpu.max")).toBe("max 100000");

@@ -89,6 +89,21 @@ describe("the git status of a checkout", () => {
     expect(found.changedFiles[0]?.path).toBe(`…${deep.slice(-254)}`);
   });
 
+  test("a hundred thousand files, all of them changed, are counted and soon", async () => {
+    script("git init -q -b main .");
+    const files = Array.from({ length: 100_000 }, (_, n) => `M 644 :1 d${n % 100}/f${n}\n`).join("");
+    const stream = `blob\nmark :1\ndata 2\nx\ncommit refs/heads/main\ncommitter T <t@example.com> 0 +0000\ndata 0\n${files}`;
+    await environment.put("workspace/stream", stream);
+    script("git fast-import --quiet < ../stream; git reset -q --mixed");
+    const started = performance.now();
+    const found = await status();
+    expect([found.changedFiles.length, found.totalChangedFiles]).toEqual([100, 100_000]);
+    await environment.launch();
+    const { changedFiles, totalChangedFiles } = await environment.client.getGitDiffFiles({});
+    expect([changedFiles.length, totalChangedFiles]).toEqual([10_000, 100_000]);
+    expect(performance.now() - started).toBeLessThan(20_000);
+  });
+
   test("no commit yet, a detached head, no remote", async () => {
     script("git init -q -b start .");
     expect(await status()).toMatchObject({ branch: "start", latestCommit: "", cloneUrl: "", totalUnpushedCommits: 0 });

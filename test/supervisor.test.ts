@@ -106,6 +106,17 @@ describe("a supervisor process", () => {
     expect(await env()).toMatchObject({ LANG: "C", GITPOD_API_KEY: "token" });
   });
 
+  test("limits how many processes there may be, and what it starts cannot raise that", async () => {
+    await using environment = await testEnvironment();
+    await environment.launch();
+    const raise = "(ulimit -u 100000 || ulimit -p 100000) 2> /dev/null || echo refused";
+    const { stdout } = await environment.client.exec({ command: `cat /proc/self/limits; ${raise}` });
+    const [, soft = "", hard = ""] = /Max processes +(\d+) +(\d+)/.exec(stdout) ?? [];
+    expect(soft).toBe(hard);
+    expect(Number(soft)).toBeLessThanOrEqual(8192);
+    expect(stdout).toContain("refused");
+  });
+
   test("is the only one on its socket, and replaces what a dead one left", async () => {
     await using environment = await testEnvironment();
     const first = await environment.launch();

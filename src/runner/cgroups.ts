@@ -3,6 +3,7 @@ import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Limits } from "./classes.ts";
 import { errnoOf } from "./files.ts";
+import { MAX_PROCESSES } from "./supervisor/process-limit.ts";
 import { readProcess } from "./supervisor/processes.ts";
 
 // Control groups, version 2 only. The runner works below the group it was started in, where its service manager has
@@ -21,9 +22,11 @@ const isWritable = (path: string) =>
 /** Groups that environments run in. */
 export class ControlGroups {
   readonly #base: string;
+  readonly #limitsProcesses: boolean;
 
-  private constructor(base: string) {
+  private constructor(base: string, limitsProcesses: boolean) {
     this.#base = base;
+    this.#limitsProcesses = limitsProcesses;
   }
 
   /** Undefined where groups of version 2 are missing or not delegated: limits cannot be enforced then. */
@@ -35,8 +38,9 @@ export class ControlGroups {
       // A runner that restarts inside its own child goes on with the parent.
       const base = join(root, path.endsWith(`/${RUNNER_GROUP}`) ? path.slice(0, -RUNNER_GROUP.length - 1) : path);
       if (!(await isWritable(join(base, "cgroup.subtree_control")))) return undefined;
-      await enableControllers(base);
-      return new ControlGroups(base);
+      const limitsProcesses = controllers.includes("pids");
+      await enableControllers(base, limitsProcesses ? "+cpu +memory +pids" : "+cpu +memory");
+      return new ControlGroups(base, limitsProcesses);
     } catch {
       return undefined;
     }
@@ -54,6 +58,8 @@ export class ControlGroups {
     const memory = limits.memoryMib ? `${limits.memoryMib * 1024 * 1024}` : "max";
     await writeFile(join(path, "cpu.max"), `${quota} ${PERIOD_US}`);
     await writeFile(join(path, "memory.max"), memory);
+    // Environments of a runner that is not root share its user, and with it the limit that a user has.
+    if (this.#limitsProcesses) await writeFile(join(path, "pids.max"), String(MAX_PROCESSES));
   }
 
   /** Moves a process in; what it starts later follows. */
@@ -90,16 +96,16 @@ async function ownMembers(base: string): Promise<number[] | undefined> {
   return pids.every(isOwn) ? pids : undefined;
 }
 
-async function enableControllers(base: string): Promise<void> {
+async function enableControllers(base: string, controllers: string): Promise<void> {
   const control = join(base, "cgroup.subtree_control");
   try {
-    await writeFile(control, "+cpu +memory");
+    await writeFile(control, controllers);
   } catch (error) {
     const members = errnoOf(error) === "EBUSY" ? await ownMembers(base) : undefined;
     if (!members) throw error;
     const own = join(base, RUNNER_GROUP);
     await mkdir(own, { recursive: true });
     for (const pid of members) await writeFile(join(own, "cgroup.procs"), String(pid));
-    await writeFile(control, "+cpu +memory");
+    await writeFile(control, controllers);
   }
 }

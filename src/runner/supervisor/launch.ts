@@ -2,6 +2,7 @@ import { spawn } from "node:child_process";
 import { fileURLToPath } from "node:url";
 import { connectSupervisor, type SupervisorClient } from "./client.ts";
 import { type SupervisorConfig, writeSupervisorConfig } from "./config.ts";
+import { withProcessLimit } from "./process-limit.ts";
 import { readProcess } from "./processes.ts";
 import type { SupervisorRecord } from "./record.ts";
 
@@ -27,7 +28,8 @@ export async function launchSupervisor(
   config: SupervisorConfig,
 ): Promise<{ record: SupervisorRecord; client: SupervisorClient }> {
   writeSupervisorConfig(configPath, config);
-  const child = spawn(process.execPath, [PROGRAM, configPath], {
+  const { file, args } = withProcessLimit([process.execPath, PROGRAM, configPath]);
+  const child = spawn(file, args, {
     cwd: "/",
     detached: true,
     stdio: ["ignore", "pipe", "pipe"],
