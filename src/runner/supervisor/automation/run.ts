@@ -6,6 +6,7 @@ import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { promisify } from "node:util";
 import { readSmallFile, writeFileAtomically } from "../config.ts";
+import { childStdio } from "../descriptors.ts";
 import { bootId, isAlive, type ProcessRef, readProcess, sessionMembers } from "../processes.ts";
 import { markedProcesses } from "./marked.ts";
 
@@ -99,7 +100,7 @@ export class Run {
       cwd: command.cwd,
       env: { ...command.env, BERTH_OUTPUT: join(folder, "output"), BERTH_RUN: mark },
       detached: true,
-      stdio: "ignore",
+      stdio: childStdio(["ignore", "ignore", "ignore"]),
     });
     await new Promise<void>((resolve, reject) => {
       child.once("error", reject);

@@ -11,6 +11,7 @@ import {
   type ServiceStatus,
   ServiceStatusSchema,
 } from "../../../../gen/gitpod/v1/environment_automation_pb.js";
+import { childStdio } from "../descriptors.ts";
 import { readProcess } from "../processes.ts";
 import { LineLog, LineSplitter } from "./line-log.ts";
 import { newLogFolder } from "./log-folders.ts";
@@ -333,7 +334,7 @@ export class ServiceMachine {
       const [file, ...args] = argv;
       const child = spawn(file, args, {
         ...{ cwd, env: { ...env, BERTH_RUN: mark }, detached: true },
-        stdio: ["ignore", "pipe", "pipe"],
+        stdio: childStdio(["ignore", "pipe", "pipe"]),
       });
       const take = (chunk: Buffer) => {
         output = (output + chunk.toString()).slice(-READY_OUTPUT_BYTES);
