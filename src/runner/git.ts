@@ -1,6 +1,7 @@
 import { request as httpRequest } from "node:http";
 import { request as httpsRequest } from "node:https";
 import { isIPv6, type LookupFunction } from "node:net";
+import { authorities } from "../scm/git.ts";
 import type { AdmittedUrl } from "../scm/guard.ts";
 import { type CommandOptions, type CommandResult, runCommand } from "./commands.ts";
 
@@ -56,6 +57,7 @@ export async function git(context: GitContext, args: readonly string[]): Promise
   return await runCommand("git", [...settings, ...args], {
     ...{ cwd, timeoutMs, user, signal, onOutput, onStart },
     env: {
+      ...authorities(),
       HOME: home,
       BERTH_ENVIRONMENT_ID: environmentId,
       GIT_TERMINAL_PROMPT: "0",

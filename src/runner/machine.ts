@@ -1,6 +1,7 @@
 import { chmod, mkdir, realpath, rename, stat } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
+import { gitAuthorities } from "../scm/git.ts";
 import type { Limits } from "./classes.ts";
 import { commandPath, runCommand } from "./commands.ts";
 import { exists, makeFolder, removeTree, writeAtomically } from "./files.ts";
@@ -114,6 +115,7 @@ export async function baseVariables(
     SHELL: await loginShell(),
     PATH: commandPath(),
     LANG: "C.UTF-8",
+    ...gitAuthorities(),
     BERTH_ENVIRONMENT_ID: environmentId,
     GITPOD_ENVIRONMENT_ID: environmentId,
     ONA_API_KEY: token,

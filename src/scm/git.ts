@@ -110,16 +110,20 @@ function gitSettings({ target, credentials }: GitRun): [string, string][] {
   ];
 }
 
+const variables = (...names: string[]): Record<string, string> =>
+  Object.fromEntries(names.flatMap((name) => (process.env[name] ? [[name, process.env[name]]] : [])));
+
+/** Variables that name the operator's certificate authorities to git alone; hosts inside a company often need them. */
+export const gitAuthorities = () => variables("GIT_SSL_CAINFO", "GIT_SSL_CAPATH");
+
+/** As `gitAuthorities`, with those of its libraries. */
+export const authorities = () => ({ ...variables("SSL_CERT_FILE", "SSL_CERT_DIR"), ...gitAuthorities() });
+
 function gitEnvironment(run: GitRun): NodeJS.ProcessEnv {
   const settings = gitSettings(run);
-  const { PATH, GIT_SSL_CAINFO, GIT_SSL_CAPATH, SSL_CERT_FILE, SSL_CERT_DIR } = process.env;
   return {
-    PATH,
-    // The operator's certificate authorities; hosts inside a company often need them.
-    ...(GIT_SSL_CAINFO && { GIT_SSL_CAINFO }),
-    ...(GIT_SSL_CAPATH && { GIT_SSL_CAPATH }),
-    ...(SSL_CERT_FILE && { SSL_CERT_FILE }),
-    ...(SSL_CERT_DIR && { SSL_CERT_DIR }),
+    PATH: process.env.PATH,
+    ...authorities(),
     HOME: run.scratch,
     XDG_CONFIG_HOME: run.scratch,
     LC_ALL: "C",

@@ -2,6 +2,7 @@ import { type ChildProcess, type ChildProcessWithoutNullStreams, spawn } from "n
 import { once } from "node:events";
 import { mkdir, mkdtemp, realpath, rm } from "node:fs/promises";
 import { createServer, type IncomingMessage, type ServerResponse } from "node:http";
+import { createServer as createTlsServer } from "node:https";
 import type { AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -171,8 +172,8 @@ function sendCgi(child: ChildProcessWithoutNullStreams, response: ServerResponse
   return promise;
 }
 
-/** An HTTP git server on 127.0.0.1 with real repositories in a temporary directory; pushes are accepted. */
-export async function startGitServer(): Promise<GitServer> {
+/** A git server on 127.0.0.1 with real repositories in a temporary directory, over TLS with a key; pushes are accepted. */
+export async function startGitServer(tls?: { key: string; cert: string }): Promise<GitServer> {
   const root = await mkdtemp(join(await realpath(tmpdir()), "git-server-"));
   const repositories = new Map<string, RepositoryOptions>();
   const answers = new Map<string, Answer | ((request: LoggedRequest) => Answer)>();
@@ -259,19 +260,21 @@ export async function startGitServer(): Promise<GitServer> {
     await sendCgi(child, response);
   }
 
-  const http = createServer((incoming, response) => {
+  const listener = (incoming: IncomingMessage, response: ServerResponse) => {
     serve(incoming, response).catch(() => response.destroy());
-  });
+  };
+  const http = tls ? createTlsServer(tls, listener) : createServer(listener);
   http.listen(0, "127.0.0.1");
   await once(http, "listening");
   const host = `127.0.0.1:${(http.address() as AddressInfo).port}`;
+  const origin = `${tls ? "https" : "http"}://${host}`;
 
   const server: GitServer = {
     host,
     delayMs: 0,
     requests,
-    url: (name) => `http://${host}/${name}.git`,
-    webUrl: (name) => `http://${host}/${name}`,
+    url: (name) => `${origin}/${name}.git`,
+    webUrl: (name) => `${origin}/${name}`,
 
     async createRepository(name, options = {}) {
       const { defaultBranch = "main", branches = {}, refs = {}, tags = {}, submodules = {}, filter = true } = options;

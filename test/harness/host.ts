@@ -16,6 +16,8 @@ export interface TestHost extends AsyncDisposable {
   /** Public base URL of the runner. */
   url: string;
   dataDir: string;
+  /** Everything that the runner logged so far, one JSON line per entry. */
+  logged(): string;
 }
 
 /** Starts a runner in this process; `gitHosts` are exempt from the guards against private addresses. */
@@ -36,13 +38,15 @@ export async function startHost(
     scm: { fallback: true, allowHosts: gitHosts, schemes: ["http"] },
     ...more,
   };
-  const log = pino({ level: "silent" });
+  const lines: string[] = [];
+  const log = pino({ level: "debug" }, { write: (line: string) => void lines.push(line) });
   const running = await startRunner({ config, apiUrl: test.url, publicApiUrl: test.url, exchangeToken, log });
   await running.registered;
   await shareRunner(test, runnerId);
   return {
     ...{ runnerId, dataDir, url: `http://127.0.0.1:${running.port}` },
     classId: await addClass(test, runnerId),
+    logged: () => lines.join(""),
     async [Symbol.asyncDispose]() {
       await running.stop();
       await sweepUp(dataDir);

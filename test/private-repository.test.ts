@@ -1,0 +1,205 @@
+import { execFile } from "node:child_process";
+import { randomBytes } from "node:crypto";
+import { readdir, readFile } from "node:fs/promises";
+import { join } from "node:path";
+import { promisify } from "node:util";
+import { toJsonString } from "@bufbuild/protobuf";
+import { Code } from "@connectrpc/connect";
+import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import {
+  CreateEnvironmentPreconditionFailureDetailsSchema,
+  EnvironmentPhase,
+  EnvironmentSchema,
+} from "../gen/gitpod/v1/environment_pb.js";
+import { HostAuthenticationTokenSource as Source } from "../gen/gitpod/v1/runner_configuration_pb.js";
+import { createEnvironment, getEnvironment, operations, reaches } from "./harness/environments.ts";
+import { type GitServer, type Repository, startGitServer } from "./harness/git-server.ts";
+import { startHost, type TestHost } from "./harness/host.ts";
+import { liftQuotas, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
+import { refusal } from "./harness/refusal.ts";
+import { newAuthority, type TestAuthority } from "./harness/tls.ts";
+import { eventually } from "./harness/wait.ts";
+
+// Git in environments with the credential that their creator holds for a host: real git, over TLS, for real.
+
+const TIMEOUT_MS = 120_000;
+const TOKEN = `canary-${randomBytes(12).toString("hex")}`;
+const isRoot = process.getuid?.() === 0;
+const run = promisify(execFile);
+
+let authority: TestAuthority;
+let git: GitServer;
+let plane: TestPlane;
+let host: TestHost;
+let creator: TestUser;
+let repository: Repository;
+
+beforeAll(async () => {
+  authority = await newAuthority();
+  process.env.GIT_SSL_CAINFO = authority.file;
+  git = await startGitServer(authority);
+  repository = await git.createRepository("private", { private: { user: "git", password: TOKEN } });
+  plane = await startTestPlane({ BERTH_SCM_ALLOW_HOSTS: git.host });
+  await liftQuotas(plane);
+  host = await startHost(plane, { gitHosts: [git.host] });
+  creator = await plane.addUser();
+  await plane.admin.runnerConfiguration.createSCMIntegration({
+    ...{ runnerId: host.runnerId, host: git.host, scmId: "git", pat: true },
+  });
+}, TIMEOUT_MS);
+
+afterAll(async () => {
+  expect(plane.logged()).not.toContain(TOKEN);
+  expect(host.logged()).not.toContain(TOKEN);
+  await host[Symbol.asyncDispose]();
+  await plane[Symbol.asyncDispose]();
+  await git.close();
+  await authority[Symbol.asyncDispose]();
+  delete process.env.GIT_SSL_CAINFO;
+}, TIMEOUT_MS);
+
+/** Stores a credential for the host; the id of the token. */
+async function signIn(user: TestUser, token = TOKEN): Promise<string> {
+  const stored = await user.client.runnerConfiguration.createHostAuthenticationToken({
+    ...{ runnerId: host.runnerId, host: git.host, token, source: Source.PAT },
+  });
+  return stored.token?.id ?? "";
+}
+
+const create = (user: TestUser) => createEnvironment(user.client, host.classId, git.url("private"));
+
+async function running(user: TestUser): Promise<string> {
+  const id = await create(user);
+  await reaches(user.client, id, EnvironmentPhase.RUNNING);
+  return id;
+}
+
+/** Runs a command in an environment; its output without a line end. */
+async function exec(user: TestUser, id: string, command: string): Promise<string> {
+  const { exitCode, stdout, stderr } = await (await operations(user.client, id)).exec({ command });
+  if (exitCode !== 0) throw new Error(`${command} ended with ${exitCode}: ${stderr}`);
+  return stdout.trim();
+}
+
+/** Command lines and variables of all processes of this machine that can be read. */
+async function processTexts(): Promise<string> {
+  const pids = (await readdir("/proc")).filter((name) => /^\d+$/.test(name));
+  const files = pids.flatMap((pid) => [`/proc/${pid}/cmdline`, `/proc/${pid}/environ`]);
+  const texts = await Promise.all(files.map((file) => readFile(file, "utf8").catch(() => "")));
+  return texts.join("\n");
+}
+
+/** A process works at an address, and neither it nor any other shows the token. */
+async function nothingShows(url: string): Promise<void> {
+  const texts = await processTexts();
+  expect(texts).toContain(url);
+  expect(texts).not.toContain(TOKEN);
+}
+
+/** Files below the folder of an environment in which the token is, relative to it. */
+async function filesWithToken(id: string): Promise<string[]> {
+  const folder = join(host.dataDir, "environments", id);
+  const found = await run("grep", ["-rlaF", "--devices=skip", "-e", TOKEN, folder]).catch(() => ({ stdout: "" }));
+  return found.stdout.split("\n").flatMap((path) => (path ? [path.slice(folder.length + 1)] : []));
+}
+
+async function logOf(user: TestUser, id: string): Promise<string> {
+  const { accessToken } = await user.client.environments.createEnvironmentLogsToken({ environmentId: id });
+  const { status } = await getEnvironment(user.client, id);
+  const headers = { authorization: `Bearer ${accessToken}` };
+  return await (await fetch(`${status?.environmentUrls?.logs}?follow=false`, { headers })).text();
+}
+
+describe("a private repository", () => {
+  test(
+    "ENV-7 is cloned for its creator once they have signed in to the host, and fetched and pushed to inside",
+    async () => {
+      const error = await refusal(create(creator));
+      expect(Code[error.code]).toBe("FailedPrecondition");
+      const [detail] = error.findDetails(CreateEnvironmentPreconditionFailureDetailsSchema);
+      expect(detail?.missingAuthenticationTokensForHosts).toEqual([git.host]);
+
+      await signIn(creator);
+      git.holdRequests();
+      const id = await create(creator);
+      await git.held();
+      await nothingShows(repository.url);
+      git.release();
+      await reaches(creator.client, id, EnvironmentPhase.RUNNING);
+      expect(await exec(creator, id, "cat README.md; git remote get-url origin")).toBe(`# private\n${repository.url}`);
+
+      await exec(
+        creator,
+        id,
+        "echo more > more && git add more && git commit -qm 'More from inside' && git push -q origin HEAD",
+      );
+      const { stdout } = await run("git", [
+        "-c",
+        "safe.directory=*",
+        "-C",
+        repository.directory,
+        "log",
+        "-1",
+        "--format=%s",
+        "main",
+      ]);
+      expect(stdout).toBe("More from inside\n");
+
+      const pushed = await git.commit("private", { files: { "later.txt": "later\n" }, message: "From elsewhere" });
+      git.holdRequests();
+      await exec(creator, id, "(git pull -q --ff-only > /dev/null 2> pulled; echo $? >> pulled) > /dev/null 2>&1 &");
+      await git.held();
+      await nothingShows(repository.url);
+      git.release();
+      await eventually(async () => (await exec(creator, id, "cat pulled")) === "0", "the pull has ended");
+      expect(await exec(creator, id, "git rev-parse HEAD; git status --short later.txt; cat later.txt")).toBe(
+        `${pushed}\nlater`,
+      );
+
+      expect(
+        await exec(creator, id, "cat .git/config ~/.gitconfig; env; git config --list --show-origin"),
+      ).not.toContain(TOKEN);
+      const files = await filesWithToken(id);
+      expect(files).toHaveLength(1);
+      expect(files[0]).toMatch(/^secrets\//);
+      expect(toJsonString(EnvironmentSchema, await getEnvironment(creator.client, id))).not.toContain(TOKEN);
+      const log = await logOf(creator, id);
+      expect(log).toContain("Cloning");
+      expect(log).not.toContain(TOKEN);
+    },
+    TIMEOUT_MS,
+  );
+
+  test("is not cloned with a token that the host refuses, which nobody gets to see", async () => {
+    const member = await plane.addUser();
+    await signIn(member, `${TOKEN}-but-wrong`);
+    const id = await create(member);
+    const { status } = await eventually(async () => {
+      const environment = await getEnvironment(member.client, id);
+      return environment.status?.failureMessage.length ? environment : undefined;
+    }, "the environment has failed");
+    expect(status?.failureMessage.join()).toMatch(/authentication needed for 127\.0\.0\.1$/);
+    expect(await logOf(member, id)).not.toContain(TOKEN);
+    expect(git.requests.some(({ authorization }) => authorization?.startsWith("Basic "))).toBe(true);
+  });
+
+  test("stays closed to the environments of others, also on the same machine", async () => {
+    const id = await running(creator);
+    const other = await plane.addUser();
+    const { environment } = await other.client.environments.createEnvironment({
+      spec: { machine: { class: host.classId } },
+    });
+    const theirs = environment?.id ?? "";
+    await reaches(other.client, theirs, EnvironmentPhase.RUNNING);
+    const answer = await exec(
+      other,
+      theirs,
+      `GIT_TERMINAL_PROMPT=0 git ls-remote ${repository.url} 2>&1 || echo refused`,
+    );
+    expect(answer).toMatch(/could not read Username.*\nrefused$/s);
+    if (!isRoot) return;
+    const [secret] = await filesWithToken(id);
+    const path = join(host.dataDir, "environments", id, secret ?? "none");
+    expect(await exec(other, theirs, `cat '${path}' 2>&1 || echo refused`)).toMatch(/Permission denied\nrefused$/);
+  });
+});
