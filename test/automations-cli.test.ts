@@ -23,7 +23,7 @@ import {
   setStage,
   startTask,
 } from "./harness/automations.ts";
-import { reaches } from "./harness/environments.ts";
+import { operations, reaches } from "./harness/environments.ts";
 import { freePort } from "./harness/free-port.ts";
 import { startHost, type TestHost } from "./harness/host.ts";
 import { startProgram } from "./harness/program.ts";
@@ -458,6 +458,32 @@ describe("on a runner that runs things", () => {
       );
       const wrong = await run(on(real, "logs", "top", "--step", "nothing"));
       expect([wrong.code, wrong.told]).toEqual([1, expect.stringContaining("The base, The top")]);
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "processes of the environment have the program, for what is theirs",
+    async () => {
+      const { exec } = await operations(client, real.id);
+      const file = "tasks: { piped: { name: Piped, command: echo piped } }";
+      const inside = await exec({
+        command: `echo '${file}' | berth automations apply - && berth automations run piped`,
+      });
+      expect(inside).toMatchObject({
+        exitCode: 0,
+        stdout: expect.stringMatching(/^task +piped +[\w-]{36}\npiped\n$/m),
+      });
+      // Login shells of many hosts replace PATH; what the task sets itself comes first.
+      const env = [{ name: "PATH", source: { case: "value" as const, value: "/opt/own:/usr/bin:/bin" } }];
+      await newTask(client, real.id, "nested", [], { command: "berth automations list --json | head -c 13" });
+      await newTask(client, real.id, "own-path", [], { command: "echo $PATH; env | grep -c BERTH_PATH", env });
+      expect(await run(on(real, "run", "nested"))).toMatchObject({ code: 0, printed: '{"services":[\n' });
+      expect((await run(on(real, "run", "own-path"))).printed).toMatch(/^\/opt\/own:\/usr\/bin:\/bin:.*\n0\n$/);
+      const { stdout } = await exec({
+        command: 'stat -c "%U %a" "$(dirname "$(command -v berth)")"; touch "$(command -v berth)" || echo kept',
+      });
+      if (process.getuid?.() === 0) expect(stdout).toBe("root 755\nkept\n");
     },
     TIMEOUT_MS,
   );

@@ -8,6 +8,7 @@ import {
   EnvironmentStatus_Machine_Phase as MachinePhase,
 } from "../../gen/gitpod/v1/environment_pb.js";
 import { classSettings } from "./classes.ts";
+import { writeLauncher } from "./launcher.ts";
 import {
   adoptSupervisor,
   baseVariables,
@@ -86,8 +87,10 @@ async function bringUp(
   signal.throwIfAborted();
   const user = await keepUser(site);
   await makeFolders(paths, user);
+  const hasLauncher = await writeLauncher(paths, user);
   if (site.machinePhase === MachinePhase.CREATING) {
     site.log.write(user.own ? `User ${user.name} and folders are ready` : "Folders are ready");
+    if (!hasLauncher) site.log.write(`Without the command berth: ${user.name} cannot read the program of the runner`);
     await site.edit(({ status }) => {
       if (status.machine) status.machine.phase = MachinePhase.STARTING;
     });

@@ -113,7 +113,7 @@ export async function baseVariables(
     USER: user.name,
     LOGNAME: user.name,
     SHELL: await loginShell(),
-    PATH: commandPath(),
+    PATH: `${commandPath()}:${paths.bin}`,
     LANG: "C.UTF-8",
     ...gitAuthorities(),
     BERTH_ENVIRONMENT_ID: environmentId,

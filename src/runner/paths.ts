@@ -22,6 +22,7 @@ export interface EnvironmentPaths {
   run: string;
   ssh: string;
   /** The runner's own. */
+  bin: string;
   record: string;
   log: string;
   supervisorConfig: string;
@@ -47,6 +48,7 @@ export function environmentPaths(dataDir: string, environmentId: string): Enviro
     logs: join(root, "logs"),
     run,
     ssh: join(root, "ssh"),
+    bin: join(root, "bin"),
     record: join(root, "state.json"),
     log: join(root, "environment.log"),
     supervisorConfig: join(root, "supervisor.json"),

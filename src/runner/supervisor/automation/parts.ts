@@ -73,7 +73,10 @@ export function endText(what: string, { code }: RunEnd): string {
   return signal ? `${what} was ended by ${signal} (exit code ${code})` : `${what} exited with code ${code}`;
 }
 
-/** A command line as a person would have typed it at the prompt of a login shell. */
+/**
+ * A command line as a person would have typed it at the prompt of a login shell. What its profile does to PATH, which many
+ * replace, comes after what the environment says.
+ */
 const shellFor = (text: string): readonly [string, ...string[]] => [
   "/bin/sh",
   "-c",
@@ -81,7 +84,7 @@ const shellFor = (text: string): readonly [string, ...string[]] => [
   "sh",
   "-l",
   "-c",
-  text,
+  `PATH=$BERTH_PATH:$PATH; unset BERTH_PATH; ${text}`,
 ];
 
 /** A command of an automation with all that it gets, or the problem that keeps it from running. */
@@ -93,11 +96,11 @@ export async function commandOf(
   if (command.runsOn?.target.case === "docker") {
     throw new CommandProblem(`runs_on.docker needs a container engine; none found on runner ${around.runnerName()}`);
   }
-  const variables = await resolved(around, command.env);
+  const env = around.variables({ ...(await resolved(around, command.env)), ...own });
   return {
     argv: shellFor(command.text),
     cwd: around.folder(),
-    env: around.variables({ ...variables, ...own }),
+    env: { ...env, BERTH_PATH: env.PATH ?? "" },
   };
 }
 
