@@ -1,6 +1,7 @@
 import { cpus } from "node:os";
 import { parseArgs } from "node:util";
 import type { Bench, Case } from "./bench.ts";
+import { automation } from "./cases/automation.ts";
 import { create } from "./cases/create.ts";
 import { driver } from "./cases/driver.ts";
 import { environment } from "./cases/environment.ts";
@@ -18,7 +19,21 @@ import { type Row, shortfalls, table } from "./report.ts";
 import { openStage, type Stage } from "./stage.ts";
 
 const CASES: Record<string, Case> = {
-  ...{ unary, read, list, create, driver, events, start: startUp, environment, validation, port, memory, sweeps },
+  ...{
+    unary,
+    read,
+    list,
+    create,
+    driver,
+    events,
+    start: startUp,
+    environment,
+    automation,
+    validation,
+    port,
+    memory,
+    sweeps,
+  },
 };
 
 const USAGE = `npm run bench -- [--quick] [--only NAME]...
