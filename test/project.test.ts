@@ -449,7 +449,8 @@ test("watchers are told of the projects that they see, and of no others", async 
     await member.client.projects.deleteProject({ projectId });
   }
   await theirs.next(eventText(PROJECT, DELETE, shared.id));
-  await mine.next(eventText(PROJECT, DELETE, hidden.id));
+  await mine.next(eventText(PROJECT, DELETE, shared.id));
+  expect(mine.events).toContain(eventText(PROJECT, DELETE, hidden.id));
   expect(theirs.events).toContain(eventText(ResourceType.PROJECT_ENVIRONMENT_CLASS, UPDATE, shared.id));
   expect(theirs.events).toContain(eventText(PROJECT, UPDATE, shared.id));
   expect(theirs.events.filter((event) => event.includes(hidden.id))).toEqual([]);

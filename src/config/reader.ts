@@ -52,7 +52,10 @@ const VARIABLES = new Set([
   "BERTH_RUNNER_EXCHANGE_TOKEN_FILE",
 ]);
 // What clients read, and what a runner gives the processes of an environment: `berth` may be started beside them.
-const OF_OTHERS = new Set(["BERTH_TOKEN", "BERTH_ENVIRONMENT_ID"]);
+const OF_OTHERS = new Set([
+  ...["BERTH_TOKEN", "BERTH_ENVIRONMENT_ID"],
+  ...["BERTH_AUTOMATION", "BERTH_SESSION", "BERTH_EXECUTION_ID", "BERTH_OUTPUT", "BERTH_RUN"],
+]);
 
 /** A host name. */
 export const HOST = /^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$/;

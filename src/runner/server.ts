@@ -171,13 +171,14 @@ export async function startRunnerServer(deps: ServerDeps): Promise<Listener> {
     if (route) return await ports.serve(route, request, response);
     const [path = ""] = (request.url ?? "").split("?", 1);
     const [, environmentId = "", part = ""] = PATH.exec(path) ?? [];
-    if (environmentId && request.method === "OPTIONS") {
+    const [isOps, isLog] = [OPS_PATH.test(part), LOGS_PATH.test(part)];
+    if ((isOps || isLog) && request.method === "OPTIONS") {
       response.writeHead(204, PREFLIGHT);
       response.end();
       return;
     }
-    if (OPS_PATH.test(part)) return await serveOperation(environmentId, request, response);
-    if (LOGS_PATH.test(part)) return await serveLog(deps, { environmentId, path: part }, request, response);
+    if (isOps) return await serveOperation(environmentId, request, response);
+    if (isLog) return await serveLog(deps, { environmentId, path: part }, request, response);
     switch (path) {
       case "/healthz":
         return answerText(response, 200, "ok\n");
