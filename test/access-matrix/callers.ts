@@ -165,7 +165,7 @@ export async function allCallers(stage: Stage, world: World, environmentToken: s
   await newGroup(plane, { users: [byGroup], organizationRoles: [ResourceRole.ORG_ADMIN] });
   const readOnly = await mint(plane, { kind: PERSONAL_ACCESS, subjectId: creator.id, readOnly: true });
   const access = await plane.admin.serviceAccounts.createServiceAccountAccessToken({ serviceAccountId: robot.id });
-  const other = await newEnvironment(stage, stage.otherClassId, plane.admin, otherRunner);
+  const other = await newEnvironment(stage.otherClassId, { by: plane.admin, on: otherRunner });
   const single = (name: string, column: Column, token: string): Caller => ({ name, column, headers: bearer(token) });
   return [
     ...(await nobodies(plane, world)),

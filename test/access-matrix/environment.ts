@@ -9,9 +9,9 @@ const TABLE = `
                                no ac fo me ro cr ad st sa rt r2 en e2 or op og oe oa ra ru pa pe pu ea eu ev ga sv
   getEnvironment               U  D  N  N  ✓  ✓  ✓  N  N  ✓  N  ✓  N  .  .  .  ✓  .  .  .  .  .  .  ✓  ✓  ✓  .  .
   listEnvironments             U  D  0  0  ✓  ✓  ✓  0  0  ✓  0  ✓  0  .  .  .  ✓  .  .  .  .  .  .  ✓  ✓  ✓  .  .
-  listEnvironmentClasses       U  D  0  0  ✓  ✓  ✓  0  0  ✓  0  ✓  0  ✓  .  .  .  .  ✓  ✓  .  .  .  .  .  .  .  .
-  createEnvironment            U  D  N  N  D  ✓  ✓  N  N  D  D  D  D  ✓  .  .  .  .  ✓  ✓  .  .  .  .  .  .  .  .
-  createEnvironmentFromProject U  D  N  N  D  ✓  ✓  N  N  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
+  listEnvironmentClasses       U  D  0  0  ✓  ✓  ✓  0  0  ✓  0  ✓  0  ✓  ✓  .  .  .  ✓  ✓  ✓  ✓  ✓  .  .  .  .  .
+  createEnvironment            U  D  N  N  D  ✓  ✓  N  N  D  D  D  D  ✓  D  .  .  .  ✓  ✓  D  D  D  .  .  .  .  .
+  createEnvironmentFromProject U  D  N  N  D  ✓  ✓  N  N  D  D  D  D  .  D  .  .  .  .  .  D  D  D  .  .  .  .  .
   startEnvironment             U  D  N  N  D  ✓  D  N  N  D  D  D  D  .  .  .  D  .  .  .  .  .  .  D  D  D  .  .
   stopEnvironment              U  D  N  N  D  ✓  ✓  N  N  D  D  ✓  N  .  .  .  D  .  .  .  .  .  .  ✓  D  D  .  .
   updateEnvironment name       U  D  N  N  D  ✓  ✓  N  N  D  D  D  N  .  .  .  D  .  .  .  .  .  .  ✓  D  D  .  .

@@ -19,8 +19,8 @@ const TABLE = `
   createProjects                  U  D  ✓  ✓  D  ✓  ✓  ✓  ✓  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
   updateProjects                  U  D  0  0  D  ✓  ✓  0  0  D  D  D  D  .  ✓  .  .  .  .  .  ✓  ✓  .  .  .  .  .  .
   deleteProjects                  U  D  0  0  D  ✓  ✓  0  0  D  D  D  D  .  ✓  .  .  .  .  .  ✓  .  .  .  .  .  .  .
-  createProjectFromEnvironment    U  D  N  N  D  F  D  N  N  D  D  D  D  .  .  .  D  .  .  .  .  .  .  F  D  D  .  .
-  getProject                      U  D  N  N  ✓  ✓  ✓  N  N  D  D  N  N  .  ✓  .  .  .  .  .  ✓  ✓  ✓  .  .  .  .  .
+  createProjectFromEnvironment    U  D  N  N  D  ✓  D  N  N  D  D  D  D  .  .  .  D  .  .  .  .  .  .  ✓  D  D  .  .
+  getProject                      U  D  N  N  ✓  ✓  ✓  N  N  D  D  ✓  N  .  ✓  .  .  .  .  .  ✓  ✓  ✓  .  .  .  .  .
   updateProject                   U  D  N  N  D  ✓  ✓  N  N  D  D  D  D  .  ✓  .  .  .  .  .  ✓  ✓  D  .  .  .  .  .
   listProjects                    U  D  0  0  ✓  ✓  ✓  0  0  D  D  D  D  .  ✓  .  .  .  .  .  ✓  ✓  ✓  .  .  .  .  .
   deleteProject                   U  D  N  N  D  ✓  ✓  N  N  D  D  D  D  .  ✓  .  .  .  .  .  ✓  D  D  .  .  .  .  .
@@ -35,8 +35,11 @@ const TABLE = `
 export const project = section(ProjectService, TABLE, {
   createProject: { request: () => newProject },
   createProjects: { request: () => ({ projects: [newProject] }), finds: () => '"createdProjects":' },
-  // It holds no repository.
-  createProjectFromEnvironment: { request: ({ environmentId }) => ({ environmentId, name: "Copy" }) },
+  // The copy offers the class of the environment, so its maker sees that from then on.
+  createProjectFromEnvironment: {
+    request: ({ environmentId }) => ({ environmentId, name: "Copy" }),
+    fresh: ["classId", "projectId", "environmentId"],
+  },
   getProject: { request: one },
   listProjects: { finds: ({ projectId }) => projectId },
   updateProject: { request: (world) => ({ ...one(world), name: "App" }) },

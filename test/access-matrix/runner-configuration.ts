@@ -17,23 +17,24 @@ const configuration = [
 ];
 
 const TABLE = `
-                                no ac fo me ro cr ad st sa rt r2 en e2 or op og oe oa ra ru pa pe pu ea eu ev ga sv
-  createHostAuthenticationToken U  D  N  N  D  ✓  ✓  N  N  D  D  D  D  ✓  .  .  .  .  ✓  ✓  .  .  .  .  .  .  .  .
-  getHostAuthenticationToken    U  D  N  N  ✓  ✓  ✓  N  N  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
-  listHostAuthenticationTokens  U  D  0  0  ✓  ✓  ✓  0  0  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
-  updateHostAuthenticationToken U  D  N  N  D  ✓  D  N  N  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
-  deleteHostAuthenticationToken U  D  N  N  D  ✓  ✓  N  N  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
-  getRunnerConfigurationSchema  U  D  N  N  ✓  ✓  ✓  N  N  ✓  N  ✓  N  ✓  .  .  .  .  ✓  ✓  .  .  .  .  .  .  .  .
-  createSCMIntegration          U  D  N  N  D  D  ✓  N  N  D  D  D  D  ✓  .  .  .  .  ✓  D  .  .  .  .  .  .  .  .
-  getSCMIntegration             U  D  N  N  ✓  ✓  ✓  N  N  D  D  ✓  N  ✓  .  .  .  .  ✓  ✓  .  .  .  .  .  .  .  .
-  listSCMIntegrations           U  D  0  0  ✓  ✓  ✓  0  0  ✓  0  ✓  0  ✓  .  .  .  .  ✓  ✓  .  .  .  .  .  .  .  .
-  updateSCMIntegration          U  D  N  N  D  D  ✓  N  N  D  D  D  D  ✓  .  .  .  .  ✓  D  .  .  .  .  .  .  .  .
-  deleteSCMIntegration          U  D  N  N  D  D  ✓  N  N  D  D  D  D  ✓  .  .  .  .  ✓  D  .  .  .  .  .  .  .  .
-  createEnvironmentClass        U  D  N  N  D  D  ✓  N  N  D  D  D  D  ✓  .  .  .  .  ✓  D  .  .  .  .  .  .  .  .
-  getEnvironmentClass           U  D  N  N  ✓  ✓  ✓  N  N  ✓  N  ✓  N  ✓  .  .  .  .  ✓  ✓  .  .  .  .  .  .  .  .
-  listEnvironmentClasses        U  D  0  0  ✓  ✓  ✓  0  0  ✓  0  ✓  0  ✓  .  .  .  .  ✓  ✓  .  .  .  .  .  .  .  .
-  updateEnvironmentClass        U  D  N  N  D  D  ✓  N  N  D  D  D  D  ✓  .  .  .  .  ✓  D  .  .  .  .  .  .  .  .
-  validateRunnerConfiguration   U  D  i  i  D  i  i  i  i  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
+                                            no ac fo me ro cr ad st sa rt r2 en e2 or op og oe oa ra ru pa pe pu ea eu ev ga sv
+  createHostAuthenticationToken             U  D  N  N  D  ✓  ✓  N  N  D  D  D  D  ✓  .  .  .  .  ✓  ✓  .  .  .  .  .  .  .  .
+  createHostAuthenticationToken integration U  D  N  N  D  ✓  ✓  N  N  D  D  D  D  ✓  .  .  .  .  ✓  ✓  .  .  .  .  .  .  .  .
+  getHostAuthenticationToken                U  D  N  N  ✓  ✓  ✓  N  N  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
+  listHostAuthenticationTokens              U  D  0  0  ✓  ✓  ✓  0  0  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
+  updateHostAuthenticationToken             U  D  N  N  D  ✓  D  N  N  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
+  deleteHostAuthenticationToken             U  D  N  N  D  ✓  ✓  N  N  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
+  getRunnerConfigurationSchema              U  D  N  N  ✓  ✓  ✓  N  N  ✓  N  ✓  N  ✓  .  .  .  .  ✓  ✓  .  .  .  .  .  .  .  .
+  createSCMIntegration                      U  D  N  N  D  D  ✓  N  N  D  D  D  D  ✓  .  .  .  .  ✓  D  .  .  .  .  .  .  .  .
+  getSCMIntegration                         U  D  N  N  ✓  ✓  ✓  N  N  D  D  ✓  N  ✓  .  .  .  .  ✓  ✓  .  .  .  .  .  .  .  .
+  listSCMIntegrations                       U  D  0  0  ✓  ✓  ✓  0  0  ✓  0  ✓  0  ✓  .  .  .  .  ✓  ✓  .  .  .  .  .  .  .  .
+  updateSCMIntegration                      U  D  N  N  D  D  ✓  N  N  D  D  D  D  ✓  .  .  .  .  ✓  D  .  .  .  .  .  .  .  .
+  deleteSCMIntegration                      U  D  N  N  D  D  ✓  N  N  D  D  D  D  ✓  .  .  .  .  ✓  D  .  .  .  .  .  .  .  .
+  createEnvironmentClass                    U  D  N  N  D  D  ✓  N  N  D  D  D  D  ✓  .  .  .  .  ✓  D  .  .  .  .  .  .  .  .
+  getEnvironmentClass                       U  D  N  N  ✓  ✓  ✓  N  N  ✓  N  ✓  N  ✓  ✓  .  .  .  ✓  ✓  ✓  ✓  ✓  .  .  .  .  .
+  listEnvironmentClasses                    U  D  0  0  ✓  ✓  ✓  0  0  ✓  0  ✓  0  ✓  ✓  .  .  .  ✓  ✓  ✓  ✓  ✓  .  .  .  .  .
+  updateEnvironmentClass                    U  D  N  N  D  D  ✓  N  N  D  D  D  D  ✓  D  .  .  .  ✓  D  D  D  D  .  .  .  .  .
+  validateRunnerConfiguration               U  D  i  i  D  i  i  i  i  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
 `;
 
 export const runnerConfiguration = section(RunnerConfigurationService, TABLE, {
@@ -45,6 +46,13 @@ export const runnerConfiguration = section(RunnerConfigurationService, TABLE, {
   updateEnvironmentClass: { request: (world) => ({ ...environmentClass(world), description: "For all" }) },
   createHostAuthenticationToken: {
     request: (world) => ({ ...runner(world), host: newHost(), token: "x", source: HostAuthenticationTokenSource.PAT }),
+  },
+  "createHostAuthenticationToken integration": {
+    request: (world) => ({
+      ...{ ...runner(world), host: world.integrationHost, integrationId: world.integrationId, token: "x" },
+      source: HostAuthenticationTokenSource.PAT,
+    }),
+    fresh: ["integrationId"],
   },
   getHostAuthenticationToken: { request: hostToken },
   listHostAuthenticationTokens: { finds: ({ hostTokenId }) => hostTokenId },

@@ -29,6 +29,7 @@ const TABLE = `
   createSecret project              U  D  N  N  D  ✓  ✓  N  N  D  D  D  D  .  ✓  .  .  .  .  .  ✓  ✓  D  .  .  .  .  .
   createSecret organization         U  D  N  D  D  D  ✓  D  D  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
   createSecret service account      U  D  N  D  D  D  ✓  ✓  ✓  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  ✓
+  createSecret project_id           U  D  N  N  D  ✓  ✓  N  N  D  D  D  D  .  ✓  .  .  .  .  .  ✓  ✓  D  .  .  .  .  .
   updateSecretValue user            U  D  N  N  D  ✓  N  N  N  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
   updateSecretValue project         U  D  N  N  D  ✓  ✓  N  N  D  D  D  D  .  ✓  .  .  .  .  .  ✓  ✓  D  .  .  .  .  .
   updateSecretValue organization    U  D  N  D  D  D  ✓  D  D  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
@@ -43,13 +44,21 @@ const TABLE = `
   deleteSecret organization         U  D  N  D  D  D  ✓  D  D  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
   deleteSecret service account      U  D  N  N  D  N  ✓  ✓  ✓  D  D  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  ✓
   getSecretValue user               U  D  N  N  D  D  N  N  N  D  D  ✓  N  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
-  getSecretValue project            U  D  N  N  D  D  D  N  N  D  D  N  N  .  D  .  .  .  .  .  D  D  D  .  .  .  .  .
+  getSecretValue project            U  D  N  N  D  D  D  N  N  D  D  ✓  N  .  D  .  .  .  .  .  D  D  D  .  .  .  .  .
   getSecretValue organization       U  D  N  D  D  D  D  D  D  D  D  ✓  ✓  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
   getSecretValue service account    U  D  N  N  N  N  D  D  D  D  D  N  N  .  .  .  .  .  .  .  .  .  .  .  .  .  .  D
 `;
 
 export const secret = section(SecretService, TABLE, {
   ...each("createSecret", (field) => ({ request: (world) => newSecret(scopeOf(field, world)) })),
+  // As older clients name a project.
+  "createSecret project_id": {
+    request: ({ projectId }) => ({
+      ...newSecret({ case: "projectId", value: projectId }),
+      scope: undefined,
+      projectId,
+    }),
+  },
   ...each("updateSecretValue", (_field, id) => ({ request: (world) => ({ secretId: world[id], value: "y" }) })),
   ...each("deleteSecret", (_field, id) => ({ request: (world) => ({ secretId: world[id] }), fresh: [id] })),
   ...each("getSecretValue", (_field, id) => ({ request: (world) => ({ secretId: world[id] }) })),

@@ -10,13 +10,14 @@ import { ProjectRole } from "../../gen/gitpod/v1/project_pb.js";
 import { HostAuthenticationTokenSource, RunnerProvider } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerRole } from "../../gen/gitpod/v1/runner_pb.js";
 import { type SecretScope, SecretScopeSchema } from "../../gen/gitpod/v1/secret_pb.js";
+import type { BerthClient } from "../../src/client.ts";
 import { TokenKind } from "../../src/domain/tokens.ts";
 import { newService, newTask, settledStatus, startTask } from "../harness/automations.ts";
 import type { FakeRunner } from "../harness/fake-runner.ts";
 import { newGroup } from "../harness/groups.ts";
 import { liftQuotas, type TestPlane, type TestUser } from "../harness/plane.ts";
-import { createProject } from "../harness/projects.ts";
-import { addServiceAccount, connectRunner, mint, share } from "../harness/tenants.ts";
+import { createProject, offer } from "../harness/projects.ts";
+import { addClass, addServiceAccount, connectRunner, mint, share } from "../harness/tenants.ts";
 
 // One organization and what is in it. Everything was made by one member, the creator, or by an admin where members may
 // not; nothing is shared, but for the runner, which the creator may use.
@@ -26,15 +27,21 @@ export interface World {
   organizationId: string;
   /** The creator, who is a member of the group. */
   userId: string;
+  /** The admin who made the runners. */
+  adminId: string;
   /** Somebody else, with no role at all. */
   otherUserId: string;
   runnerId: string;
   linkId: string;
   classId: string;
   integrationId: string;
+  /** Its host, of which the creator has no token yet. */
+  integrationHost: string;
   hostTokenId: string;
   exchangeToken: string;
+  /** Made from the project. */
   environmentId: string;
+  sessionId: string;
   serviceId: string;
   taskId: string;
   executionId: string;
@@ -76,17 +83,23 @@ export interface Stage {
 const PORT = { port: 3000, name: "web", admission: AdmissionLevel.OWNER_ONLY };
 
 /** An environment that runs, and the token of its processes. */
-export async function newEnvironment(stage: Stage, classId: string, by = stage.creator.client, on = stage.runner) {
+export async function newEnvironment(
+  classId: string,
+  { by, on, projectId }: { by: BerthClient; on: FakeRunner; projectId?: string },
+) {
   const spec = { machine: { class: classId }, ports: [PORT] };
-  const { environment } = await by.environments.createEnvironment({ spec });
-  const { id = "", spec: made } = environment ?? {};
+  const { environment } = projectId
+    ? await by.environments.createEnvironmentFromProject({ projectId, spec })
+    : await by.environments.createEnvironment({ spec });
+  const { id = "", spec: made, metadata } = environment ?? {};
   const machineSession = made?.machine?.session ?? "";
   const { token } = await on.control.createEnvironmentToken({ environmentId: id, machineSession });
   await on.report(id, settledStatus(environment!));
   const service = await newService(by, id, "web");
   const task = await newTask(by, id, "test");
   const execution = await startTask(by, task);
-  return { token, ids: { environmentId: id, serviceId: service.id, taskId: task.id, executionId: execution.id } };
+  const parts = { serviceId: service.id, taskId: task.id, executionId: execution.id };
+  return { token, ids: { environmentId: id, sessionId: metadata?.sessionId ?? "", ...parts } };
 }
 
 const secretName = () => `SECRET_${uuidv7().replaceAll("-", "_")}`;
@@ -120,6 +133,7 @@ const makers = {
     });
     return { runnerId: runner?.runnerId ?? "" };
   },
+  classId: async ({ plane }: Stage, { runnerId }: World) => ({ classId: await addClass(plane, runnerId) }),
   exchangeToken: async ({ plane }: Stage, { runnerId }: World) => {
     const { exchangeToken } = await plane.admin.runners.createRunnerToken({ runnerId });
     return { exchangeToken };
@@ -127,7 +141,8 @@ const makers = {
   integrationId: async ({ plane }: Stage, { runnerId }: World) => {
     const host = `${randomBytes(8).toString("hex")}.example.org`;
     const request = { runnerId, scmId: "github", host, pat: true };
-    return { integrationId: (await plane.admin.runnerConfiguration.createSCMIntegration(request)).id };
+    const { id } = await plane.admin.runnerConfiguration.createSCMIntegration(request);
+    return { integrationId: id, integrationHost: host };
   },
   hostTokenId: async ({ creator }: Stage, { runnerId }: World) => {
     const host = `${randomBytes(8).toString("hex")}.example.org`;
@@ -135,8 +150,13 @@ const makers = {
     const { token } = await creator.client.runnerConfiguration.createHostAuthenticationToken(request);
     return { hostTokenId: token?.id ?? "" };
   },
-  environmentId: async (stage: Stage, { classId }: World) => (await newEnvironment(stage, classId)).ids,
-  projectId: async ({ creator }: Stage) => ({ projectId: (await createProject(creator.client)).id }),
+  environmentId: async ({ creator, runner }: Stage, { classId, projectId }: World) =>
+    (await newEnvironment(classId, { by: creator.client, on: runner, projectId })).ids,
+  projectId: async ({ creator: { client } }: Stage, { classId }: Pick<World, "classId">) => {
+    const { id: projectId } = await createProject(client);
+    await offer(client, projectId, classId);
+    return { projectId };
+  },
   groupId: async ({ plane }: Stage) => ({ groupId: await newGroup(plane) }),
   powerfulGroupId: async ({ plane }: Stage) => ({
     powerfulGroupId: await newGroup(plane, { organizationRoles: [ResourceRole.ORG_RUNNERS_ADMIN] }),
@@ -206,8 +226,10 @@ export async function makeWorld(plane: TestPlane): Promise<{ stage: Stage; world
   const stage: Stage = {
     ...{ plane, creator, robot, runner, otherRunner: other.runner, otherClassId: other.classId },
   };
-  const { projectId } = await makers.projectId(stage);
+  const { projectId } = await makers.projectId(stage, { classId });
+  const { subject } = await plane.admin.identity.getAuthenticatedIdentity({});
   const empty = {
+    adminId: subject?.id,
     ...{ organizationId: plane.organizationId, userId: creator.id, runnerId: runner.id, linkId: runner.linkId },
     ...{ classId, projectId, serviceAccountId: robot.id, unknownId: uuidv7() },
     otherUserId: (await plane.addUser({ name: "Other" })).id,
@@ -225,7 +247,7 @@ export async function makeWorld(plane: TestPlane): Promise<{ stage: Stage; world
     ...(["serviceAccountTokenId", "tokenId", "preferenceId", "userSecretId", "projectSecretId"] as const),
     ...(["organizationSecretId", "serviceAccountSecretId"] as const),
   ]);
-  const environment = await newEnvironment(stage, classId);
+  const environment = await newEnvironment(classId, { by: creator.client, on: runner, projectId });
   const { assignment } = await plane.admin.groups.createRoleAssignment({
     ...{ groupId: made.groupId, resourceType: ResourceType.RUNNER, resourceId: runner.id },
     resourceRole: ResourceRole.RUNNER_USER,
