@@ -1,4 +1,6 @@
 import { toJsonString } from "@bufbuild/protobuf";
+import Gitpod from "@gitpod/sdk";
+import { runCommand, runService } from "@gitpod/sdk/lib/automation";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import {
   type Service,
@@ -390,11 +392,27 @@ describe.concurrent("tasks", () => {
   );
 
   test(
-    "AUT-37 a log holds exactly the lines of the command",
+    "AUT-37 the official SDK runs commands and services, reads their lines, and stops what runs",
     async () => {
-      const executionId = await run("lines", "printf 'a\\nb\\n'");
-      const { status } = await executionIs(executionId, Phase.SUCCEEDED);
-      expect(await logs.read(status?.logUrl)).toBe("a\nb\n");
+      const sdk = new Gitpod({ baseURL: `${plane.url}/api`, bearerToken: user.token });
+      const lines = async (text: AsyncGenerator<string>) => {
+        const found: string[] = [];
+        for await (const line of text) found.push(line);
+        return found;
+      };
+      expect(await lines(await runCommand(sdk, id, "printf 'a\\nb\\n'"))).toEqual(["a", "b"]);
+      expect(await lines(await runCommand(sdk, id, "echo c"))).toEqual(["c"]);
+      const metadata = { reference: "sdk", name: "SDK" };
+      const text = await runService(sdk, id, metadata, { commands: { start: "echo up; exec sleep 300" } });
+      expect((await text.next()).value).toBe("up");
+      const { services } = sdk.environments.automations;
+      const filter = { environmentIds: [id], references: ["sdk"] };
+      const [service] = (await services.list({ filter })).services;
+      await services.stop({ id: service?.id ?? "" });
+      expect((await text.next()).done).toBe(true);
+      await serviceIs(service?.id ?? "", STOPPED);
+      await services.delete({ id: service?.id ?? "" });
+      await eventually(async () => (await services.list({ filter })).services?.length === 0, "it is gone");
     },
     TIMEOUT_MS,
   );

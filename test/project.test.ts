@@ -446,8 +446,10 @@ test("watchers are told of the projects that they see, and of no others", async 
   for (const { id: projectId } of [hidden, shared]) {
     await member.client.projects.updateProject({ projectId, name: "Renamed" });
     await offer(member.client, projectId, classId);
-    await member.client.projects.deleteProject({ projectId });
   }
+  // What has gone cannot be judged any more.
+  await theirs.next(eventText(ResourceType.PROJECT_ENVIRONMENT_CLASS, UPDATE, shared.id));
+  for (const { id: projectId } of [hidden, shared]) await member.client.projects.deleteProject({ projectId });
   await theirs.next(eventText(PROJECT, DELETE, shared.id));
   await mine.next(eventText(PROJECT, DELETE, shared.id));
   expect(mine.events).toContain(eventText(PROJECT, DELETE, hidden.id));
