@@ -71,6 +71,8 @@ export interface RunnerHostConfig {
   logDays: number;
   /** Domain below which each port of an environment has a host of its own. */
   portDomain?: string;
+  /** Ports that SSH servers of environments may have, both ends included. */
+  sshPorts: { from: number; to: number };
   allowUnenforced: boolean;
   hostDevcontainer: "run" | "skip" | "fail";
   scm: ScmConfig;
@@ -163,6 +165,14 @@ function portDomain(read: Reader): string | undefined {
   return domain;
 }
 
+function sshPorts(read: Reader): { from: number; to: number } {
+  const [, from, to] = /^(\d{1,5})-(\d{1,5})$/.exec(read.text("BERTH_RUNNER_SSH_PORTS", "22000-22999")) ?? [];
+  const ports = { from: Number(from), to: Number(to) };
+  if (!from || !to || ports.from < 1024 || ports.to > 65_535 || ports.from > ports.to)
+    throw new ConfigError("BERTH_RUNNER_SSH_PORTS must be a range of ports from 1024 on, such as 22000-22999");
+  return ports;
+}
+
 function runnerHost(read: Reader, home: string): RunnerHostConfig {
   const host = read.host("BERTH_RUNNER_HOST", "127.0.0.1");
   const port = read.integer("BERTH_RUNNER_PORT", 8081, 0, 65_535);
@@ -175,6 +185,7 @@ function runnerHost(read: Reader, home: string): RunnerHostConfig {
     maxEnvironments: read.integer("BERTH_RUNNER_MAX_ENVIRONMENTS", 10, 1, 10_000),
     logDays: read.integer("BERTH_RUNNER_LOG_DAYS", 30, 1, 3650),
     portDomain: portDomain(read),
+    sshPorts: sshPorts(read),
     allowUnenforced: read.flag("BERTH_RUNNER_ALLOW_UNENFORCED", false),
     hostDevcontainer: read.oneOf("BERTH_RUNNER_HOST_DEVCONTAINER", ["run", "skip", "fail"], "run"),
     scm: scmConfig(read),

@@ -305,6 +305,12 @@ const VARIABLES: Record<string, Variable> = {
     good: [["Ports.example.org", "ports.example.org"]],
     bad: ["*.example.org", "ports", "https://ports.example.org"],
   },
+  BERTH_RUNNER_SSH_PORTS: {
+    read: (config) => config.runner.sshPorts,
+    unset: { from: 22_000, to: 22_999 },
+    good: [["2200-2200", { from: 2200, to: 2200 }]],
+    bad: ["22", "2300-2200", "1000-2000", "60000-70000", "a-b"],
+  },
   BERTH_RUNNER_DATA_DIR: {
     read: (config) => config.runner.dataDir,
     unset: join(asRoot ? "/var/lib/berth" : "/home/somebody/state/berth", "runner"),

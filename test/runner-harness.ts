@@ -91,6 +91,7 @@ export class FakeControlPlane implements AsyncDisposable {
   readonly completed: CompleteCallRequest[] = [];
   readonly introspected: string[] = [];
   readonly activity: string[] = [];
+  readonly activitySources: string[] = [];
   readonly deregistered: number[] = [];
   /** Everything reported, in the order it came. */
   readonly reports: { environmentId: string; status: EnvironmentStatus; outcome: Outcome }[] = [];
@@ -214,6 +215,7 @@ export class FakeControlPlane implements AsyncDisposable {
             throw new ConnectError("not yours", Code.Unauthenticated);
           }
           this.activity.push(request.environmentId);
+          this.activitySources.push(request.activitySignal?.source ?? "");
           return {};
         });
       },
@@ -587,6 +589,7 @@ export class TestRunner implements AsyncDisposable {
       logDays: 30,
       allowUnenforced: false,
       hostDevcontainer: "run",
+      sshPorts: { from: 22_000, to: 22_999 },
       scm: { fallback: true, allowHosts: this.gitHost ? [this.gitHost] : [], schemes: ["http"] },
       logLevel: "debug",
       ...more,

@@ -22,7 +22,7 @@ import type { ContentFacts } from "./record.ts";
 import { devContainerHash } from "./repository-files.ts";
 import { gitHelpers } from "./secrets/git-helper.ts";
 import { type EnvironmentSite, textOf, userOf } from "./site.ts";
-import { isReady, setUnserved } from "./status.ts";
+import { isReady } from "./status.ts";
 
 // Steps that put the content of an environment in place and apply what its files ask for.
 
@@ -151,7 +151,6 @@ export async function keepRepositoryFiles(
   signal.throwIfAborted();
   const next = clone(EnvironmentStatusSchema, site.status);
   if (container) next.devcontainer = container.status;
-  setUnserved(next, spec);
   const passes = !site.passed && isReady(next, spec);
   if (!passes && equals(EnvironmentStatusSchema, next, site.status)) return;
   if (passes) {

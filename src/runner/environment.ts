@@ -31,6 +31,7 @@ import { portUrl } from "./ports/route.ts";
 import { type EnvironmentRecord, readRecord } from "./record.ts";
 import { forgetSecretValues, hideDelivered, keepSecrets } from "./secret-steps.ts";
 import { EnvironmentSite, textOf } from "./site.ts";
+import { forgetSsh, keepSsh, sshUrl } from "./ssh-steps.ts";
 import {
   acknowledgement,
   courseOf,
@@ -201,7 +202,7 @@ export class ManagedEnvironment {
     const ports = (this.#goal.desired.environment?.spec?.ports ?? []).map(({ port }) => ({
       ...{ port, url: portUrl(publicUrl, portDomain, this.id, port) },
     }));
-    this.#events.report(this.id, reportOf(this.#site.status, base, this.#isServing, ports));
+    this.#events.report(this.id, reportOf(this.#site.status, base, this.#isServing, ports, sshUrl(this.#site)));
   }
 
   /** A report has been judged. Readers of the log end once the control plane knows of the stop. */
@@ -359,12 +360,13 @@ export class ManagedEnvironment {
     }
     await site.acknowledge(spec, refusal);
     if (site.status.machine?.failureMessage) return undefined;
-    const onState = (state: SupervisorState) => this.#signalActivity(state);
+    const onState = ({ activity }: SupervisorState) => this.#signalActivity(activity);
     if (!(await keepMachine(site, desired, spec, onState, signal))) return undefined;
     this.automations.connect(site.supervision.client, site.passed);
     // A specification that is refused while the environment runs changes nothing.
     if (!refusal) {
       await keepSecrets(site, spec, false, signal);
+      if (await keepSsh(site, spec, signal)) this.#signalActivity({ source: "SSH", at: new Date() });
       if (!(await keepContent(site, spec, signal))) return undefined;
       await keepSecrets(site, spec, true, signal);
       await keepRepositoryFiles(site, spec, signal);
@@ -379,7 +381,7 @@ export class ManagedEnvironment {
   }
 
   /** Tells the control plane that somebody is at work, with the environment's token and at most once a minute. */
-  #signalActivity({ activity }: SupervisorState): void {
+  #signalActivity(activity: { source: string; at: Date } | undefined): void {
     const now = Date.now();
     const token = this.#site.record.token?.text;
     if (!token || !activity || activity.at.getTime() <= this.#signaled) return;
@@ -424,10 +426,12 @@ export class ManagedEnvironment {
     });
     await this.#endProcesses(true, signal);
     await forgetSecretValues(site);
+    await forgetSsh(site);
     site.sections.endAll(site.passed ? LogSectionOutcome.SUCCESS : LogSectionOutcome.CANCELLED);
     await site.editTowardsEnd((record) => {
       record.status = stoppedStatus(record.status);
       delete record.supervisor;
+      delete record.ssh?.process;
       delete record.token;
     });
   }

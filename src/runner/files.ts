@@ -36,8 +36,11 @@ export async function writeAtomically(path: string, content: string, owner?: Own
   await rename(partial, path);
 }
 
-/** Content of a regular file of at most `maxBytes`, never through a link; undefined if there is none. */
-export async function readSmall(path: string, maxBytes: number): Promise<string | undefined> {
+/**
+ * Content of a regular file of at most `maxBytes`, never through a link; undefined if there is none. With `uid`, only one
+ * of that user.
+ */
+export async function readSmall(path: string, maxBytes: number, uid?: number): Promise<string | undefined> {
   const flags = constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK;
   const file = await open(path, flags).catch((error: unknown) => {
     if (errnoOf(error) === "ENOENT") return undefined;
@@ -47,6 +50,7 @@ export async function readSmall(path: string, maxBytes: number): Promise<string 
   try {
     const found = await file.stat();
     if (!found.isFile() || found.size > maxBytes) throw new Error(`${path} is not a file of at most ${maxBytes} bytes`);
+    if (uid !== undefined && found.uid !== uid) throw new Error(`${path} belongs to somebody else`);
     return await file.readFile("utf8");
   } finally {
     await file.close();

@@ -10,6 +10,7 @@ import type { Guard } from "../scm/guard.ts";
 import type { ControlGroups } from "./cgroups.ts";
 import type { ResolveContext } from "./clone-plan.ts";
 import type { ControlPlane } from "./control-plane.ts";
+import type { SshServer } from "./ssh/server.ts";
 
 /** The program that runs here. */
 export interface ProgramVersion {
@@ -27,6 +28,8 @@ export interface Host {
   schema: RunnerConfigurationSchema;
   /** Containers can be run. */
   hasContainerEngine: boolean;
+  /** Absent where nobody can log in with SSH. */
+  sshServer: SshServer | undefined;
   /** Absent where limits cannot be enforced. */
   controlGroups: ControlGroups | undefined;
   guard: Guard;

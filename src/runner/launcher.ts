@@ -1,7 +1,7 @@
 import { chmod } from "node:fs/promises";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { runCommand } from "./commands.ts";
+import { runCommand, shellQuoted } from "./commands.ts";
 import { makeFolder, readSmall, writeAtomically } from "./files.ts";
 import type { EnvironmentPaths } from "./paths.ts";
 import type { UnixUser } from "./users.ts";
@@ -12,8 +12,6 @@ const MAX_BYTES = 16 * 1024;
 const CHECK_MS = 10_000;
 const isSource = import.meta.url.endsWith(".ts");
 const PROGRAM = fileURLToPath(new URL(isSource ? "../main.ts" : "../main.js", import.meta.url));
-
-const quoted = (text: string) => `'${text.replaceAll("'", "'\\''")}'`;
 
 /** Puts the program where the environment finds it; false if its user cannot run it, for example from root's home. */
 export async function writeLauncher({ bin }: EnvironmentPaths, user: UnixUser): Promise<boolean> {
@@ -27,7 +25,7 @@ export async function writeLauncher({ bin }: EnvironmentPaths, user: UnixUser): 
     },
   );
   const path = join(bin, "berth");
-  const script = `#!/bin/sh\nexec ${quoted(process.execPath)} ${quoted(PROGRAM)} "$@"\n`;
+  const script = `#!/bin/sh\nexec ${shellQuoted(process.execPath)} ${shellQuoted(PROGRAM)} "$@"\n`;
   if ((await readSmall(path, MAX_BYTES)) !== script) {
     await writeAtomically(path, script);
     await chmod(path, 0o755);

@@ -134,14 +134,15 @@ export async function writeEnvironmentVariables(site: EnvironmentSite, user: Uni
   await writeVariables(site.paths, user, { ...site.record.variables, ...base });
 }
 
-function machineWarnings({ host }: EnvironmentSite, user: UnixUser, spec: EnvironmentSpec): string {
+/** Everything about the machine that people should know. */
+export function machineWarnings({ host, ssh }: EnvironmentSite, user: UnixUser, spec: EnvironmentSpec): string {
   const rules = enabledRules(spec.kernelControlsConfig);
   const warnings = [
     user.own ? "" : "no isolation between environments: the runner does not run as root",
     user.unlisted ? "the user of the environment has no name on this host: no account could be made" : "",
     host.controlGroups ? "" : "CPU and memory limits are not enforced on this host",
     rules.length > 0 ? `kernel controls are not enforced: ${rules.join(", ")}` : "",
-    spec.sshPublicKeys.length > 0 ? "SSH keys cannot be used: there is no SSH server on this runner" : "",
+    spec.sshPublicKeys.length > 0 ? ssh.problem : "",
   ];
   return warnings.filter(Boolean).join("; ");
 }

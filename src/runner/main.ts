@@ -19,6 +19,7 @@ import { lockDataDir } from "./lock.ts";
 import { prepareDataDir } from "./machine.ts";
 import { Reports } from "./reports.ts";
 import { startRunnerServer } from "./server.ts";
+import { findSshServer } from "./ssh/server.ts";
 import { gate } from "./supervisor/gate.ts";
 
 /** What a runner needs to start. */
@@ -80,6 +81,7 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
     ...{ config, publicApiUrl, program, guard, log },
     hasContainerEngine: facts.hasContainerEngine,
     schema: linuxHostSchema(`${publicApiUrl}/oauth/scm/callback`, facts),
+    sshServer: await findSshServer(process.env.PATH ?? ""),
     controlGroups: await ControlGroups.open(),
     resolveContext: (url, signal) => parseContextUrl(url, { guard, publicUrl: publicApiUrl, signal }),
     controlPlane: connectControlPlane(apiUrl, () => credentials.accessToken),

@@ -21,6 +21,12 @@ export interface EnvironmentPaths {
   logs: string;
   run: string;
   ssh: string;
+  hostKey: string;
+  authorizedKeys: string;
+  sshLog: string;
+  /** What the SSH server reads; belongs to the user, in a folder that does not. */
+  sshConfig: string;
+  sshSession: string;
   /** The runner's own. */
   bin: string;
   record: string;
@@ -48,6 +54,11 @@ export function environmentPaths(dataDir: string, environmentId: string): Enviro
     logs: join(root, "logs"),
     run,
     ssh: join(root, "ssh"),
+    hostKey: join(root, "ssh", "host_key"),
+    authorizedKeys: join(root, "ssh", "authorized_keys"),
+    sshLog: join(root, "logs", "sshd.log"),
+    sshConfig: join(root, "sshd_config"),
+    sshSession: join(root, "ssh-session"),
     bin: join(root, "bin"),
     record: join(root, "state.json"),
     log: join(root, "environment.log"),

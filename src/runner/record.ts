@@ -73,6 +73,8 @@ export interface EnvironmentRecord {
   gitIdentity: string;
   /** Hash of the dev container file in use; empty without one. */
   devcontainerHash: string;
+  /** The SSH server, and the port it has or had last. */
+  ssh?: { port: number; process?: RecordedProcess };
   /** Variables that the dev container adds. */
   variables: Record<string, string>;
   lifecycle: LifecycleFacts;

@@ -28,6 +28,24 @@ export function userOf({ record }: EnvironmentSite): UnixUser {
   return record.user;
 }
 
+/** What this process knows about the SSH server of an environment. */
+export interface SshState {
+  /** Why nobody can log in; empty if people can. */
+  problem: string;
+  /** Keys and variables last written, the variables as a text that changes with them. */
+  keys: string | undefined;
+  variables: string | undefined;
+  /** The server did not start for this reason, and is tried again then. */
+  failure: string;
+  retryAt: number;
+  /** When sessions were looked for. */
+  seenAt: number;
+}
+
+export const newSshState = (): SshState => ({
+  ...{ problem: "", failure: "", keys: undefined, variables: undefined, retryAt: 0, seenAt: 0 },
+});
+
 /** What the steps for one environment work on. Only the pass that is under way changes it. */
 export class EnvironmentSite {
   readonly host: Host;
@@ -45,6 +63,7 @@ export class EnvironmentSite {
   application: Application | undefined;
   /** Its commands that nobody waits for. */
   attached: Run | undefined;
+  readonly ssh = newSshState();
   /** Lets the next pass begin at once. */
   readonly wake: () => void;
   readonly #changed: () => void;

@@ -14,7 +14,6 @@ import {
   EnvironmentStatus_EnvironmentURLsSchema,
   EnvironmentStatus_MachineSchema,
   EnvironmentStatus_RunnerACKSchema,
-  EnvironmentStatus_SSHPublicKeySchema,
   EnvironmentStatusSchema,
   type KernelControlsConfig,
   EnvironmentStatus_Machine_Phase as MachinePhase,
@@ -92,13 +91,6 @@ export function stoppedStatus(status: EnvironmentStatus): EnvironmentStatus {
   return next;
 }
 
-/** Keys of the specification: this version of the runner does not serve them. */
-export function setUnserved(status: EnvironmentStatus, spec: EnvironmentSpec): void {
-  status.sshPublicKeys = spec.sshPublicKeys.map(({ id }) =>
-    create(EnvironmentStatus_SSHPublicKeySchema, { id, phase: ContentPhase.UNAVAILABLE }),
-  );
-}
-
 const SETTLED: ReadonlySet<ContentPhase> = new Set([ContentPhase.READY, ContentPhase.FAILED, ContentPhase.UNAVAILABLE]);
 
 /** A secret is where it should be, with the value of its session, or it is known that it cannot be. */
@@ -138,12 +130,14 @@ export function reportOf(
   base: string,
   serving: boolean,
   ports: readonly { port: number; url: string }[],
+  ssh: string,
 ): EnvironmentStatus {
   const report = clone(EnvironmentStatusSchema, status);
   const hasMachine = (status.machine?.phase ?? MachinePhase.UNSPECIFIED) !== MachinePhase.UNSPECIFIED;
   report.environmentUrls = create(EnvironmentStatus_EnvironmentURLsSchema, {
     logs: hasMachine ? `${base}/logs` : "",
     ops: serving ? `${base}/ops` : "",
+    ssh: serving && ssh ? { url: ssh } : undefined,
     ports: serving ? ports.map((each) => create(EnvironmentStatus_EnvironmentPortURLSchema, each)) : [],
   });
   return report;

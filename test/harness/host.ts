@@ -34,7 +34,13 @@ export async function startHost(
   const runnerId = runner?.runnerId ?? "";
   const config: RunnerHostConfig = {
     ...{ name: "test", host: "127.0.0.1", port: 0, publicUrl: "http://127.0.0.1:0", dataDir, maxEnvironments: 100 },
-    ...{ logDays: 30, allowUnenforced: false, hostDevcontainer: "run", logLevel: "debug" },
+    ...{
+      logDays: 30,
+      allowUnenforced: false,
+      hostDevcontainer: "run",
+      sshPorts: { from: 22_000, to: 22_999 },
+      logLevel: "debug",
+    },
     scm: { fallback: true, allowHosts: gitHosts, schemes: ["http"] },
     ...more,
   };

@@ -1,0 +1,88 @@
+import type { EnvironmentSpec_SSHPublicKey } from "../../../gen/gitpod/v1/environment_pb.js";
+import { shellQuoted } from "../commands.ts";
+
+// What the SSH server of an environment is told. Pure.
+
+/** Variable that the processes of SSH sessions are known by. */
+export const SESSION_MARK = "BERTH_SSH_SESSION";
+
+export interface ServerSettings {
+  address: string;
+  port: number;
+  userName: string;
+  hostKey: string;
+  authorizedKeys: string;
+  /** Program of each session. */
+  sessionScript: string;
+  sftpServer: string | undefined;
+}
+
+// The server knows `%` tokens in paths, and takes a path with blanks in quotes.
+const pathOf = (path: string) => `"${path.replaceAll("%", "%%")}"`;
+
+/**
+ * The server runs as the environment's user, so that it can let nobody else in. It does not look at the folders above
+ * its files: those are the runner's.
+ */
+export const serverConfig = (settings: ServerSettings): string => `Port ${settings.port}
+ListenAddress ${settings.address}
+HostKey "${settings.hostKey}"
+AuthorizedKeysFile ${pathOf(settings.authorizedKeys)}
+PidFile none
+StrictModes no
+UsePAM no
+AllowUsers ${settings.userName}
+PermitRootLogin no
+AuthenticationMethods publickey
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+PermitUserEnvironment no
+PermitUserRC no
+PermitTunnel no
+GatewayPorts no
+X11Forwarding no
+PrintMotd no
+PrintLastLog no
+LoginGraceTime 30
+MaxStartups 10:30:60
+MaxSessions 50
+ClientAliveInterval 30
+ClientAliveCountMax 4
+AcceptEnv LANG LC_* COLORTERM
+LogLevel ERROR
+${settings.sftpServer ? `Subsystem sftp ${settings.sftpServer}\n` : ""}ForceCommand /bin/sh ${shellQuoted(settings.sessionScript)}
+`;
+
+/**
+ * Program of a session: what every process of the environment gets, then the command or a shell. That is no login shell,
+ * whose profile would replace PATH.
+ */
+export const sessionScript = (variables: string): string => `variables=${shellQuoted(variables)}
+if [ -r "$variables" ]; then . "$variables"; fi
+unset variables
+export ${SESSION_MARK}=1
+cd -- "$HOME" 2>/dev/null || cd /
+if [ -z "\${SSH_ORIGINAL_COMMAND+x}" ]; then exec "$SHELL"; fi
+set -- "$SSH_ORIGINAL_COMMAND"
+unset SSH_ORIGINAL_COMMAND
+exec "$SHELL" -c "$1"
+`;
+
+// Shells set these themselves, and end when somebody else tries to.
+const READ_ONLY = new Set(["UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO"]);
+
+/** Variables in a form that a shell reads; names that it could not have are left out. */
+export function shellVariables(variables: Readonly<Record<string, string>>): string {
+  const usable = Object.entries(variables).filter(
+    ([name, text]) => /^[A-Za-z_][A-Za-z0-9_]*$/.test(name) && !READ_ONLY.has(name) && !text.includes("\0"),
+  );
+  return usable.map(([name, text]) => `export ${name}=${shellQuoted(text)}\n`).join("");
+}
+
+/** The keys that may log in, one a line; a text that is not one line cannot be one. */
+export const authorizedKeys = (keys: readonly EnvironmentSpec_SSHPublicKey[]): string =>
+  keys
+    .map(({ value }) => value.trim())
+    .filter((value) => value !== "" && !/[\r\n\0]/.test(value))
+    .map((value) => `${value}\n`)
+    .join("");
