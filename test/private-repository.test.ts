@@ -16,7 +16,7 @@ import { createEnvironment, getEnvironment, operations, reaches } from "./harnes
 import { type GitServer, type Repository, startGitServer } from "./harness/git-server.ts";
 import { startHost, type TestHost } from "./harness/host.ts";
 import { liftQuotas, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
-import { refusal } from "./harness/refusal.ts";
+import { codeOf, refusal } from "./harness/refusal.ts";
 import { newAuthority, type TestAuthority } from "./harness/tls.ts";
 import { eventually } from "./harness/wait.ts";
 
@@ -38,7 +38,9 @@ beforeAll(async () => {
   authority = await newAuthority();
   process.env.GIT_SSL_CAINFO = authority.file;
   git = await startGitServer(authority);
-  repository = await git.createRepository("private", { private: { user: "git", password: TOKEN } });
+  repository = await git.createRepository("team/private", {
+    ...{ private: { user: "git", password: TOKEN }, branches: { topic: { "topic.txt": "topic\n" } } },
+  });
   plane = await startTestPlane({ BERTH_SCM_ALLOW_HOSTS: git.host });
   await liftQuotas(plane);
   host = await startHost(plane, { gitHosts: [git.host] });
@@ -66,12 +68,13 @@ async function signIn(user: TestUser, token = TOKEN): Promise<string> {
   return stored.token?.id ?? "";
 }
 
-const create = (user: TestUser) => createEnvironment(user.client, host.classId, git.url("private"));
+const create = (user: TestUser) => createEnvironment(user.client, host.classId, git.url("team/private"));
 
-async function running(user: TestUser): Promise<string> {
-  const id = await create(user);
-  await reaches(user.client, id, EnvironmentPhase.RUNNING);
-  return id;
+/** Somebody who holds the credential. */
+async function signedIn(): Promise<TestUser> {
+  const user = await plane.addUser();
+  await signIn(user);
+  return user;
 }
 
 /** Runs a command in an environment; its output without a line end. */
@@ -126,7 +129,9 @@ describe("a private repository", () => {
       await nothingShows(repository.url);
       git.release();
       await reaches(creator.client, id, EnvironmentPhase.RUNNING);
-      expect(await exec(creator, id, "cat README.md; git remote get-url origin")).toBe(`# private\n${repository.url}`);
+      expect(await exec(creator, id, "cat README.md; git remote get-url origin")).toBe(
+        `# team/private\n${repository.url}`,
+      );
 
       await exec(
         creator,
@@ -145,7 +150,7 @@ describe("a private repository", () => {
       ]);
       expect(stdout).toBe("More from inside\n");
 
-      const pushed = await git.commit("private", { files: { "later.txt": "later\n" }, message: "From elsewhere" });
+      const pushed = await git.commit("team/private", { files: { "later.txt": "later\n" }, message: "From elsewhere" });
       git.holdRequests();
       await exec(creator, id, "(git pull -q --ff-only > /dev/null 2> pulled; echo $? >> pulled) > /dev/null 2>&1 &");
       await git.held();
@@ -170,6 +175,27 @@ describe("a private repository", () => {
     TIMEOUT_MS,
   );
 
+  test("is found by its context URL for whoever has signed in, and for nobody else", async () => {
+    const contextUrl = git.webUrl("team/private");
+    const { runnerId } = host;
+    const owner = await signedIn();
+    const found = await owner.client.runners.parseContextURL({ contextUrl, runnerId });
+    expect(found.git).toMatchObject({ cloneUrl: expect.stringContaining(contextUrl), branch: "main" });
+    const member = await plane.addUser();
+    expect(await codeOf(member.client.runners.parseContextURL({ contextUrl, runnerId }))).toBe("NotFound");
+    const { environment } = await owner.client.environments.createEnvironment({
+      spec: {
+        machine: { class: host.classId },
+        content: {
+          initializer: { specs: [{ spec: { case: "contextUrl", value: { url: `${contextUrl}/src/branch/topic` } } }] },
+        },
+      },
+    });
+    const id = environment?.id ?? "";
+    await reaches(owner.client, id, EnvironmentPhase.RUNNING);
+    expect(await exec(owner, id, "git branch --show-current; cat topic.txt")).toBe("topic\ntopic");
+  });
+
   test("is not cloned with a token that the host refuses, which nobody gets to see", async () => {
     const member = await plane.addUser();
     await signIn(member, `${TOKEN}-but-wrong`);
@@ -184,7 +210,9 @@ describe("a private repository", () => {
   });
 
   test("stays closed to the environments of others, also on the same machine", async () => {
-    const id = await running(creator);
+    const owner = await signedIn();
+    const id = await create(owner);
+    await reaches(owner.client, id, EnvironmentPhase.RUNNING);
     const other = await plane.addUser();
     const { environment } = await other.client.environments.createEnvironment({
       spec: { machine: { class: host.classId } },

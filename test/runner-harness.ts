@@ -40,7 +40,11 @@ import {
   type GitInitializer_CloneTargetMode as Mode,
 } from "../gen/gitpod/v1/environment_pb.js";
 import { IdentityService } from "../gen/gitpod/v1/identity_pb.js";
-import { EnvironmentClassSchema } from "../gen/gitpod/v1/runner_configuration_pb.js";
+import {
+  EnvironmentClassSchema,
+  RunnerConfigurationService,
+  type SCMIntegration,
+} from "../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase, RunnerService } from "../gen/gitpod/v1/runner_pb.js";
 import { EnvironmentOpsService } from "../gen/supervisor/v1/environmentopts_pb.js";
 import type { RunnerHostConfig } from "../src/config.ts";
@@ -100,11 +104,15 @@ export class FakeControlPlane implements AsyncDisposable {
   /** Values by the ids of secrets; credentials by host. */
   readonly secretValues = new Map<string, string>();
   readonly hostTokens = new Map<string, string>();
+  /** What admins declared about hosts. */
+  readonly integrations: SCMIntegration[] = [];
+  /** Hosts whose credentials were asked for. */
+  readonly hostsAsked: string[] = [];
   /** Ids of secrets that were asked for, call by call. */
   readonly secretsAsked: string[][] = [];
   /** No environment gets a token, so that no machine comes up. */
   withholdTokens = false;
-  /** No environment gets values of secrets. */
+  /** No environment gets values of secrets, nor credentials for hosts. */
   withholdSecrets = false;
   /** Revisions that streams were asked to resume from. */
   readonly resumed: bigint[] = [];
@@ -174,6 +182,8 @@ export class FakeControlPlane implements AsyncDisposable {
           },
           getHostToken: (request, context) => {
             this.#check(context);
+            this.hostsAsked.push(request.host);
+            if (this.withholdSecrets) throw new ConnectError("not now", Code.Unavailable);
             const token = this.hostTokens.get(request.host);
             if (!token) throw new ConnectError("none", Code.NotFound);
             return { token, scmId: "github" };
@@ -196,6 +206,10 @@ export class FakeControlPlane implements AsyncDisposable {
             this.deregistered.push(request.reason);
             return {};
           },
+        });
+        router.rpc(RunnerConfigurationService.method.listSCMIntegrations, (_request, context) => {
+          this.#check(context);
+          return { integrations: this.integrations };
         });
         router.rpc(IdentityService.method.exchangeToken, (request) => this.#exchange(request.exchangeToken));
         router.rpc(RunnerService.method.createRunnerToken, (request, context) => {

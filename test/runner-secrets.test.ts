@@ -411,6 +411,19 @@ test.each(isRoot ? ["root", "an ordinary user"] : ["an ordinary user"])(
   },
 );
 
+test("a context URL is resolved once the control plane can tell whether there is a credential for its host", async () => {
+  plane.withholdSecrets = true;
+  const asked = plane.hostsAsked.length;
+  const specs = [{ spec: { case: "contextUrl" as const, value: { url: git.webUrl("project") } } }];
+  const id = plane.create({ content: { initializer: { specs } } });
+  await eventually(() => plane.hostsAsked.length > asked + 1, "the runner has asked again");
+  expect(plane.hostsAsked.slice(asked)).toEqual(expect.arrayContaining([git.host]));
+  expect(plane.environment(id).status?.failureMessage).toEqual([]);
+  plane.withholdSecrets = false;
+  await plane.untilPhase(id, EnvironmentPhase.RUNNING);
+  expect(await runner.exec(id, "cat README.md")).toBe("hello");
+});
+
 test("git of the runner signs in to the host of a credential over https, and to no other", async () => {
   const paths = environmentPaths("/data", "id");
   const delivered = [{ id: "entry", delivery: { kind: "git" as const, host: "git.example.org" } }];

@@ -10,6 +10,9 @@ import {
   RunnerProvider,
   HostAuthenticationTokenSource as Source,
 } from "../gen/gitpod/v1/runner_configuration_pb.js";
+import { connectControlPlane } from "../src/runner/control-plane.ts";
+import { sourceControl } from "../src/runner/source-control.ts";
+import { BLOCKED_ADDRESS, createGuard } from "../src/scm/guard.ts";
 import { unseal } from "../src/store/envelope.ts";
 import { hostTokenContext } from "../src/store/host-tokens.ts";
 import { newBoxKeys, openBox } from "../src/store/sealed-box.ts";
@@ -216,6 +219,65 @@ describe("integrations", () => {
     expect(await ids(member)).toContain(id);
     const stranger = await plane.addUser({ organizationId: await addOrganization(plane) });
     expect(await ids(stranger)).toEqual([]);
+  });
+});
+
+describe("what a runner makes of integrations", () => {
+  // Every name but one lies in a private network.
+  const resolve = async (name: string) => [name.startsWith("metadata") ? "169.254.169.254" : "10.1.2.3"];
+  const onRunner = () => {
+    const guard = createGuard({ allowHosts: [], schemes: [], resolve });
+    return sourceControl(
+      connectControlPlane(plane.url, () => runner.token),
+      guard,
+      plane.url,
+    ).guard;
+  };
+  const admits = (url: string, guard = onRunner()) =>
+    guard.admit(url).then(
+      ({ addresses }) => addresses,
+      (error: Error) => error.message,
+    );
+
+  test("RUN-43 private addresses of hosts that are integrated for it may be contacted, and no others", async () => {
+    const { host, id } = await integrate({ scmId: "gitlab" });
+    const { host: other } = await integrate({ host: "8443.example.org:8443", scmId: "gitlab" });
+    for (const url of [`https://${host}/a/b.git`, `ssh://git@${host}:2222/a.git`, `https://${other}/a`]) {
+      expect([url, await admits(url)]).toEqual([url, ["10.1.2.3"]]);
+    }
+    const metadata = await integrate({ host: "metadata.example.org", scmId: "gitlab" });
+    for (const url of [
+      ...[`https://x.${host}/a`, `https://${host}:8443/a`, "https://8443.example.org/a", `https://${newHost()}/a`],
+      ...[`https://${metadata.host}/a`, "https://10.1.2.3/a"],
+    ]) {
+      expect([url, await admits(url)]).toEqual([url, BLOCKED_ADDRESS]);
+    }
+    await configuration().deleteSCMIntegration({ id });
+    expect(await admits(`https://${host}/a/b.git`)).toBe(BLOCKED_ADDRESS);
+  });
+
+  test("those of other runners count for a runner only where all local ones share them, and its own comes first", async () => {
+    const ids = async () => {
+      const { configuration: seen } = connectControlPlane(plane.url, () => runner.token);
+      return (await seen.listSCMIntegrations({ pagination: { pageSize: 100 } })).integrations.map(({ id }) => id);
+    };
+    const { runners } = await plane.admin.runners.listRunners({ filter: { kinds: [RunnerKind.LOCAL_CONFIGURATION] } });
+    const runnerId = runners[0]?.runnerId ?? "";
+    const shared = await integrate({ runnerId });
+    const other = await connectRunner(plane);
+    const foreign = await integrate({ runnerId: other.runner.id });
+    await other.runner[Symbol.asyncDispose]();
+    const kind = async (to: RunnerKind) => {
+      await plane.plane.app.db.write`update runners set kind = ${to} where id = ${runner.id}`;
+    };
+    await kind(RunnerKind.REMOTE);
+    expect(await ids()).not.toContain(shared.id);
+    await kind(RunnerKind.LOCAL);
+    expect(await ids()).toContain(shared.id);
+    expect(await ids()).not.toContain(foreign.id);
+    const own = await integrate({ host: shared.host });
+    expect(await ids()).toEqual(expect.arrayContaining([own.id]));
+    expect(await ids()).not.toContain(shared.id);
   });
 });
 

@@ -74,10 +74,11 @@ export class Calls {
     await this.#host.controlPlane.control.completeCall(request, { signal });
   }
 
-  async #outcome({ request }: Call, signal: AbortSignal): Promise<Outcome> {
+  async #outcome({ callId, request }: Call, signal: AbortSignal): Promise<Outcome> {
     if (request.case !== "parseContext") return failure(Code.Unimplemented, "this runner does not know the call");
+    const purpose = { case: "callId" as const, value: callId };
     try {
-      const response = await this.#host.resolveContext(request.value.contextUrl, signal);
+      const response = await this.#host.resolveContext(request.value.contextUrl, purpose, signal);
       return { case: "parseContext", value: { $typeName: "berth.runner.v1.ParseContextResult", response } };
     } catch (error) {
       if (error instanceof ScmError) return failure(SCM_CODES[error.kind], error.message);

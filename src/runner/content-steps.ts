@@ -16,6 +16,7 @@ import {
   type PlacedContent,
   type Workspace,
 } from "./content.ts";
+import { isTransient } from "./control-plane.ts";
 import { devContainerOf, endCommands, keepDevContainer } from "./devcontainer-steps.ts";
 import { ContentError } from "./git.ts";
 import type { ContentFacts } from "./record.ts";
@@ -63,7 +64,8 @@ export async function keepContent(site: EnvironmentSite, spec: EnvironmentSpec, 
     placed = await placeContent(site, spec, signal);
   } catch (error) {
     site.sections.end("content", signal.aborted ? LogSectionOutcome.CANCELLED : LogSectionOutcome.FAILURE);
-    if (signal.aborted) throw error;
+    // A control plane that is away for a moment is waited for.
+    if (signal.aborted || isTransient(error)) throw error;
     return await contentFailed(site, spec, isFirst, error);
   }
   await contentReady(site, spec, placed.facts, placed.warnings.join("; "));

@@ -7,7 +7,7 @@ import type {
 } from "../../gen/gitpod/v1/environment_pb.js";
 import type { AdmittedUrl } from "../scm/guard.ts";
 import { isFullCommit } from "../scm/refs.ts";
-import { type ClonePlan, planClones } from "./clone-plan.ts";
+import { type ClonePlan, planClones, type ResolveContext } from "./clone-plan.ts";
 import { CommandTimeout, commandPath, runCommand } from "./commands.ts";
 import { ContentError, failureText, type GitContext, git, isRedirect, movedTo } from "./git.ts";
 import type { Host } from "./host.ts";
@@ -270,7 +270,9 @@ export async function initializeContent(
   const ready = join(paths.workspace, `.berth-ready-${label(session)}`);
   const backup = join(paths.workspace, `.berth-backup-${label(facts.session)}`);
   const warnings: string[] = [];
-  const plans = await planClones(host.guard, initializer, host.resolveContext, signal);
+  const purpose = { case: "environmentId" as const, value: workspace.environmentId };
+  const resolve: ResolveContext = (url, ends) => host.resolveContext(url, purpose, ends);
+  const plans = await planClones(host.guard, initializer, resolve, signal);
   const locations = plans.map(({ location }) => location);
   let replacing = facts.replacing?.session === session ? facts.replacing : undefined;
 

@@ -8,8 +8,8 @@ import type { RunnerHostConfig } from "../config.ts";
 import type { HostFacts } from "../domain/environment-class.ts";
 import type { Guard } from "../scm/guard.ts";
 import type { ControlGroups } from "./cgroups.ts";
-import type { ResolveContext } from "./clone-plan.ts";
 import type { ControlPlane } from "./control-plane.ts";
+import type { SourceControl } from "./source-control.ts";
 import type { SshServer } from "./ssh/server.ts";
 
 /** The program that runs here. */
@@ -33,7 +33,7 @@ export interface Host {
   /** Absent where limits cannot be enforced. */
   controlGroups: ControlGroups | undefined;
   guard: Guard;
-  resolveContext: ResolveContext;
+  resolveContext: SourceControl["resolveContext"];
   controlPlane: ControlPlane;
   /** User ids that files of other environments on this host belong to. */
   reservedUids(environmentId: string): ReadonlySet<number>;

@@ -4,7 +4,6 @@ import { DeregisterRequest_Reason as Reason } from "../../gen/berth/runner/v1/ru
 import { RunnerCapability, RunnerPhase } from "../../gen/gitpod/v1/runner_pb.js";
 import type { RunnerHostConfig } from "../config.ts";
 import { linuxHostSchema } from "../domain/environment-class.ts";
-import { parseContextUrl } from "../scm/context-url.ts";
 import { createGuard } from "../scm/guard.ts";
 import { Access } from "./access.ts";
 import { AutomationReports } from "./automations/reports.ts";
@@ -19,6 +18,7 @@ import { lockDataDir } from "./lock.ts";
 import { prepareDataDir } from "./machine.ts";
 import { Reports } from "./reports.ts";
 import { startRunnerServer } from "./server.ts";
+import { sourceControl } from "./source-control.ts";
 import { findSshServer } from "./ssh/server.ts";
 import { gate } from "./supervisor/gate.ts";
 
@@ -75,16 +75,15 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
   const credentials = await Credentials.open(config.dataDir, exchangeToken, log);
   const facts = await hostFacts(config.dataDir);
   const program = await programVersion();
+  const controlPlane = connectControlPlane(apiUrl, () => credentials.accessToken);
   const guard = createGuard({ allowHosts: config.scm.allowHosts, schemes: config.scm.schemes });
   let link: Link | undefined;
   const host: Host = {
-    ...{ config, publicApiUrl, program, guard, log },
+    ...{ config, publicApiUrl, program, controlPlane, log, ...sourceControl(controlPlane, guard, publicApiUrl) },
     hasContainerEngine: facts.hasContainerEngine,
     schema: linuxHostSchema(`${publicApiUrl}/oauth/scm/callback`, facts),
     sshServer: await findSshServer(process.env.PATH ?? ""),
     controlGroups: await ControlGroups.open(),
-    resolveContext: (url, signal) => parseContextUrl(url, { guard, publicUrl: publicApiUrl, signal }),
-    controlPlane: connectControlPlane(apiUrl, () => credentials.accessToken),
     isDraining: () => link?.draining ?? false,
     reservedUids: (id) => environments.reservedUids(id),
     startGate: gate(MACHINES_AT_ONCE, MACHINES_WAITING),

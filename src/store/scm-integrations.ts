@@ -1,4 +1,5 @@
 import { fromBinary, toBinary } from "@bufbuild/protobuf";
+import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { RunnerKind, type SCMIntegration, SCMIntegrationSchema } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { notFound, Refusal } from "../domain/errors.ts";
 import type { Page } from "../domain/pages.ts";
@@ -71,14 +72,15 @@ export async function getIntegration(
   return toIntegration(row);
 }
 
-/** Integrations of the runners that the caller may read, newest first, one more than the page holds. */
+/** Integrations of the runners that the caller may read, for a runner those that count for it, newest first, one more than the page holds. */
 export async function listIntegrations(
   sql: Sql,
   caller: Caller,
   runnerIds: readonly string[],
   page: Page,
 ): Promise<StoredIntegration[]> {
-  const conditions: Fragment[] = [sql`i.organization_id = ${caller.organizationId}`, readsRunner(sql, caller)];
+  const isSeen = caller.principal === Principal.RUNNER ? countsFor(sql, caller.id) : readsRunner(sql, caller);
+  const conditions: Fragment[] = [sql`i.organization_id = ${caller.organizationId}`, isSeen];
   if (runnerIds.length) conditions.push(oneOf(sql, sql`i.runner_id`, runnerIds));
   if (page.after) conditions.push(sql`i.id < ${page.after}`);
   const rows = await sql<IntegrationRow[]>`
@@ -91,6 +93,11 @@ export async function listIntegrations(
 export const serves = (sql: Sql | Tx): Fragment => sql`(i.runner_id = r.id or (r.kind = ${RunnerKind.LOCAL}
   and i.runner_id in (select l.id from runners l
     where l.organization_id = r.organization_id and l.kind = ${RunnerKind.LOCAL_CONFIGURATION})))`;
+
+/** Condition: integration `i` is the one that counts on a runner for its host. */
+const countsFor = (sql: Sql, runnerId: string): Fragment => sql`i.id in (
+  select distinct on (i.host) i.id from runners r join scm_integrations i on ${serves(sql)}
+  where r.id = ${runnerId} order by i.host, i.runner_id = r.id desc)`;
 
 /**
  * The integrations that hold for a runner, by host: its own, and for local runners those that all of them share, where

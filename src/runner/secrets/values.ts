@@ -1,7 +1,8 @@
 import { Code, ConnectError } from "@connectrpc/connect";
+import type { GetHostTokenRequest } from "../../../gen/berth/runner/v1/runner_control_pb.js";
 import type { EnvironmentSpec_Secret } from "../../../gen/gitpod/v1/environment_pb.js";
 import { RUNNER } from "../../domain/secret.ts";
-import { gitCredentials, isScmId } from "../../scm/hosts.ts";
+import { type GitCredentials, gitCredentials, isScmId } from "../../scm/hosts.ts";
 import type { ControlPlane } from "../control-plane.ts";
 
 /** Most values that are asked for at once. */
@@ -9,18 +10,19 @@ const AT_ONCE = 100;
 
 type Control = ControlPlane["control"];
 
-/** A credential for git in the form of a secret, `user:password`; undefined if there is none any more. */
-async function hostCredential(
+/** Whose credential is wanted: that of an environment's creator, or of whoever a call is for. */
+export type Purpose = GetHostTokenRequest["purpose"];
+
+/** A credential for git at a host; undefined if there is none, or none any more. */
+export async function hostCredentials(
   control: Control,
-  environmentId: string,
+  purpose: Purpose,
   host: string,
   signal: AbortSignal,
-): Promise<string | undefined> {
-  const purpose = { case: "environmentId" as const, value: environmentId };
+): Promise<GitCredentials | undefined> {
   try {
     const { token, scmId } = await control.getHostToken({ purpose, host }, { signal });
-    const { username, password } = gitCredentials(isScmId(scmId) ? scmId : "git", token);
-    return `${username}:${password}`;
+    return gitCredentials(isScmId(scmId) ? scmId : "git", token);
   } catch (error) {
     if (ConnectError.from(error).code === Code.NotFound) return undefined;
     throw error;
@@ -50,8 +52,9 @@ export async function fetchValues(
     }
   }
   for (const { id, mount } of entries.filter(({ source }) => source === RUNNER)) {
-    const value = mount.case && (await hostCredential(control, environmentId, String(mount.value), signal));
-    if (value !== undefined) values.set(id, value);
+    const purpose = { case: "environmentId" as const, value: environmentId };
+    const found = mount.case && (await hostCredentials(control, purpose, String(mount.value), signal));
+    if (found) values.set(id, `${found.username}:${found.password}`);
   }
   return values;
 }
