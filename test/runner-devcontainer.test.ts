@@ -307,6 +307,20 @@ test.concurrent("dotfiles that cannot be had are a warning, and the rest goes on
   expect(refused.container.warningMessage).toContain("the dotfiles were not installed");
 });
 
+test.concurrent("new content ends the command at work in the old one, which then runs in the new", async () => {
+  const id = await created({ postCreateCommand: "pwd >>~/order; [ -e ~/go ] || sleep 600" });
+  const folder = async () => plane.environment(id).status?.content?.contentLocationInMachine;
+  await eventually(async () => (await textOf(home(id, "order"))) === `${await folder()}\n`, "the command");
+  await writeFile(home(id, "go"), "");
+  plane.edit(id, (spec) => {
+    if (spec.content) spec.content.session = "second";
+  });
+  const { status } = await plane.untilPhase(id, RUNNING);
+  expect(status?.content?.session).toBe("second");
+  expect(status?.devcontainer?.warningMessage).not.toContain("failed");
+  expect(await textOf(home(id, "order"))).toBe(`${await folder()}\n${await folder()}\n`);
+});
+
 test("a runner that is killed joins a command that runs on, and repeats none that has ended", async () => {
   const own = await FakeControlPlane.start();
   const other = await TestRunner.create(own, git.host);

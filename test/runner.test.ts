@@ -309,15 +309,13 @@ describe.concurrent("files of the repository", () => {
     expect(later?.automationsFile?.failureMessage).toBe("automations file none.yaml not found");
   });
 
-  test("without files: a generated dev container, no automations; keys cannot be used", async () => {
-    await using it = await running(undefined, { sshPublicKeys: [{ id: "k1", value: "ssh-ed25519 AAAA" }] });
+  test("without files: a generated dev container, no automations", async () => {
+    await using it = await running();
     const { status } = it.environment;
     expect(status?.devcontainer?.devcontainerFilePresence).toBe(DevContainerPresence.GENERATED);
     const isSettled = ({ status }: Environment) => status?.automationsFile?.phase === ContentPhase.READY;
     const { status: later } = await it.plane.until(it.id, isSettled, "no automations file");
     expect(later?.automationsFile?.automationsFilePresence).toBe(AutomationsPresence.ABSENT);
-    expect(status?.sshPublicKeys).toMatchObject([{ id: "k1", phase: ContentPhase.UNAVAILABLE }]);
-    expect(status?.machine?.warningMessage).toContain("SSH");
   });
 
   test("a changed dev container session reads the file anew", async () => {
