@@ -144,18 +144,18 @@ describe("what does not end", () => {
 });
 
 describe("much at once", () => {
-  test("a plan of 60 tasks beside 20 services ends, and holds nothing up", async () => {
-    const ids = Array.from({ length: 20 }, () =>
+  test("a plan of 200 tasks beside 100 services ends, and holds nothing up", async () => {
+    const ids = Array.from({ length: 100 }, () =>
       want(randomUUID(), RUNNING, { commands: { start: "exec sleep 1000" } }),
     );
     const level = (count: number) => Array.from({ length: count }, () => step("echo x >> ran"));
-    const id = run([level(20), level(20), level(20)]);
-    const status = await hasEnded(id, 55_000);
+    const id = run([level(50), level(100), level(50)]);
+    const status = await hasEnded(id, 110_000);
     expect(status.phase, status.failureMessage).toBe(TaskExecutionPhase.SUCCEEDED);
-    expect(status.steps).toHaveLength(60);
-    expect((await readFile(join(folder, "home/ran"), "utf8")).length).toBe(120);
+    expect(status.steps).toHaveLength(200);
+    expect((await readFile(join(folder, "home/ran"), "utf8")).length).toBe(400);
     for (const each of ids) await serviceIs(each, RUNNING);
-  });
+  }, 120_000);
 
   test("output without end is bounded on disk and in memory, and its newest part stays", async () => {
     const before = process.memoryUsage().rss;
