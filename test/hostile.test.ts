@@ -144,6 +144,7 @@ describe.runIf(isRoot)("from inside an environment", () => {
         "runner/credentials.json",
         "runner/environments",
         "runner/trash",
+        "runner/compiled",
         "postgres/data/PG_VERSION",
       ].map((name) => join(berth.dataDir, name)),
       ...["state.json", "environment.log", "supervisor.json"].map((name) => join(attacker.root, name)),

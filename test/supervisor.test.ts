@@ -1,7 +1,9 @@
 import { spawn } from "node:child_process";
 import { chownSync, cpSync, existsSync, mkdirSync, readFileSync, statSync, symlinkSync, writeFileSync } from "node:fs";
+import { mkdtemp, readdir, rm } from "node:fs/promises";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
+import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { Code, createClient } from "@connectrpc/connect";
 import { connectNodeAdapter, createConnectTransport } from "@connectrpc/connect-node";
@@ -104,6 +106,24 @@ describe("a supervisor process", () => {
     });
     await environment.put("secrets/env.json", "{ broken");
     expect(await env()).toMatchObject({ LANG: "C", GITPOD_API_KEY: "token" });
+  });
+
+  test("leaves what was compiled for the next one, in a folder that its user cannot enter", async () => {
+    const folder = await mkdtemp(join(tmpdir(), "berth-compiled-"));
+    onTestFinished(() => rm(folder, { recursive: true }));
+    const files = async () => (await readdir(folder, { recursive: true })).length;
+    const startOne = async () => {
+      await using environment = await testEnvironment();
+      await launchSupervisor(environment.configPath, environment.config, folder);
+      const { stdout } = await environment.client.exec({ command: `env; ls ${folder} 2> /dev/null` });
+      expect(stdout).not.toContain("NODE_");
+      if (isRoot) expect(stdout).not.toMatch(/^v\d+/m);
+    };
+    await startOne();
+    const left = await files();
+    expect(left).toBeGreaterThan(50);
+    await startOne();
+    expect(await files()).toBe(left);
   });
 
   test("limits how many processes there may be, and what it starts cannot raise that", async () => {

@@ -22,6 +22,7 @@ import {
 import { type EnvironmentSite, textOf } from "./site.ts";
 import { enabledRules, startedStatus } from "./status.ts";
 import { isWornOut, LOST_TOO_OFTEN, recentRestarts } from "./supervision.ts";
+import { ANOTHER_SERVES, SupervisorStartError } from "./supervisor/launch.ts";
 import type { SupervisorState } from "./supervisor/private-http.ts";
 import { bootId, isAlive, userOf } from "./supervisor/processes.ts";
 import { distinctUid, ensureUser, type UnixUser } from "./users.ts";
@@ -67,8 +68,9 @@ export async function keepMachine(
     await site.host.startGate(() => bringUp(site, desired, spec, token, signal));
     return true;
   } catch (error) {
-    // A machine that was up has more tries.
-    if (signal.aborted || site.machinePhase === MachinePhase.RUNNING) throw error;
+    // A machine that was up has more tries. One that an earlier runner process has begun to start is found the next time.
+    const isStarted = error instanceof SupervisorStartError && error.code === ANOTHER_SERVES;
+    if (signal.aborted || isStarted || site.machinePhase === MachinePhase.RUNNING) throw error;
     await site.endProcesses(false, signal);
     site.sections.endAll(LogSectionOutcome.FAILURE);
     await site.failMachine(`the machine could not be started: ${textOf(error)}`);

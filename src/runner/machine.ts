@@ -7,6 +7,7 @@ import { commandPath, runCommand } from "./commands.ts";
 import { exists, makeFolder, removeTree, writeAtomically } from "./files.ts";
 import type { Host } from "./host.ts";
 import {
+  compiledFolder,
   type EnvironmentPaths,
   environmentsFolder,
   forgetSocket,
@@ -16,6 +17,7 @@ import {
 } from "./paths.ts";
 import type { RecordedProcess } from "./record.ts";
 import { connectSupervisor, type SupervisorClient } from "./supervisor/client.ts";
+import type { SupervisorConfig } from "./supervisor/config.ts";
 import { launchSupervisor } from "./supervisor/launch.ts";
 import { bootId, isAlive, killEnvironmentProcesses, type ProcessEntry } from "./supervisor/processes.ts";
 import { liveSupervisor } from "./supervisor/record.ts";
@@ -55,6 +57,7 @@ export async function prepareDataDir(path: string): Promise<string> {
   await makeFolder(environmentsFolder(dataDir), passable);
   await makeFolder(quarantineFolder(dataDir), 0o700);
   await makeFolder(trashFolder(dataDir), 0o700);
+  await makeFolder(compiledFolder(dataDir), 0o700);
   return dataDir;
 }
 
@@ -146,7 +149,7 @@ export async function startSupervisor(
   workspaceFolder: string,
   limits: Limits,
 ): Promise<Supervisor> {
-  const { record, client } = await launchSupervisor(paths.supervisorConfig, {
+  const config: SupervisorConfig = {
     environmentId,
     root: paths.root,
     socketPath: await supervisorSocket(paths),
@@ -156,7 +159,12 @@ export async function startSupervisor(
     shell: await loginShell(),
     envFile: paths.variables,
     version: host.program.version,
-  });
+  };
+  const { record, client } = await launchSupervisor(
+    paths.supervisorConfig,
+    config,
+    compiledFolder(host.config.dataDir),
+  );
   // It has started nothing yet, so all that it ever starts is limited.
   await host.controlGroups?.prepare(environmentId, limits);
   await host.controlGroups?.add(environmentId, record.pid);

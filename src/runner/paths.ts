@@ -41,6 +41,8 @@ export interface EnvironmentPaths {
 export const environmentsFolder = (dataDir: string) => join(dataDir, "environments");
 export const quarantineFolder = (dataDir: string) => join(dataDir, "quarantine");
 export const trashFolder = (dataDir: string) => join(dataDir, "trash");
+/** Code of the product as Node.js has compiled it; nothing is lost with it. */
+export const compiledFolder = (dataDir: string) => join(dataDir, "compiled");
 
 export function environmentPaths(dataDir: string, environmentId: string): EnvironmentPaths {
   const root = join(environmentsFolder(dataDir), environmentId);

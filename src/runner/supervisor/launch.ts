@@ -6,6 +6,9 @@ import { withProcessLimit } from "./process-limit.ts";
 import { readProcess } from "./processes.ts";
 import type { SupervisorRecord } from "./record.ts";
 
+/** Exit code of a supervisor that finds another one at work. */
+export const ANOTHER_SERVES = 3;
+
 /** The supervisor ended instead of serving; `code` 2 = configuration, 3 = another one serves already. */
 export class SupervisorStartError extends Error {
   readonly code: number | null;
@@ -21,11 +24,13 @@ const PROGRAM = fileURLToPath(new URL(import.meta.url.endsWith(".ts") ? "./main.
 
 /**
  * Writes the configuration (as root, to a directory the environment's user cannot write) and starts a supervisor that
- * outlives this process. Resolves once it serves; SupervisorStartError if it ends or is silent for 20 s.
+ * outlives this process. Resolves once it serves; SupervisorStartError if it ends or is silent for 20 s. With a folder
+ * for compiled code, which must be the starter's own, later ones start in half the time.
  */
 export async function launchSupervisor(
   configPath: string,
   config: SupervisorConfig,
+  compiledFolder?: string,
 ): Promise<{ record: SupervisorRecord; client: SupervisorClient }> {
   writeSupervisorConfig(configPath, config);
   const { file, args } = withProcessLimit([process.execPath, PROGRAM, configPath]);
@@ -33,7 +38,10 @@ export async function launchSupervisor(
     cwd: "/",
     detached: true,
     stdio: ["ignore", "pipe", "pipe"],
-    env: { BERTH_ENVIRONMENT_ID: config.environmentId, UV_THREADPOOL_SIZE: "16" },
+    env: {
+      ...{ BERTH_ENVIRONMENT_ID: config.environmentId, UV_THREADPOOL_SIZE: "16" },
+      ...(compiledFolder && { NODE_COMPILE_CACHE: compiledFolder }),
+    },
   });
   let errors = "";
   child.stderr.setEncoding("utf8").on("data", (chunk: string) => {

@@ -1,5 +1,6 @@
 import { rmSync, statSync } from "node:fs";
 import { createServer } from "node:http";
+import { flushCompileCache } from "node:module";
 import { join } from "node:path";
 import { ActivityTracker } from "./activity.ts";
 import { AutomationEngine } from "./automation/engine.ts";
@@ -161,6 +162,8 @@ try {
   const config = trustedConfig(process.argv[2]);
   process.umask(0o022);
   process.chdir("/");
+  // Only who has started it may write there.
+  flushCompileCache();
   dropPrivileges(config);
   log = new BoundedLog(join(config.root, "logs", "supervisor.log"));
   await serve(config, log);
