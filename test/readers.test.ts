@@ -274,6 +274,7 @@ const admin = () => plane.admin;
 
 /** What can be deleted: the most open ones last, because what they hold goes with them. */
 const DELETIONS: [string, ResourceType, (id: string) => Promise<unknown>][] = [
+  ["a secret with projectId", T.SECRET, (secretId) => admin().secrets.deleteSecret({ secretId })],
   ["a secret with organizationId", T.ORGANIZATION_SECRET, (secretId) => admin().secrets.deleteSecret({ secretId })],
   [
     "a secret with serviceAccountId",
