@@ -1,6 +1,6 @@
 import { randomUUID } from "node:crypto";
 import { existsSync } from "node:fs";
-import { mkdir, mkdtemp, readFile, rm, stat } from "node:fs/promises";
+import { mkdir, mkdtemp, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
@@ -26,6 +26,8 @@ const MIB = 1024 * 1024;
 
 let folder: string;
 let engine: AutomationEngine;
+/** Without whatever engine the machine may have. */
+const path = () => `${join(folder, "programs")}:/usr/bin:/bin`;
 const services = new Map<string, ServiceStatus[]>();
 const executions = new Map<string, TaskExecutionStatus>();
 const troubles: unknown[] = [];
@@ -42,7 +44,7 @@ beforeEach(async () => {
     {
       state: join(folder, "state"),
       logs: join(folder, "logs"),
-      variables: (more) => ({ PATH: process.env.PATH ?? "", HOME: join(folder, "home"), ...more }),
+      variables: (more) => ({ PATH: path(), HOME: join(folder, "home"), ...more }),
       folder: () => join(folder, "home"),
       secrets: async () => new Map(),
       logUrl: (path) => `http://runner/${path}/logs`,
@@ -141,6 +143,25 @@ describe("what does not end", () => {
     const stop = await told("stop");
     await eventually(async () => ![top, stop].some(isAlive), "nothing of it is left");
   });
+});
+
+test("AUT-35 where there is an engine, people hear that it is not used, and nothing runs", async () => {
+  const programs = join(folder, "programs");
+  await mkdir(programs);
+  const spec = {
+    ...{
+      commands: { start: "touch ran" },
+      runsOn: { target: { case: "docker" as const, value: { image: "alpine" } } },
+    },
+  };
+  const none = want(randomUUID(), RUNNING, spec);
+  await serviceIs(none, FAILED);
+  expect(services.get(none)?.at(-1)?.failureMessage).toContain("none found on runner test");
+  await writeFile(join(programs, "podman"), "");
+  const some = want(randomUUID(), RUNNING, spec);
+  await serviceIs(some, FAILED);
+  expect(services.get(some)?.at(-1)?.failureMessage).toContain("podman is not used by this version");
+  expect(existsSync(join(folder, "home/ran"))).toBe(false);
 });
 
 describe("much at once", () => {

@@ -1,5 +1,7 @@
 import { createHash } from "node:crypto";
+import { existsSync } from "node:fs";
 import { constants } from "node:os";
+import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type {
   EnvironmentVariableItem,
@@ -87,15 +89,21 @@ const shellFor = (text: string): readonly [string, ...string[]] => [
   `PATH=$BERTH_PATH:$PATH; unset BERTH_PATH; ${text}`,
 ];
 
+/** Why nothing runs in a container: whoever has an engine has to hear that it is not used. */
+function engineProblem(around: Surroundings): string {
+  const folders = (around.variables({}).PATH ?? "").split(":");
+  const engine = ["docker", "podman"].find((name) => folders.some((folder) => existsSync(join(folder, name))));
+  const found = engine ? `${engine} is not used by this version of the runner` : "none found";
+  return `runs_on.docker needs a container engine; ${found} on runner ${around.runnerName()}`;
+}
+
 /** A command of an automation with all that it gets, or the problem that keeps it from running. */
 export async function commandOf(
   around: Surroundings,
   command: { text: string; env: readonly EnvironmentVariableItem[]; runsOn?: RunsOn | undefined },
   own: Readonly<Record<string, string>>,
 ): Promise<Command> {
-  if (command.runsOn?.target.case === "docker") {
-    throw new CommandProblem(`runs_on.docker needs a container engine; none found on runner ${around.runnerName()}`);
-  }
+  if (command.runsOn?.target.case === "docker") throw new CommandProblem(engineProblem(around));
   const env = around.variables({ ...(await resolved(around, command.env)), ...own });
   return {
     argv: shellFor(command.text),
