@@ -76,6 +76,11 @@ export async function automation(bench: Bench): Promise<Row[]> {
   const classId = await usableClass(client);
   const { environment } = await client.environments.createEnvironment({ spec: { machine: { class: classId } } });
   const environmentId = environment?.id ?? "";
+  // Its processes would outlive the installation.
+  bench.after(async () => {
+    await client.environments.deleteEnvironment({ environmentId });
+    await reaches(client, environmentId, EnvironmentPhase.DELETED);
+  });
   await reaches(client, environmentId, EnvironmentPhase.RUNNING);
   const { task } = await client.environmentAutomation.createTask({
     ...{ environmentId, metadata: { reference: "bench", name: "bench" }, spec: { command: COMMAND } },
