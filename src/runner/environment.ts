@@ -200,7 +200,8 @@ export class ManagedEnvironment {
     const { publicUrl, portDomain } = this.#host.config;
     const base = environmentUrl(publicUrl, this.id);
     const ports = (this.#goal.desired.environment?.spec?.ports ?? []).map(({ port }) => ({
-      ...{ port, url: portUrl(publicUrl, portDomain, this.id, port) },
+      port,
+      url: portUrl(publicUrl, portDomain, this.id, port),
     }));
     this.#events.report(this.id, reportOf(this.#site.status, base, this.#isServing, ports, sshUrl(this.#site)));
   }

@@ -53,6 +53,26 @@ export class LineSplitter {
   }
 }
 
+/** Passes the output of a command on, all the lines of a piece at once. */
+export function lineBatches(take: (lines: string[]) => void): { write(chunk: Uint8Array): void; end(): void } {
+  let lines: string[] = [];
+  const splitter = new LineSplitter((line) => lines.push(line));
+  const flush = () => {
+    take(lines);
+    lines = [];
+  };
+  return {
+    write(chunk) {
+      splitter.write(chunk);
+      flush();
+    },
+    end() {
+      splitter.end();
+      flush();
+    },
+  };
+}
+
 /** Writes one log. A full disk costs lines, never more. */
 export class LineLog {
   readonly #folder: string;

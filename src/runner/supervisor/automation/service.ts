@@ -13,7 +13,7 @@ import {
 } from "../../../../gen/gitpod/v1/environment_automation_pb.js";
 import { childStdio } from "../descriptors.ts";
 import { readProcess } from "../processes.ts";
-import { LineLog, LineSplitter } from "./line-log.ts";
+import { LineLog, lineBatches } from "./line-log.ts";
 import { newLogFolder } from "./log-folders.ts";
 import { markedProcesses } from "./marked.ts";
 import { CommandProblem, commandOf, endRun, endText, keyOf, outputOf, Signal, type Surroundings } from "./parts.ts";
@@ -212,7 +212,7 @@ export class ServiceMachine {
       this.#records.write(this.id, record);
       this.#emit();
       const command = await this.#command(record, spec.commands?.start ?? "");
-      const lines = lineWriter(log);
+      const lines = lineBatches((batch) => log.write(batch));
       const run = await Run.start(this.#runFolder(record, "start"), this.#mark(record, "start"), command, lines.write);
       void run.ended.then(lines.end);
       const started = this.#set({ spawnedAt: Date.now() });
@@ -228,7 +228,7 @@ export class ServiceMachine {
   /** Finds a session that another supervisor left. */
   async #resume(record: ServiceRecord): Promise<void> {
     const log = this.#log(record);
-    const lines = lineWriter(log);
+    const lines = lineBatches((batch) => log.write(batch));
     const found = Run.adopt(this.#runFolder(record, "start"), this.#mark(record, "start"), lines.write);
     this.#emit();
     try {
@@ -367,7 +367,7 @@ export class ServiceMachine {
   async #stopByCommand(record: ServiceRecord, text: string, run: Run, log: LineLog): Promise<string | undefined> {
     const { serviceStopMs } = this.#around.times;
     const [folder, mark] = [this.#runFolder(record, "stop"), this.#mark(record, "stop")];
-    const lines = lineWriter(log);
+    const lines = lineBatches((batch) => log.write(batch));
     let verdict: string | undefined;
     try {
       const stop =
@@ -405,26 +405,6 @@ export function problemOf(what: string, error: unknown): string {
   if (error instanceof CommandProblem) return error.message;
   const reason = error instanceof Error && "code" in error ? String(error.code) : "unexpected";
   return `${what} (${reason})`;
-}
-
-/** Writes the output of a command to a log, a line at a time. */
-export function lineWriter(log: LineLog, tag?: string) {
-  let lines: string[] = [];
-  const splitter = new LineSplitter((line) => lines.push(line));
-  const flush = () => {
-    log.write(lines, tag);
-    lines = [];
-  };
-  return {
-    write(chunk: Buffer) {
-      splitter.write(chunk);
-      flush();
-    },
-    end() {
-      splitter.end();
-      flush();
-    },
-  };
 }
 
 /** Exit code of a child that must not outlive a moment or a signal; 128 and more if it had to be killed. */

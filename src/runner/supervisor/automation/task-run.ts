@@ -1,7 +1,7 @@
 import { join } from "node:path";
 import type { TaskExecutionSpec_Task } from "../../../../gen/gitpod/v1/environment_automation_pb.js";
 import { TaskExecutionPhase } from "../../../../gen/gitpod/v1/environment_automation_pb.js";
-import { LineSplitter } from "./line-log.ts";
+import { lineBatches } from "./line-log.ts";
 import { commandOf, endRun, endText, outputOf, type Surroundings } from "./parts.ts";
 import type { Records } from "./records.ts";
 import { forgetRun, Run, type RunEnd } from "./run.ts";
@@ -78,20 +78,9 @@ export class TaskRun {
     isKnown: boolean,
   ): Promise<TaskRecord> {
     if (isKnown && this.#record.phase !== RUNNING) return this.#record;
-    let lines: string[] = [];
-    const splitter = new LineSplitter((line) => lines.push(line));
-    const flush = () => {
+    const { write: take, end: finish } = lineBatches((lines) => {
       for (const step of this.#attached) step.lines(lines);
-      lines = [];
-    };
-    const take = (chunk: Buffer) => {
-      splitter.write(chunk);
-      flush();
-    };
-    const finish = () => {
-      splitter.end();
-      flush();
-    };
+    });
     if (isKnown) {
       const found = Run.adopt(this.#folder, this.key, take);
       if (!(found instanceof Run)) return this.#ended(found ?? { code: undefined });
