@@ -317,7 +317,8 @@ export class ServiceMachine {
       const attempt = await this.#attempt(record, commands?.ready ?? "", mark, until, signal);
       if (signal.aborted) return await new Promise<never>(() => undefined);
       if (attempt.code === 0) return "ready";
-      last = attempt.text;
+      // One that is cut off before it says anything explains nothing.
+      last = attempt.text || last;
       const pause = Math.min(this.#around.times.readyPauseMs, until - Date.now());
       if (pause > 0) await delay(pause, undefined, { signal }).catch(() => undefined);
       if (signal.aborted) return await new Promise<never>(() => undefined);
