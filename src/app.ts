@@ -134,6 +134,13 @@ export async function transact<T>(
   }
 }
 
+/** As `transact`, for what may change the secrets of environments: those that run are told once it has committed. */
+export async function transactSecrets<T>(app: App, work: Parameters<typeof transact<T>>[1]): Promise<T> {
+  const result = await transact(app, work);
+  app.hub.wake(Topic.SECRETS);
+  return result;
+}
+
 /** A change of a runner for watchers and, with an `action`, for the audit log. */
 export function runnerChange(
   app: App,

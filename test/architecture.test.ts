@@ -11,7 +11,17 @@ const ROOT = join(import.meta.dirname, "..");
 // What a folder or top-level file may import: others by name, "store/tokens" for one file of a folder. Of packages,
 // "protobuf", "connect", "postgres" and "node" stand for themselves and "library" for all the rest.
 const EVERYONE = ["gen", "config", "pending", "protobuf"];
-const CODE = ["app", "client", "control-plane", "first-start", "installation", "routes", "server", "signing"];
+const CODE = [
+  "app",
+  "client",
+  "control-plane",
+  "environment-secrets",
+  "first-start",
+  "installation",
+  "routes",
+  "server",
+  "signing",
+];
 const FOLDERS = ["cli", "domain", "http", "login", "rpc", "runner", "scm", "services", "store", "sweep"];
 const PACKAGES = ["connect", "postgres", "node", "library"];
 const EVERYTHING = [...CODE, ...FOLDERS, ...PACKAGES];
@@ -22,8 +32,8 @@ const TABLE: Record<string, readonly string[]> = {
   http: ["app", "domain", "http", "login", "rpc", "connect", "node", "library"],
   login: ["app", "domain", "login", "scm", "store", "node", "library"],
   rpc: ["domain", "rpc", "store/tokens", "connect", "node", "library"],
-  services: ["app", "domain", "rpc", "scm", "signing", "store", "connect", "node", "library"],
-  sweep: ["app", "domain", "signing", "store", "sweep", "node", "library"],
+  services: ["app", "domain", "environment-secrets", "rpc", "scm", "signing", "store", "connect", "node", "library"],
+  sweep: ["app", "domain", "environment-secrets", "signing", "store", "sweep", "node", "library"],
   scm: ["domain", "scm", "node", "library"],
   runner: [
     "client",
@@ -48,6 +58,7 @@ const TABLE: Record<string, readonly string[]> = {
   installation: ["domain", "store", "node", "library"],
   "first-start": ["domain", "installation", "store", "node", "library"],
   signing: ["app", "domain", "store", "library"],
+  "environment-secrets": ["app", "domain", "scm", "store"],
   routes: EVERYTHING,
   server: EVERYTHING,
   "control-plane": EVERYTHING,

@@ -1,5 +1,5 @@
 import { execFile } from "node:child_process";
-import { randomBytes } from "node:crypto";
+import { randomBytes, randomUUID } from "node:crypto";
 import { readdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { promisify } from "node:util";
@@ -207,6 +207,43 @@ describe("a private repository", () => {
     expect(status?.failureMessage.join()).toMatch(/authentication needed for 127\.0\.0\.1$/);
     expect(await logOf(member, id)).not.toContain(TOKEN);
     expect(git.requests.some(({ authorization }) => authorization?.startsWith("Basic "))).toBe(true);
+  });
+
+  test("RUN-32 opens and closes to an environment that runs as its creator stores, renews and deletes the credential", async () => {
+    const member = await plane.addUser();
+    const tokens = member.client.runnerConfiguration;
+    const { environment } = await member.client.environments.createEnvironment({
+      spec: { machine: { class: host.classId } },
+    });
+    const id = environment?.id ?? "";
+    await reaches(member.client, id, EnvironmentPhase.RUNNING);
+    const answer = async () =>
+      await exec(member, id, `GIT_TERMINAL_PROMPT=0 git ls-remote -q ${repository.url} main > /dev/null 2>&1; echo $?`);
+    const becomes = (open: boolean, what: string) =>
+      eventually(async () => ((await answer()) === "0") === open, what, TIMEOUT_MS);
+
+    const tokenId = await signIn(member, `${TOKEN}-but-wrong`);
+    await tokens.updateHostAuthenticationToken({ id: tokenId, token: TOKEN });
+    const specs = [{ spec: { case: "git" as const, value: { remoteUri: repository.url } } }];
+    const session = randomUUID();
+    await member.client.environments.updateEnvironment({
+      ...{ environmentId: id, spec: { content: { session, initializer: { specs } } } },
+    });
+    await eventually(async () => {
+      const { status } = await getEnvironment(member.client, id);
+      return status?.content?.session === session && status.phase === EnvironmentPhase.RUNNING;
+    }, "the repository has been cloned with the credential that was stored while the environment ran");
+    expect(await answer()).toBe("0");
+
+    await tokens.updateHostAuthenticationToken({ id: tokenId, token: `${TOKEN}-but-wrong` });
+    await becomes(false, "git uses the credential that was changed");
+    await tokens.updateHostAuthenticationToken({ id: tokenId, token: TOKEN });
+    await becomes(true, "git uses the credential that was renewed");
+    await tokens.deleteHostAuthenticationToken({ id: tokenId });
+    await becomes(false, "git has no credential");
+    expect(await filesWithToken(id)).toEqual([]);
+    await signIn(member);
+    await becomes(true, "git uses the credential that was stored");
   });
 
   test("stays closed to the environments of others, also on the same machine", async () => {

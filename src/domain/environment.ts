@@ -458,13 +458,21 @@ function updatedSpec(state: EnvironmentState, changes: UpdateEnvironmentRequest_
   };
 }
 
-/** UpdateEnvironment, for a request without problems; who may set what, and policies, are checked by the caller. */
-export function requestUpdate(state: EnvironmentState, request: UpdateEnvironmentRequest, now: Date): Transition {
+/**
+ * UpdateEnvironment, for a request without problems; who may set what, and policies, are checked by the caller. `secrets`
+ * are those that the environment is to have with it, by default those that it has.
+ */
+export function requestUpdate(
+  state: EnvironmentState,
+  request: UpdateEnvironmentRequest,
+  now: Date,
+  secrets = state.spec.secrets,
+): Transition {
   if (isLeaving(state)) return { kind: "refused", reason: "the environment is deleted or being deleted" };
   if (request.spec && state.metadata.archivedAt) {
     return { kind: "refused", reason: "the environment is archived; unarchive it first" };
   }
-  const spec = request.spec ? updatedSpec(state, request.spec) : state.spec;
+  const spec = request.spec ? { ...updatedSpec(state, request.spec), secrets } : state.spec;
   if (spec.ports.length > PORTS || spec.sshPublicKeys.length > SSH_KEYS.entries) {
     return { kind: "refused", reason: `an environment has at most ${PORTS} ports and ${SSH_KEYS.entries} SSH keys` };
   }

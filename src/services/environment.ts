@@ -30,6 +30,7 @@ import { COUNT_CAP, closePage, countAnswer, openPage } from "../domain/pages.ts"
 import { policyRefusal } from "../domain/policies.ts";
 import type { Caller } from "../domain/principal.ts";
 import { TokenKind } from "../domain/tokens.ts";
+import { currentSecrets } from "../environment-secrets.ts";
 import { principal } from "../rpc/authenticate.ts";
 import type { Tx } from "../store/db.ts";
 import {
@@ -45,7 +46,6 @@ import { readPolicies } from "../store/organizations.ts";
 import { getOwnRunner, getRunner, type StoredRunner } from "../store/runners.ts";
 import { createEnvironment } from "./environment/create.ts";
 import { createEnvironmentFromProject } from "./environment/from-project.ts";
-import { startSecrets } from "./environment/git-credentials.ts";
 import { checkCapacity, checkQuotas, checkRunner } from "./environment/limits.ts";
 import { allow, apply } from "./environment/move.ts";
 import { issuePortToken, issueToken, mayReachPort } from "./environment/tokens.ts";
@@ -75,7 +75,7 @@ async function startEnvironment(app: App, caller: Caller, id: string): Promise<v
       await checkQuotas(tx, { id: creator?.id ?? "", organizationId: stored.organizationId, limited }, policies, false);
       await holdRunner(tx, runnerId);
       await checkCapacity(tx, runnerId, runner.maxEnvironments);
-      start = started(await startSecrets(app, tx, stored));
+      start = started(await currentSecrets(app, tx, stored, true));
     }
     if (await apply(app, tx, caller, stored, start, "Environment started")) touched(runnerId);
   });

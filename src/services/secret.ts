@@ -12,7 +12,7 @@ import {
   type SecretService,
   type UpdateSecretValueRequest,
 } from "../../gen/gitpod/v1/secret_pb.js";
-import { type App, actorOf, transact } from "../app.ts";
+import { type App, actorOf, transactSecrets } from "../app.ts";
 import { actionable, denied, isDuplicate, notFound, precondition, Refusal, refuseProblems } from "../domain/errors.ts";
 import { closePage, openPage } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
@@ -31,7 +31,6 @@ import {
 import { principal } from "../rpc/authenticate.ts";
 import type { Tx } from "../store/db.ts";
 import { getEnvironment } from "../store/environments.ts";
-import { Topic } from "../store/hub.ts";
 import { readValues } from "../store/secret-delivery.ts";
 import {
   changeOf,
@@ -75,12 +74,6 @@ function newSecret(app: App, caller: Caller, request: CreateSecretRequest): Omit
   return { message, organizationId: caller.organizationId, owner, session: app.newId() };
 }
 
-/** Changes a secret and, once that has committed, has the environments told. */
-async function changing(app: App, work: (tx: Tx) => Promise<void>): Promise<void> {
-  await transact(app, work);
-  app.hub.wake(Topic.SECRETS);
-}
-
 const audited = (app: App, caller: Caller, action: string) => ({ id: app.newId(), actor: actorOf(caller), action });
 
 async function createSecret(app: App, caller: Caller, request: CreateSecretRequest): Promise<Secret> {
@@ -90,7 +83,7 @@ async function createSecret(app: App, caller: Caller, request: CreateSecretReque
     ? undefined
     : sealValue({ id: message.id, organizationId }, request.value, app.masterKey, app.random);
   const most = app.limits.secrets;
-  await changing(app, async (tx) => {
+  await transactSecrets(app, async (tx) => {
     await holdOwner(tx, caller, owner);
     await holdSecrets(tx, organizationId);
     if ((await countSecrets(tx, owner)) >= most) {
@@ -119,7 +112,7 @@ async function holdSecret(tx: Tx, caller: Caller, id: string): Promise<StoredSec
 }
 
 async function updateSecretValue(app: App, caller: Caller, request: UpdateSecretValueRequest): Promise<void> {
-  await changing(app, async (tx) => {
+  await transactSecrets(app, async (tx) => {
     const stored = await holdSecret(tx, caller, request.secretId);
     if (isElsewhere(stored.message.source)) throw precondition("the value of this secret is not kept here");
     refuseProblems(valueProblems(stored.message.mount, request.value));
@@ -135,7 +128,7 @@ async function updateSecretValue(app: App, caller: Caller, request: UpdateSecret
 }
 
 async function removeSecret(app: App, caller: Caller, id: string): Promise<void> {
-  await changing(app, async (tx) => {
+  await transactSecrets(app, async (tx) => {
     const policies = await holdPolicies(tx, caller.organizationId);
     const stored = await holdSecret(tx, caller, id);
     if (stored.owner.scope === Scope.ORGANIZATION && isNamedByPolicy(policies, stored.message)) {

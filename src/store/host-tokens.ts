@@ -13,10 +13,12 @@ import {
 import { notFound } from "../domain/errors.ts";
 import type { Page } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
+import { Scope } from "../domain/secret.ts";
 import { conjunction } from "./conditions.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
-import { type Attribution, type Change, record, recorded } from "./record.ts";
+import { type Attribution, type Change, recorded } from "./record.ts";
 import { effectiveIntegrations } from "./scm-integrations.ts";
+import { holdSecrets, told } from "./secrets.ts";
 
 /** A credential that a subject holds for a host on a runner; its secrets are sealed. */
 export interface StoredHostToken {
@@ -109,10 +111,19 @@ export function hostTokenChange(
   };
 }
 
+/** CTEs that write a change of a token down and have the environments of its subject told. */
+function noted(tx: Tx, token: StoredHostToken, operation: ResourceOperation, by: Described): Fragment {
+  const { subject, organizationId } = token;
+  const scope = subject.principal === Principal.USER ? Scope.USER : Scope.SERVICE_ACCOUNT;
+  const owner = { scope, id: subject.id };
+  return tx`${recorded(tx, hostTokenChange(token, operation, by))}, ${told(tx, owner, organizationId, by.at)}`;
+}
+
 export async function insertHostToken(tx: Tx, token: StoredHostToken, by: Described): Promise<void> {
   const { subject } = token;
+  await holdSecrets(tx, token.organizationId);
   await tx`
-    with ${recorded(tx, hostTokenChange(token, ResourceOperation.CREATE, by))}
+    with ${noted(tx, token, ResourceOperation.CREATE, by)}
     insert into host_tokens (id, organization_id, runner_id, host, subject_id, subject_principal, source, integration_id,
       scopes, expires_at, sealed_token, sealed_refresh_token, created_at)
     values (${token.id}, ${token.organizationId}, ${token.runnerId}, ${token.host}, ${subject.id}, ${subject.principal},
@@ -122,8 +133,9 @@ export async function insertHostToken(tx: Tx, token: StoredHostToken, by: Descri
 
 /** Replaces what an update may change, with the next version. */
 export async function updateHostToken(tx: Tx, token: StoredHostToken, by: Described): Promise<void> {
+  await holdSecrets(tx, token.organizationId);
   await tx`
-    with ${recorded(tx, hostTokenChange(token, ResourceOperation.UPDATE, by))}
+    with ${noted(tx, token, ResourceOperation.UPDATE, by)}
     update host_tokens set scopes = ${token.scopes as string[]}, expires_at = ${token.expiresAt},
       sealed_token = ${token.sealedToken}, sealed_refresh_token = ${token.sealedRefreshToken},
       invalid_reason = ${token.invalidReason}, refresh_lease_until = null, version = version + 1
@@ -131,7 +143,8 @@ export async function updateHostToken(tx: Tx, token: StoredHostToken, by: Descri
 }
 
 export async function deleteHostToken(tx: Tx, token: StoredHostToken, by: Described): Promise<void> {
-  await tx`with ${recorded(tx, hostTokenChange(token, ResourceOperation.DELETE, by))}
+  await holdSecrets(tx, token.organizationId);
+  await tx`with ${noted(tx, token, ResourceOperation.DELETE, by)}
     delete from host_tokens where id = ${token.id}`;
 }
 
@@ -185,7 +198,9 @@ function ended(tx: Tx, which: TokensToEnd): Fragment {
 /** Deletes tokens together with what they depended on, and tells the subject of each. */
 export async function endHostTokens(tx: Tx, which: TokensToEnd, by: Described): Promise<void> {
   const rows = await tx<TokenRow[]>`delete from host_tokens t where ${ended(tx, which)} returning ${columns(tx)}`;
-  for (const row of rows) await record(tx, hostTokenChange(toToken(row), ResourceOperation.DELETE, by));
+  const [first] = rows;
+  if (first) await holdSecrets(tx, first.organization_id);
+  for (const row of rows) await tx`with ${noted(tx, toToken(row), ResourceOperation.DELETE, by)} select`;
 }
 
 /** Condition: token `t` can be used now, or renewed. */

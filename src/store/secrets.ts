@@ -116,8 +116,8 @@ export async function countSecrets(tx: Tx, { scope, id }: Owner): Promise<number
   return row?.count ?? 0;
 }
 
-/** CTE that has the environments told of the secrets of an owner. */
-function told(tx: Tx, { scope, id }: Owner, organizationId: string, at: Date): Fragment {
+/** CTE that has the environments told of the secrets of an owner, whose organization's the transaction holds. */
+export function told(tx: Tx, { scope, id }: Owner, organizationId: string, at: Date): Fragment {
   return tx`told as (
     insert into secret_changes (scope, scope_id, organization_id, due_at) values (${scope}, ${id}, ${organizationId}, ${at})
     on conflict (scope, scope_id) do update set revision = secret_changes.revision + 1, due_at = excluded.due_at

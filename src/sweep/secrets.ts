@@ -2,12 +2,12 @@ import { EnvironmentPhase } from "../../gen/gitpod/v1/environment_pb.js";
 import { type App, transact } from "../app.ts";
 import { transition } from "../domain/lifecycle.ts";
 import { SYSTEM } from "../domain/principal.ts";
+import { currentSecrets } from "../environment-secrets.ts";
 import { advanceEnvironment, lockEnvironment } from "../store/environments.ts";
 import { Topic } from "../store/hub.ts";
 import {
   claimSecretChange,
   concernedEnvironmentIds,
-  environmentSecrets,
   keepSecretChange,
   type SecretChange,
   settleSecretChange,
@@ -22,7 +22,7 @@ async function refreshSecrets(app: App, environmentId: string): Promise<void> {
   await transact(app, async (tx, touched) => {
     const stored = await lockEnvironment(tx, environmentId);
     if (stored?.spec.desiredPhase !== EnvironmentPhase.RUNNING) return;
-    const secrets = await environmentSecrets(tx, stored, app.newId, false);
+    const secrets = await currentSecrets(app, tx, stored, false);
     const move = transition(stored, { spec: { ...stored.spec, secrets } }, app.now());
     if (move.kind !== "changed") return;
     const by = { actor: SYSTEM, newId: app.newId, action: "Secrets of the environment changed", at: app.now() };

@@ -14,6 +14,7 @@ import { goalProblems, newEnvironment, requiredKernelControls, specProblems } fr
 import { denied, notFound, precondition, refuseProblems } from "../../domain/errors.ts";
 import { policyRefusal } from "../../domain/policies.ts";
 import type { Caller } from "../../domain/principal.ts";
+import { currentSecrets } from "../../environment-secrets.ts";
 import { initializerHosts, initializerProblems, repositoryName } from "../../scm/initializer.ts";
 import type { Tx } from "../../store/db.ts";
 import { getClass, getClassHoldingRunner, type StoredClass } from "../../store/environment-classes.ts";
@@ -21,7 +22,6 @@ import { insertEnvironment, ownsSession, type StoredEnvironment } from "../../st
 import { missingSignIns } from "../../store/host-tokens.ts";
 import { readPolicies } from "../../store/organizations.ts";
 import { findDotfiles } from "../../store/users.ts";
-import { startSecrets } from "./git-credentials.ts";
 import { checkCapacity, checkPolicies, checkQuotas, checkRunner } from "./limits.ts";
 import { shown } from "./view.ts";
 
@@ -157,7 +157,7 @@ export async function make(
     checkClass(current);
     checkUsable(current, localRunners);
     await checkCapacity(tx, runnerId, current.maxEnvironments);
-    environment.spec = { ...environment.spec, secrets: await startSecrets(app, tx, environment) };
+    environment.spec = { ...environment.spec, secrets: await currentSecrets(app, tx, environment, true) };
     await insertEnvironment(tx, environment, actorOf(caller), app.newId(), now);
     touched(runnerId);
   });

@@ -1,9 +1,19 @@
-import { AdmissionLevel, type UpdateEnvironmentRequest } from "../../../gen/gitpod/v1/environment_pb.js";
+import { create } from "@bufbuild/protobuf";
+import {
+  AdmissionLevel,
+  type EnvironmentInitializer,
+  EnvironmentPhase,
+  EnvironmentSpec_ContentSchema,
+  type EnvironmentSpec_Secret,
+  type UpdateEnvironmentRequest,
+} from "../../../gen/gitpod/v1/environment_pb.js";
 import { type App, transact } from "../../app.ts";
 import { requestUpdate, updateProblems } from "../../domain/environment.ts";
 import { denied, refuseProblems } from "../../domain/errors.ts";
 import type { Caller } from "../../domain/principal.ts";
+import { currentSecrets } from "../../environment-secrets.ts";
 import { initializerProblems } from "../../scm/initializer.ts";
+import type { Tx } from "../../store/db.ts";
 import { getEnvironment, type StoredEnvironment } from "../../store/environments.ts";
 import { readPolicies } from "../../store/organizations.ts";
 import { checkPolicies } from "./limits.ts";
@@ -37,6 +47,19 @@ function subjects({ metadata, spec }: UpdateEnvironmentRequest): string {
     .join(", ");
 }
 
+/** The secrets of an environment with another initializer: its hosts may be others, and git is to get in there too. */
+async function secretsWith(
+  app: App,
+  tx: Tx,
+  stored: StoredEnvironment,
+  initializer: EnvironmentInitializer | undefined,
+): Promise<EnvironmentSpec_Secret[]> {
+  const { spec } = stored;
+  if (!initializer || spec.desiredPhase !== EnvironmentPhase.RUNNING) return spec.secrets;
+  const content = { ...(spec.content ?? create(EnvironmentSpec_ContentSchema)), initializer };
+  return await currentSecrets(app, tx, { ...stored, spec: { ...spec, content } }, true);
+}
+
 /** UpdateEnvironment: applied live where it runs, else at the next start. */
 export async function updateEnvironment(app: App, caller: Caller, request: UpdateEnvironmentRequest): Promise<void> {
   const { spec } = request;
@@ -49,7 +72,7 @@ export async function updateEnvironment(app: App, caller: Caller, request: Updat
       ...updateProblems(request, app.now()),
       ...(initializer ? initializerProblems(initializer, where) : []),
     ]);
-    const change = requestUpdate(stored, request, app.now());
+    const change = requestUpdate(stored, request, app.now(), await secretsWith(app, tx, stored, initializer));
     if (spec && change.kind === "changed") {
       const { policies } = await readPolicies(tx, stored.organizationId);
       // Closing a port is always possible.

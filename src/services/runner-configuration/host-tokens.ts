@@ -10,7 +10,7 @@ import {
   type UpdateHostAuthenticationTokenRequest,
 } from "../../../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase } from "../../../gen/gitpod/v1/runner_pb.js";
-import { type App, actorOf, transact } from "../../app.ts";
+import { type App, actorOf, transactSecrets } from "../../app.ts";
 import { denied, type FieldProblem, invalid, notFound, precondition, refuseProblems } from "../../domain/errors.ts";
 import { isUuid } from "../../domain/ids.ts";
 import { closePage, openPage } from "../../domain/pages.ts";
@@ -118,7 +118,7 @@ export async function createHostToken(
   const subject = subjectOf(caller, request.subject, request.userId);
   const expiresAt = request.expiresAt && timestampDate(request.expiresAt);
   refuseProblems(secretProblems({ token: secret, refreshToken, scopes, expiresAt }, app.now()));
-  return transact(app, async (tx) => {
+  return transactSecrets(app, async (tx) => {
     const runner = await getRunner(tx, caller, request.runnerId);
     if (!manages(caller, subject)) throw denied("a token for a host is made by whom it belongs to");
     await checkRunner(tx, caller, runner, subject.id);
@@ -162,7 +162,7 @@ export async function changeHostToken(
   const { id, token: secret, refreshToken, scopes } = request;
   const expiresAt = request.expiresAt && timestampDate(request.expiresAt);
   refuseProblems(secretProblems({ token: secret, refreshToken, scopes, expiresAt }, app.now()));
-  await transact(app, async (tx) => {
+  await transactSecrets(app, async (tx) => {
     const stored = await getHostToken(tx, caller, id, true);
     if (!manages(caller, stored.subject)) throw denied("a token for a host is changed by whom it belongs to");
     if (secret === undefined && refreshToken === undefined && !expiresAt && !scopes.length) return;
@@ -181,7 +181,7 @@ export async function changeHostToken(
 
 /** DeleteHostAuthenticationToken: by its subject, and by organization admins as revocation. */
 export async function removeHostToken(app: App, caller: Caller, id: string): Promise<void> {
-  await transact(app, async (tx) => {
+  await transactSecrets(app, async (tx) => {
     const stored = await getHostToken(tx, caller, id, true);
     await deleteHostToken(tx, stored, attribution(app, caller, "Host authentication token deleted"));
   });

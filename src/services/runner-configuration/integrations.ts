@@ -11,7 +11,7 @@ import {
   type UpdateSCMIntegrationRequest,
 } from "../../../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase } from "../../../gen/gitpod/v1/runner_pb.js";
-import { type App, actorOf, transact } from "../../app.ts";
+import { type App, actorOf, transact, transactSecrets } from "../../app.ts";
 import { denied, invalid, precondition, refuseProblems } from "../../domain/errors.ts";
 import { closePage, openPage } from "../../domain/pages.ts";
 import type { Caller } from "../../domain/principal.ts";
@@ -144,7 +144,7 @@ function nextOAuth(message: SCMIntegration, request: UpdateSCMIntegrationRequest
 
 /** UpdateSCMIntegration: a way to sign in that is taken away takes the credentials along that came by it. */
 export async function changeIntegration(app: App, caller: Caller, request: UpdateSCMIntegrationRequest): Promise<void> {
-  await transact(app, async (tx) => {
+  await transactSecrets(app, async (tx) => {
     const seen = await getIntegration(tx, caller, request.id);
     // The runner first, as everywhere.
     const runner = await lockRunner(tx, caller, seen.message.runnerId);
@@ -174,7 +174,7 @@ export async function changeIntegration(app: App, caller: Caller, request: Updat
 
 /** DeleteSCMIntegration: with every credential for its host. */
 export async function removeIntegration(app: App, caller: Caller, id: string): Promise<void> {
-  await transact(app, async (tx) => {
+  await transactSecrets(app, async (tx) => {
     const seen = await getIntegration(tx, caller, id);
     await lockRunner(tx, caller, seen.message.runnerId);
     const { message } = await getIntegration(tx, caller, id, true);

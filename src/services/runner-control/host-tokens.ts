@@ -7,7 +7,7 @@ import {
   type PutHostTokenRequest,
 } from "../../../gen/berth/runner/v1/runner_control_pb.js";
 import { ResourceType } from "../../../gen/gitpod/v1/event_pb.js";
-import { type App, actorOf, transact } from "../../app.ts";
+import { type App, actorOf, transactSecrets } from "../../app.ts";
 import { notFound, Refusal } from "../../domain/errors.ts";
 import type { Caller } from "../../domain/principal.ts";
 import { normalizeHost } from "../../scm/hosts.ts";
@@ -98,7 +98,7 @@ function renewed(app: App, token: StoredHostToken, { outcome }: PutHostTokenRequ
 export async function putHostToken(app: App, caller: Caller, request: PutHostTokenRequest): Promise<void> {
   const isRenewal = request.outcome.case === "renewal";
   const action = isRenewal ? "Host authentication token renewed" : "Host authentication token refused by its host";
-  await transact(app, async (tx) => {
+  await transactSecrets(app, async (tx) => {
     const token = await lockRunnersToken(tx, caller.id, request.tokenId);
     if (!token) throw notFound("host authentication token", request.tokenId);
     if (token.version !== Number(request.expectedVersion))
