@@ -176,11 +176,11 @@ describe("service accounts", () => {
     await remove(id);
     expect(await traces(plane, SERVICE_ACCOUNT)).toEqual(trace);
     const { serviceAccounts } = plane.admin;
-    for (const call of [
-      serviceAccounts.updateServiceAccount({ serviceAccountId: id, name: "x" }),
-      serviceAccounts.createServiceAccountAccessToken({ serviceAccountId: id }),
-    ])
-      expect(await codeOf(call)).toBe("FailedPrecondition");
+    const refused = await Promise.all([
+      codeOf(serviceAccounts.updateServiceAccount({ serviceAccountId: id, name: "x" })),
+      codeOf(serviceAccounts.createServiceAccountAccessToken({ serviceAccountId: id })),
+    ]);
+    expect(refused).toEqual(["FailedPrecondition", "FailedPrecondition"]);
   });
 
   test("with it go its secrets, its credentials for hosts, its memberships and shares; its environments stop", async () => {
