@@ -237,6 +237,33 @@ describe("who may", () => {
     await from(member.client, projectId, holding(git("https://git.example.org/team/other")));
   });
 
+  test("ENV-4 nor does a member who needs projects get a foreign repository into an environment afterwards", async () => {
+    const projectId = await usableProject({ initializer: { specs: [git(REPOSITORY)] } });
+    const before = await from(member.client, projectId, holding(git("https://git.example.org/team/before")));
+    const ofAdmin = await from(admin, projectId);
+    await changePolicies(plane, { membersRequireProjects: true, disableFromScratch: true });
+    const update = (client: BerthClient, environmentId: string, ...specs: Parameters<typeof holding>) =>
+      client.environments.updateEnvironment({ environmentId, spec: { content: { initializer: { specs } } } });
+    const refusedBy = async (environmentId: string, ...specs: Parameters<typeof holding>) => {
+      const error = await refusal(update(member.client, environmentId, ...specs));
+      return [Code[error.code], error.findDetails(ActionableErrorDetailsSchema)[0]?.errorCode];
+    };
+    try {
+      const { id } = await from(member.client, projectId);
+      const other = git("https://git.example.org/team/other");
+      expect(await refusedBy(id, other)).toEqual(["PermissionDenied", "members_require_projects"]);
+      expect(await refusedBy(id, git(REPOSITORY), other)).toEqual(["PermissionDenied", "members_require_projects"]);
+      expect(await refusedBy(id)).toEqual(["PermissionDenied", "disable_from_scratch"]);
+      await update(member.client, id, git("ssh://git@GIT.example.org/team/app"));
+      // What an environment has held since before the policy stays its own.
+      await update(member.client, before.id, git("https://git.example.org/team/before", { cloneTarget: "dev" }));
+      await update(member.client, before.id, git(REPOSITORY));
+      await update(admin, ofAdmin.id, other);
+    } finally {
+      await changePolicies(plane, { membersRequireProjects: false, disableFromScratch: false });
+    }
+  });
+
   test("nothing is made from a project that is being deleted, and its environments outlive it", async () => {
     const projectId = await usableProject();
     const { id } = await from(member.client, projectId);

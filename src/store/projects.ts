@@ -170,11 +170,22 @@ export async function lockProject(tx: Tx, caller: Caller, id: string): Promise<S
  * changed or deleted until the transaction ends.
  */
 export async function getProjectToUse(sql: Sql | Tx, caller: Caller, id: string, hold = false): Promise<StoredProject> {
+  const project = await findProjectToUse(sql, caller, id, hold);
+  if (!project) throw notFound("project", id);
+  return project;
+}
+
+/** As `getProjectToUse`; undefined where there is none. */
+export async function findProjectToUse(
+  sql: Sql | Tx,
+  caller: Caller,
+  id: string,
+  hold = false,
+): Promise<StoredProject | undefined> {
   const [row] = await sql<ProjectRow[]>`
     select ${columns(sql, caller)} from ${projects(sql)}
     where p.id = ${id} and ${readsProject(sql, caller)} ${hold ? sql`for share of p` : sql``}`;
-  if (!row) throw notFound("project", id);
-  return toProject(row);
+  return row && toProject(row);
 }
 
 /** Holds every other creation in the organization back until the transaction ends, then counts. */

@@ -22,7 +22,7 @@ import { insertEnvironment, ownsSession, type StoredEnvironment } from "../../st
 import { missingSignIns } from "../../store/host-tokens.ts";
 import { readPolicies } from "../../store/organizations.ts";
 import { findDotfiles } from "../../store/users.ts";
-import { checkCapacity, checkPolicies, checkQuotas, checkRunner } from "./limits.ts";
+import { checkCapacity, checkHoldsRepository, checkPolicies, checkQuotas, checkRunner } from "./limits.ts";
 import { shown } from "./view.ts";
 
 const NAME_SUFFIX_BYTES = 3;
@@ -36,9 +36,7 @@ function checkSource(caller: Caller, policies: OrganizationPolicies, spec: Envir
   if (policies.membersRequireProjects) {
     throw policyRefusal("permission_denied", "members_require_projects", "environments must be created from a project");
   }
-  if (policies.disableFromScratch && !spec?.content?.initializer?.specs.length) {
-    throw policyRefusal("permission_denied", "disable_from_scratch", "environments must be created from a repository");
-  }
+  checkHoldsRepository(caller, policies, spec?.content?.initializer);
 }
 
 function checkClass(stored: StoredClass): void {

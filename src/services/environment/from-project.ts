@@ -8,34 +8,15 @@ import {
 import type { App } from "../../app.ts";
 import { goalProblems } from "../../domain/environment.ts";
 import { actionable, Refusal, refuseProblems } from "../../domain/errors.ts";
-import { policyRefusal } from "../../domain/policies.ts";
 import type { Caller } from "../../domain/principal.ts";
 import { refuseDeleting, specFromProject } from "../../domain/project.ts";
-import { repositoryAddresses, sameRepository } from "../../scm/initializer.ts";
 import { getClass, type StoredClass } from "../../store/environment-classes.ts";
 import { offersClass, usableClassIds } from "../../store/project-classes.ts";
 import { getProjectToUse, type StoredProject } from "../../store/projects.ts";
 import { make, type Rules, readRules } from "./create.ts";
+import { checkRepositories } from "./limits.ts";
 
 const MAX_NAMED_CLASSES = 100;
-
-/** Members who need a project for each environment must not take another repository into it. */
-function checkRepositories(
-  caller: Caller,
-  { policies }: Rules,
-  { message }: StoredProject,
-  { spec }: CreateEnvironmentFromProjectRequest,
-): void {
-  if (caller.orgAdmin || !policies.membersRequireProjects) return;
-  const own = repositoryAddresses(message.initializer, true);
-  const named = repositoryAddresses(spec?.content?.initializer, true);
-  if (named.every((address) => own.some((each) => sameRepository(address, each)))) return;
-  throw policyRefusal(
-    "permission_denied",
-    "members_require_projects",
-    "environments must hold repositories of their project",
-  );
-}
 
 /** INVALID_ARGUMENT that names what the caller could ask for instead. */
 async function notOffered(app: App, caller: Caller, project: StoredProject, { localRunners }: Rules): Promise<Refusal> {
@@ -87,7 +68,7 @@ export async function createEnvironmentFromProject(
     getProjectToUse(app.db.point, caller, projectId),
   ]);
   refuseDeleting(project);
-  checkRepositories(caller, rules, project, request);
+  checkRepositories(caller, rules.policies, request.spec?.content?.initializer, project.message.initializer);
   refuseProblems(goalProblems(request.spec, project.classes.length === 0));
   const asked = request.spec?.machine?.class ?? "";
   const environmentClass = await chooseClass(app, caller, project, asked, rules);

@@ -1,6 +1,7 @@
 import { durationMs } from "@bufbuild/protobuf/wkt";
 import {
   AdmissionLevel,
+  type EnvironmentInitializer,
   type EnvironmentSpec,
   type UpdateEnvironmentRequest_Spec,
 } from "../../../gen/gitpod/v1/environment_pb.js";
@@ -10,7 +11,9 @@ import { requiredKernelControls, weakenedPolicies } from "../../domain/environme
 import { isWider } from "../../domain/environment-ports.ts";
 import { precondition, Refusal } from "../../domain/errors.ts";
 import { policyRefusal } from "../../domain/policies.ts";
+import type { Caller } from "../../domain/principal.ts";
 import { isConnected } from "../../domain/runner.ts";
+import { repositoryAddresses, sameRepository } from "../../scm/initializer.ts";
 import type { Tx } from "../../store/db.ts";
 import { countForQuota, countRunningOnRunner } from "../../store/environments.ts";
 import type { StoredRunner } from "../../store/runners.ts";
@@ -26,6 +29,34 @@ export function checkRunner(runner: { kind: RunnerKind; phase: StoredRunner["pha
     );
   }
   if (!isConnected(runner.phase)) throw precondition("runner is not connected");
+}
+
+/** Members who need a project for each environment take no repositories into it but those that are its own. */
+export function checkRepositories(
+  caller: Caller,
+  { membersRequireProjects }: OrganizationPolicies,
+  wanted: EnvironmentInitializer | undefined,
+  ...own: (EnvironmentInitializer | undefined)[]
+): void {
+  if (caller.orgAdmin || !membersRequireProjects) return;
+  const allowed = own.flatMap((each) => repositoryAddresses(each, true));
+  const named = repositoryAddresses(wanted, true);
+  if (named.every((address) => allowed.some((each) => sameRepository(address, each)))) return;
+  throw policyRefusal(
+    "permission_denied",
+    "members_require_projects",
+    "environments must hold repositories of their project",
+  );
+}
+
+/** Members who may not start from scratch need at least one repository. */
+export function checkHoldsRepository(
+  caller: Caller,
+  { disableFromScratch }: OrganizationPolicies,
+  wanted: EnvironmentInitializer | undefined,
+): void {
+  if (caller.orgAdmin || !disableFromScratch || wanted?.specs.length) return;
+  throw policyRefusal("permission_denied", "disable_from_scratch", "environments must be created from a repository");
 }
 
 type Limited = Pick<EnvironmentSpec | UpdateEnvironmentRequest_Spec, "ports" | "timeout" | "kernelControlsConfig">;

@@ -7,6 +7,7 @@ import {
   type EnvironmentSpec_Secret,
   type UpdateEnvironmentRequest,
 } from "../../../gen/gitpod/v1/environment_pb.js";
+import type { OrganizationPolicies } from "../../../gen/gitpod/v1/organization_pb.js";
 import { type App, transact } from "../../app.ts";
 import { requestUpdate, updateProblems } from "../../domain/environment.ts";
 import { denied, refuseProblems } from "../../domain/errors.ts";
@@ -16,7 +17,8 @@ import { initializerProblems } from "../../scm/initializer.ts";
 import type { Tx } from "../../store/db.ts";
 import { getEnvironment, type StoredEnvironment } from "../../store/environments.ts";
 import { readPolicies } from "../../store/organizations.ts";
-import { checkPolicies } from "./limits.ts";
+import { findProjectToUse } from "../../store/projects.ts";
+import { checkHoldsRepository, checkPolicies, checkRepositories } from "./limits.ts";
 import { allow, apply } from "./move.ts";
 
 /** Each part of the request is decided by itself; one that is refused refuses all of it. */
@@ -60,6 +62,20 @@ async function secretsWith(
   return await currentSecrets(app, tx, { ...stored, spec: { ...spec, content } }, true);
 }
 
+/** What an environment is made from binds the caller as it does at its creation; what it holds already it may keep. */
+async function checkInitializer(
+  tx: Tx,
+  caller: Caller,
+  policies: OrganizationPolicies,
+  { metadata, spec }: StoredEnvironment,
+  wanted: EnvironmentInitializer,
+): Promise<void> {
+  const present = spec.content?.initializer;
+  if (present?.specs.length) checkHoldsRepository(caller, policies, wanted);
+  const project = metadata.projectId ? await findProjectToUse(tx, caller, metadata.projectId) : undefined;
+  checkRepositories(caller, policies, wanted, present, project?.message.initializer);
+}
+
 /** UpdateEnvironment: applied live where it runs, else at the next start. */
 export async function updateEnvironment(app: App, caller: Caller, request: UpdateEnvironmentRequest): Promise<void> {
   const { spec } = request;
@@ -78,6 +94,7 @@ export async function updateEnvironment(app: App, caller: Caller, request: Updat
       // Closing a port is always possible.
       const ports = spec.ports.filter(({ admission }) => admission !== AdmissionLevel.UNSPECIFIED);
       checkPolicies(policies, { ...spec, ports });
+      if (initializer) await checkInitializer(tx, caller, policies, stored, initializer);
     }
     if (await apply(app, tx, caller, stored, change, `Environment changed: ${subjects(request)}`))
       touched(stored.metadata.runnerId);
