@@ -24,6 +24,7 @@ import {
 import { IgnoreRules } from "../src/runner/supervisor/ignore-rules.ts";
 import { WatchSubscriber } from "../src/runner/supervisor/watch-subscriber.ts";
 import { type TreeChange, type TreeOptions, WatchTree } from "../src/runner/supervisor/watch-tree.ts";
+import { eventually } from "./harness/wait.ts";
 import { failure, gone, type TestEnvironment, testEnvironment, waitFor } from "./supervisor-harness.ts";
 
 const { FILE_CHANGE, GIT_STATUS } = WatchEventType;
@@ -185,6 +186,30 @@ describe("Watch", () => {
     await all.sees("DELETED .gitignore", "CREATED b.log");
     place.script("echo zz > docs/page");
     await all.sees("UPDATED docs/page");
+  });
+
+  test("what git ignores by other files than .gitignore is left out as well", async () => {
+    const place = await workspace(`
+      git init -q .; mkdir -p build out kept ~/.config/git; echo /build/ > .git/info/exclude
+      printf '*.swp\nkept\n' > ~/.config/git/ignore; printf '!kept\n' > .gitignore`);
+    await using observer = await Observer.open({ eventTypes: [FILE_CHANGE] }, place);
+    place.script("echo x > build/a; echo x > .file.swp; echo x > out/a; echo x > kept/a; echo x > last");
+    const seen = await observer.sees("CREATED out/a", "CREATED kept/a", "CREATED last");
+    expect(seen.filter((each) => /build|swp|\.git\//.test(each))).toEqual([]);
+    // They count as soon as they have changed.
+    place.script("printf '/out\n' > .git/info/exclude");
+    await eventually(async () => {
+      place.script("echo x >> build/a; echo x >> out/a; echo x >> last");
+      const next = await observer.sees("UPDATED last");
+      return next.includes("UPDATED build/a") && !next.some((each) => each.includes("out"));
+    }, "what the repository excludes is seen to have changed");
+    place.script("echo '/kept*' > ~/ignored; git config core.excludesFile '~/ignored'; rm .gitignore");
+    await eventually(async () => {
+      place.script("echo x >> kept/a; echo x >> other.swp; echo x >> last");
+      const next = await observer.sees("UPDATED last");
+      return next.some((each) => each.includes("swp")) && !next.some((each) => each.includes("kept"));
+    }, "the file that the configuration names counts");
+    expect(observer.overflows).toEqual([]);
   });
 
   test("the state of git: files, index, commits, branches, remotes", async () => {

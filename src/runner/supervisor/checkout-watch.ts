@@ -1,3 +1,4 @@
+import { gitExcludes } from "./git-excludes.ts";
 import { GitState } from "./git-state.ts";
 import { type TreeChange, WatchTree } from "./watch-tree.ts";
 
@@ -17,32 +18,42 @@ export interface CheckoutListener {
 /** Watches the files of a directory and, if it is a git checkout, its state. */
 export class CheckoutWatch {
   readonly #directory: string;
+  readonly #env: Record<string, string>;
   readonly #listener: CheckoutListener;
   #tree: WatchTree | undefined;
   #git: GitState | undefined;
   /** One look for the state of git at a time. */
   #opening: Promise<void> = Promise.resolve();
   #timer: NodeJS.Timeout | undefined;
+  #excludesTimer: NodeJS.Timeout | undefined;
   #isClosed = false;
 
-  private constructor(directory: string, listener: CheckoutListener) {
+  private constructor(directory: string, env: Record<string, string>, listener: CheckoutListener) {
     this.#directory = directory;
+    this.#env = env;
     this.#listener = listener;
   }
 
-  /** Resolves once everything is watched; rejects with a system error if the directory cannot be. */
-  static async open(directory: string, listener: CheckoutListener): Promise<CheckoutWatch> {
-    const watch = new CheckoutWatch(directory, listener);
+  /** Resolves once everything is watched; rejects with a system error if the directory cannot be. `env` is for git. */
+  static async open(
+    directory: string,
+    env: Record<string, string>,
+    listener: CheckoutListener,
+  ): Promise<CheckoutWatch> {
+    const watch = new CheckoutWatch(directory, env, listener);
     watch.#tree = await WatchTree.open(
       directory,
-      { isCheckout: true },
+      { isCheckout: true, excludes: await gitExcludes(directory, env) },
       {
         changed: (changes) => {
           listener.filesChanged(changes);
           if (watch.#git) listener.gitChanged();
         },
         overflowed: (reason) => listener.overflowed(reason),
-        gitReplaced: () => void watch.#openGit().then(() => watch.#gitChanged()),
+        gitReplaced: () => {
+          watch.#excludesChanged();
+          void watch.#openGit().then(() => watch.#gitChanged());
+        },
         rootReplaced: () => listener.replaced(),
       },
     );
@@ -58,6 +69,7 @@ export class CheckoutWatch {
   close(): void {
     this.#isClosed = true;
     clearTimeout(this.#timer);
+    clearTimeout(this.#excludesTimer);
     this.#tree?.close();
     this.#git?.close();
   }
@@ -65,10 +77,21 @@ export class CheckoutWatch {
   #openGit(): Promise<void> {
     this.#opening = this.#opening.then(async () => {
       this.#git?.close();
-      this.#git = await GitState.open(this.#directory, () => this.#gitChanged());
+      this.#git = await GitState.open(this.#directory, {
+        changed: () => this.#gitChanged(),
+        excludesChanged: () => this.#excludesChanged(),
+      });
       if (this.#isClosed) this.#git?.close();
     });
     return this.#opening;
+  }
+
+  #excludesChanged(): void {
+    if (this.#isClosed) return;
+    this.#excludesTimer ??= setTimeout(() => {
+      this.#excludesTimer = undefined;
+      void gitExcludes(this.#directory, this.#env).then((rules) => this.#tree?.exclude(rules));
+    }, COLLECT_MS).unref();
   }
 
   /** One operation of git changes many files. */

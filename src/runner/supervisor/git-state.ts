@@ -15,7 +15,7 @@ const FILES: ReadonlySet<string> = new Set([
 ]);
 
 /** Where a checkout keeps its state, and where it keeps what it shares with other checkouts of the same repository. */
-function gitDirectories(checkout: string): { own: string; common: string } | undefined {
+export function gitDirectories(checkout: string): { own: string; common: string } | undefined {
   const entry = join(checkout, ".git");
   const found = lstatSync(entry, { throwIfNoEntry: false });
   if (!found) return undefined;
@@ -32,6 +32,13 @@ function gitDirectories(checkout: string): { own: string; common: string } | und
   }
 }
 
+/** Whom a git state tells. */
+export interface GitListener {
+  changed(): void;
+  /** Files with rules of what is ignored, or which ones count, may have changed. */
+  excludesChanged(): void;
+}
+
 /** Watches the state of a git checkout. */
 export class GitState {
   readonly #watchers: FSWatcher[] = [];
@@ -40,11 +47,20 @@ export class GitState {
   private constructor() {}
 
   /** Undefined if the directory is no checkout. What cannot be watched of it is not. */
-  static async open(checkout: string, changed: () => void): Promise<GitState | undefined> {
+  static async open(checkout: string, listener: GitListener): Promise<GitState | undefined> {
     const directories = gitDirectories(checkout);
     if (!directories) return undefined;
     const state = new GitState();
-    for (const directory of new Set(Object.values(directories))) state.#watchFiles(directory, changed);
+    const changed = () => listener.changed();
+    for (const directory of new Set(Object.values(directories))) {
+      state.#watchFiles(directory, (name) => {
+        if (name === null || FILES.has(name)) changed();
+        if (name === null || name === "config") listener.excludesChanged();
+      });
+    }
+    state.#watchFiles(join(directories.common, "info"), (name) => {
+      if (name === null || name === "exclude") listener.excludesChanged();
+    });
     for (const name of ["refs", "reftable"]) await state.#watchRefs(join(directories.common, name), changed);
     return state;
   }
@@ -54,11 +70,9 @@ export class GitState {
     for (const tree of this.#trees) tree.close();
   }
 
-  #watchFiles(directory: string, changed: () => void): void {
+  #watchFiles(directory: string, touched: (name: string | null) => void): void {
     try {
-      const watcher = watch(directory, { persistent: false }, (_event, name) => {
-        if (name === null || FILES.has(name)) changed();
-      });
+      const watcher = watch(directory, { persistent: false }, (_event, name) => touched(name));
       watcher.on("error", () => undefined);
       this.#watchers.push(watcher);
     } catch {}

@@ -1,6 +1,8 @@
 import { globMatcher, pathMatcher } from "./patterns.ts";
 
 const MAX_RULES = 10_000;
+/** Files of rules that are larger say nothing. */
+export const MAX_IGNORE_BYTES = 1024 * 1024;
 
 interface Rule {
   /** An exception: what it matches is not ignored. */
@@ -28,7 +30,7 @@ function parseRule(line: string): Rule | undefined {
   return { negated, directoriesOnly, matches: segmentsMatcher(pattern) };
 }
 
-/** The rules of one .gitignore. The last one that matches decides. */
+/** The rules of one file such as a .gitignore. The last one that matches decides. */
 export class IgnoreRules {
   readonly #rules: readonly Rule[];
 

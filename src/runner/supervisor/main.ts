@@ -55,7 +55,10 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
     recordPath: join(root, "run", "terminals.json"),
   });
   let { workspaceFolder } = config;
-  const watches = new Watches(() => workspaceFolder);
+  const watches = new Watches(
+    () => workspaceFolder,
+    () => environment.read(),
+  );
   const automations = new AutomationLink();
   const engine = new AutomationEngine(
     {

@@ -14,6 +14,8 @@ export interface Folder {
   watcher: FSWatcher | undefined;
   /** Of its own .gitignore. */
   rules: IgnoreRules | undefined;
+  /** Which hold where no .gitignore speaks, the first that does deciding; of the root alone. */
+  excludes: readonly IgnoreRules[];
 }
 
 /** What a name stands for. Directories that are ignored or could not be watched are not looked into. */
@@ -26,7 +28,7 @@ export const pathOf = (folder: Folder, name: string) => (folder.path === "" ? na
 
 export const newFolder = (name: string, parent: Folder | undefined, { ino }: Stats): Folder => ({
   ...{ name, parent, inode: ino, path: parent ? pathOf(parent, name) : "" },
-  ...{ entries: new Map(), dirty: new Set(), watcher: undefined, rules: undefined },
+  ...{ entries: new Map(), dirty: new Set(), watcher: undefined, rules: undefined, excludes: [] },
 });
 
 /** Whether a directory is still part of the tree that it was read in. */
@@ -41,8 +43,10 @@ export function isAttached(folder: Folder): boolean {
 export function isIgnored(folder: Folder, name: string, isDirectory: boolean): boolean {
   const segments = [name];
   for (let each: Folder | undefined = folder; each; each = each.parent) {
-    const verdict = each.rules?.verdict(segments, isDirectory);
-    if (verdict !== undefined) return verdict;
+    for (const rules of [each.rules, ...each.excludes]) {
+      const verdict = rules?.verdict(segments, isDirectory);
+      if (verdict !== undefined) return verdict;
+    }
     segments.unshift(each.name);
   }
   return false;

@@ -6,7 +6,7 @@ import { inBatches } from "./batches.ts";
 import { readSmallFile } from "./config.ts";
 import { errnoOf } from "./errors.ts";
 import { sortedEntries } from "./files.ts";
-import { IgnoreRules } from "./ignore-rules.ts";
+import { IgnoreRules, MAX_IGNORE_BYTES } from "./ignore-rules.ts";
 import {
   depthOf,
   type Folder,
@@ -43,6 +43,8 @@ export interface TreeListener {
 export interface TreeOptions {
   /** Leaves out `.git` and what .gitignore files name. */
   isCheckout: boolean;
+  /** Rules that hold where no .gitignore speaks; the first that does decides. */
+  excludes?: readonly IgnoreRules[];
   maxDirectories?: number;
   maxNames?: number;
 }
@@ -57,7 +59,6 @@ const COLLECT_MS = 100;
 /** After a look at everything, pause this many times as long as it took. */
 const COST_FACTOR = 5;
 const REMIND_MS = 30_000;
-const MAX_IGNORE_BYTES = 1024 * 1024;
 const DEFAULT_QUEUE = 16_384;
 
 const { CREATED, UPDATED, DELETED } = FileChangeType;
@@ -82,6 +83,8 @@ export class WatchTree {
   #above: FSWatcher | undefined;
   #directories = 0;
   #names = 0;
+  /** Rules that have changed since the last look. */
+  #newExcludes: readonly IgnoreRules[] | undefined;
   readonly #dirty = new Set<Folder>();
   #dirtyNames = 0;
   #burst = 0;
@@ -96,7 +99,7 @@ export class WatchTree {
 
   private constructor(root: string, options: TreeOptions, listener: TreeListener) {
     this.#root = root;
-    this.#options = { maxDirectories: MAX_DIRECTORIES, maxNames: MAX_NAMES, ...options };
+    this.#options = { maxDirectories: MAX_DIRECTORIES, maxNames: MAX_NAMES, excludes: [], ...options };
     this.#listener = listener;
   }
 
@@ -117,6 +120,12 @@ export class WatchTree {
     return this.#incomplete;
   }
 
+  /** Other rules than so far hold where no .gitignore speaks. */
+  exclude(rules: readonly IgnoreRules[]): void {
+    this.#newExcludes = rules;
+    this.#schedule(COLLECT_MS);
+  }
+
   close(): void {
     this.#isClosed = true;
     clearTimeout(this.#timer);
@@ -127,6 +136,7 @@ export class WatchTree {
 
   async #start(): Promise<void> {
     const top = newFolder("", undefined, await lstat(this.#root));
+    top.excludes = this.#options.excludes;
     this.#watchAbove();
     this.#top = top;
     this.#directories++;
@@ -217,6 +227,7 @@ export class WatchTree {
     };
     try {
       this.#lost = undefined;
+      await this.#takeExcludes();
       if (lost && this.#top) await this.#read(this.#top, silent);
       else {
         for (const { folder, names } of this.#takeDirty()) {
@@ -230,7 +241,7 @@ export class WatchTree {
     if (this.#isClosed) return;
     if (lost || excess > 0) this.#listener.overflowed(lost ?? "too many changes at once");
     else if (changes.length > 0) this.#listener.changed(changes);
-    if (this.#dirty.size > 0 || this.#lost) {
+    if (this.#dirty.size > 0 || this.#lost || this.#newExcludes) {
       const costMs = (Date.now() - startedAt) * COST_FACTOR;
       this.#schedule(lost ? Math.max(COLLECT_MS, costMs) : COLLECT_MS);
     }
@@ -394,6 +405,14 @@ export class WatchTree {
       // Git does not follow a link here either.
       return undefined;
     }
+  }
+
+  async #takeExcludes(): Promise<void> {
+    const top = this.#top;
+    if (!this.#newExcludes || !top) return;
+    top.excludes = this.#newExcludes;
+    this.#newExcludes = undefined;
+    await this.#reconsider(top);
   }
 
   /** What is ignored has changed: directories come in and go out without having appeared or disappeared. */

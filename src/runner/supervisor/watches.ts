@@ -22,11 +22,14 @@ const aborted = (signal: AbortSignal) =>
 /** Watches the workspace folder for all callers of Watch together, as long as there are any. */
 export class Watches {
   readonly #folder: () => string;
+  readonly #env: () => Record<string, string>;
   readonly #subscribers = new Set<WatchSubscriber>();
   #watched: Promise<CheckoutWatch> | undefined;
 
-  constructor(folder: () => string) {
+  /** `env` has the variables of the environment's processes, for git. */
+  constructor(folder: () => string, env: () => Record<string, string>) {
     this.#folder = folder;
+    this.#env = env;
   }
 
   /**
@@ -105,7 +108,7 @@ export class Watches {
   }
 
   #open(): Promise<CheckoutWatch> {
-    return CheckoutWatch.open(this.#folder(), {
+    return CheckoutWatch.open(this.#folder(), this.#env(), {
       filesChanged: (changes) => this.#tell((subscriber) => subscriber.filesChanged(changes)),
       gitChanged: () => this.#tell((subscriber) => subscriber.gitChanged()),
       overflowed: (reason) => this.#tell((subscriber) => subscriber.overflowed(reason)),
