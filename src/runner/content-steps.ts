@@ -3,19 +3,13 @@ import { LogSectionOutcome } from "../../gen/gitpod/v1/environment_logs_pb.js";
 import {
   EnvironmentStatus_ContentPhase as ContentPhase,
   EnvironmentStatus_DevContainer_Phase as DevContainerPhase,
+  type EnvironmentGitStatus,
   type EnvironmentSpec,
   EnvironmentSpec_ContentSchema,
   EnvironmentStatus_ContentSchema,
   EnvironmentStatusSchema,
 } from "../../gen/gitpod/v1/environment_pb.js";
-import {
-  configureGit,
-  contentGitStatus,
-  gitIdentity,
-  initializeContent,
-  type PlacedContent,
-  type Workspace,
-} from "./content.ts";
+import { configureGit, contentGitStatus, gitIdentity, initializeContent, type Workspace } from "./content.ts";
 import { isTransient } from "./control-plane.ts";
 import { devContainerOf, endCommands, keepDevContainer } from "./devcontainer-steps.ts";
 import { ContentError } from "./git.ts";
@@ -41,16 +35,20 @@ function workspaceOf(site: EnvironmentSite, signal: AbortSignal): Workspace {
   };
 }
 
-/** Puts the content of the specification in place; false if the first attempt has failed. */
-export async function keepContent(site: EnvironmentSite, spec: EnvironmentSpec, signal: AbortSignal): Promise<boolean> {
+/** Puts the content of the specification in place; tells whether it had to, and whether the first attempt has failed. */
+export async function keepContent(
+  site: EnvironmentSite,
+  spec: EnvironmentSpec,
+  signal: AbortSignal,
+): Promise<"kept" | "placed" | "failed"> {
   const { session } = contentOf(spec);
   const reported = site.status.content;
   const isSettled = reported?.session === session && site.record.content.session === session;
   if (isSettled && reported.phase === ContentPhase.READY) {
     await keepIdentity(site, spec, signal);
-    return true;
+    return "kept";
   }
-  if (reported?.session === session && reported.phase === ContentPhase.FAILED) return false;
+  if (reported?.session === session && reported.phase === ContentPhase.FAILED) return "failed";
   const isFirst = site.record.content.session === "";
   await endCommands(site);
   site.sections.open("content");
@@ -59,7 +57,7 @@ export async function keepContent(site: EnvironmentSite, spec: EnvironmentSpec, 
     const phase = isFirst ? ContentPhase.INITIALIZING : ContentPhase.UPDATING;
     status.content = create(EnvironmentStatus_ContentSchema, { session, phase, git, contentLocationInMachine });
   });
-  let placed: PlacedContent;
+  let placed: Awaited<ReturnType<typeof placeContent>>;
   try {
     placed = await placeContent(site, spec, signal);
   } catch (error) {
@@ -68,16 +66,19 @@ export async function keepContent(site: EnvironmentSite, spec: EnvironmentSpec, 
     if (signal.aborted || isTransient(error)) throw error;
     return await contentFailed(site, spec, isFirst, error);
   }
-  await contentReady(site, spec, placed.facts, placed.warnings.join("; "));
-  return true;
+  await contentReady(site, spec, placed.facts, placed.git, placed.warnings.join("; "));
+  return "placed";
 }
 
-async function placeContent(site: EnvironmentSite, spec: EnvironmentSpec, signal: AbortSignal): Promise<PlacedContent> {
+async function placeContent(site: EnvironmentSite, spec: EnvironmentSpec, signal: AbortSignal) {
   const content = contentOf(spec);
   const workspace = workspaceOf(site, signal);
   const placed = await initializeContent(workspace, content.session, content.initializer, site.record.content);
-  await configureGit(workspace, content, placed.facts);
-  return placed;
+  const [git] = await Promise.all([
+    contentGitStatus(site.id, site.paths, userOf(site), placed.facts, placed.pristine),
+    configureGit(workspace, content, placed.facts),
+  ]);
+  return { ...placed, git };
 }
 
 /** The first content that cannot be had is fatal; later the old one stays, with a warning. */
@@ -86,7 +87,7 @@ async function contentFailed(
   spec: EnvironmentSpec,
   isFirst: boolean,
   error: unknown,
-): Promise<boolean> {
+): Promise<"placed" | "failed"> {
   const failureMessage = site.log.clean(textOf(error));
   if (!(error instanceof ContentError)) {
     site.host.log.error({ environmentId: site.id, error: failureMessage }, "content could not be initialized");
@@ -94,23 +95,24 @@ async function contentFailed(
   site.log.write(failureMessage);
   if (!isFirst) {
     const facts = { ...site.record.content, session: contentOf(spec).session };
-    await contentReady(site, spec, facts, `the content was not replaced: ${failureMessage}`);
-    return true;
+    const git = await contentGitStatus(site.id, site.paths, userOf(site), facts);
+    await contentReady(site, spec, facts, git, `the content was not replaced: ${failureMessage}`);
+    return "placed";
   }
   await site.edit(({ status }) => {
     if (status.content) Object.assign(status.content, { phase: ContentPhase.FAILED, failureMessage });
   });
-  return false;
+  return "failed";
 }
 
 async function contentReady(
   site: EnvironmentSite,
   spec: EnvironmentSpec,
   facts: ContentFacts,
+  git: EnvironmentGitStatus | undefined,
   warningMessage: string,
 ): Promise<void> {
   const content = contentOf(spec);
-  const git = await contentGitStatus(site.id, site.paths, userOf(site), facts);
   const folder = facts.folder || site.paths.workspace;
   if (warningMessage) site.log.write(`Warning: ${warningMessage}`);
   site.sections.end("content", LogSectionOutcome.SUCCESS);

@@ -7,7 +7,7 @@ import type {
 } from "../../gen/gitpod/v1/environment_pb.js";
 import type { AdmittedUrl } from "../scm/guard.ts";
 import { isFullCommit } from "../scm/refs.ts";
-import { type ClonePlan, planClones, type ResolveContext } from "./clone-plan.ts";
+import { type ClonePlan, type CloneTarget, planClones, type ResolveContext } from "./clone-plan.ts";
 import { CommandTimeout, commandPath, runCommand } from "./commands.ts";
 import { ContentError, failureText, type GitContext, git, isRedirect, movedTo } from "./git.ts";
 import type { Host } from "./host.ts";
@@ -16,9 +16,18 @@ import { commandUser } from "./machine.ts";
 import type { EnvironmentPaths } from "./paths.ts";
 import type { ContentFacts } from "./record.ts";
 import { fetchSubmodules } from "./submodules.ts";
-import { gitStatus } from "./supervisor/git-status.ts";
+import { freshGitStatus, gitStatus } from "./supervisor/git-status.ts";
 import { bootId, type ProcessRef } from "./supervisor/processes.ts";
 import type { UnixUser } from "./users.ts";
+import {
+  CONFIGURE_GIT,
+  EVERYTHING,
+  HAS_SUBMODULES,
+  IN_THE_WAY,
+  LOOK_AFTERWARDS,
+  PLACE,
+  PREPARE,
+} from "./workspace-scripts.ts";
 
 // Content is put in place by commands that run as the environment's user, since the workspace may hold anything. A new
 // tree is cloned aside and complete before the first of its folders gets its name, so no crash leaves half of one.
@@ -50,6 +59,14 @@ export interface Workspace {
 export interface PlacedContent {
   facts: ContentFacts;
   warnings: string[];
+  /** Address of the primary checkout if nothing in it can be unknown to that remote; undefined if it is to be looked at. */
+  pristine: string | undefined;
+}
+
+/** A repository that was cloned. */
+interface Cloned {
+  plan: ClonePlan;
+  warnings: string[];
 }
 
 /** A session as part of a file name: it is text of a client. */
@@ -66,12 +83,24 @@ async function asUser({ user, paths, signal, environmentId }: Workspace, file: s
   });
 }
 
+function failed(what: string, stderr: string): ContentError {
+  const full = /No space left on device|Disk quota exceeded/i.test(stderr);
+  return new ContentError(full ? "disk full" : `${what} failed: ${stderr.trim().slice(0, 300)}`);
+}
+
 async function change(workspace: Workspace, file: string, ...args: string[]): Promise<void> {
   const { code, stderr } = await asUser(workspace, file, args);
-  if (code === 0) return;
-  const full = /No space left on device|Disk quota exceeded/i.test(stderr);
-  throw new ContentError(full ? "disk full" : `${file} failed: ${stderr.trim().slice(0, 300)}`);
+  if (code !== 0) throw failed(file, stderr);
 }
+
+async function script(workspace: Workspace, what: string, text: string, args: readonly string[]): Promise<void> {
+  const { code, stderr } = await asUser(workspace, "sh", ["-c", text, "sh", ...args]);
+  if (code !== 0) throw failed(what, stderr);
+}
+
+/** Removes what matches the patterns, then makes folders. */
+const prepare = (workspace: Workspace, patterns: readonly string[], folders: readonly string[] = []) =>
+  script(workspace, "preparing the workspace", PREPARE, [...patterns, "--", ...folders]);
 
 const isThere = async (workspace: Workspace, path: string) =>
   (await asUser(workspace, "test", ["-e", path, "-o", "-L", path])).code === 0;
@@ -81,11 +110,6 @@ async function entries(workspace: Workspace): Promise<string[]> {
   const args = ["-P", workspace.paths.workspace, "-mindepth", "1", "-maxdepth", "1", "-printf", "%f\\0"];
   const { stdout } = await asUser(workspace, "find", args);
   return stdout.split("\0").filter((name) => name !== "" && !RESERVED.test(name));
-}
-
-async function move(workspace: Workspace, from: string, to: string): Promise<void> {
-  await change(workspace, "mkdir", "-p", "--", dirname(to));
-  await change(workspace, "mv", "-T", "--", from, to);
 }
 
 function gitContext(workspace: Workspace, cwd: string, plan: ClonePlan | undefined, deadline: number): GitContext {
@@ -101,32 +125,50 @@ function gitContext(workspace: Workspace, cwd: string, plan: ClonePlan | undefin
   };
 }
 
-/** Runs git with its progress in the log; throws the short text for people if it fails. */
-async function gitStep(workspace: Workspace, context: GitContext, plan: ClonePlan, args: readonly string[]) {
+/**
+ * Runs git with its progress in the log, and tells whether the checkout has submodules then; throws the short text for
+ * people if it fails.
+ */
+async function gitStep(
+  workspace: Workspace,
+  context: GitContext,
+  plan: ClonePlan,
+  args: readonly string[],
+): Promise<boolean> {
   const lines = lineWriter(workspace.write);
-  const { code, stderr } = await git({ ...context, onOutput: lines.push }, args);
+  const { code, stdout, stderr } = await git({ ...context, onOutput: lines.push }, args, LOOK_AFTERWARDS, context.cwd);
   lines.end();
   if (code !== 0) throw new ContentError(failureText(stderr, plan.admitted));
+  return stdout.includes(HAS_SUBMODULES);
 }
 
-/** Fetches a repository without checking anything out; a host that has moved it on itself is followed. */
+/**
+ * Fetches a repository, and checks it out if its own HEAD is wanted; a host that has moved it on itself is followed.
+ * Answers where it lay, and whether submodules are to be fetched.
+ */
 async function fetchRepository(
   workspace: Workspace,
   plan: ClonePlan,
   folder: string,
   deadline: number,
   facts: ContentFacts,
-): Promise<ClonePlan> {
-  const options = ["--no-checkout", "--template=", "--origin", "origin", "--progress"];
+): Promise<{ plan: ClonePlan; hasSubmodules: boolean }> {
+  const options = ["--template=", "--origin", "origin", "--progress"];
+  if (plan.target.mode !== "head") options.push("--no-checkout");
   const onStart = (process: ProcessRef) => workspace.save({ ...facts, process: { ...process, bootId: bootId() } });
   let present = plan;
   for (let redirects = 0; ; redirects++) {
     const lines = lineWriter(workspace.write);
     const context = gitContext(workspace, dirname(folder), present, deadline);
     const args = ["clone", ...options, "--", present.url, folder];
-    const { code, stderr } = await git({ ...context, onOutput: lines.push, onStart }, args);
+    const { code, stdout, stderr } = await git(
+      { ...context, onOutput: lines.push, onStart },
+      args,
+      LOOK_AFTERWARDS,
+      folder,
+    );
     lines.end();
-    if (code === 0) return present;
+    if (code === 0) return { plan: present, hasSubmodules: stdout.includes(HAS_SUBMODULES) };
     const moved =
       isRedirect(stderr) && redirects < MAX_REDIRECTS && (await movedTo(present.admitted, workspace.signal));
     if (!moved) throw new ContentError(failureText(stderr, present.admitted));
@@ -138,59 +180,69 @@ async function fetchRepository(
 const hasCommit = async (context: GitContext, name: string) =>
   (await git(context, ["rev-parse", "--verify", "--quiet", "--end-of-options", `${name}^{commit}`])).code === 0;
 
-async function checkOut(workspace: Workspace, context: GitContext, plan: ClonePlan): Promise<void> {
-  const { target } = plan;
+/** Checks out what is wanted, if it is not the remote's own HEAD; tells whether the checkout has submodules. */
+async function checkOut(
+  workspace: Workspace,
+  context: GitContext,
+  plan: ClonePlan,
+  target: Exclude<CloneTarget, { mode: "head" }>,
+): Promise<boolean> {
   const run = (...args: string[]) => gitStep(workspace, context, plan, args);
-  const missing = () => new ContentError(`ref not found: ${target.mode === "head" ? "HEAD" : target.name}`);
-  const isEmpty = !(await hasCommit(context, "refs/remotes/origin/HEAD")) && !(await hasCommit(context, "HEAD"));
+  const missing = () => new ContentError(`ref not found: ${target.name}`);
+  /** Most are there, so that is only looked into when the checkout fails. */
+  const runOn = async (ref: string, ...args: string[]) => {
+    try {
+      return await run(...args);
+    } catch (error) {
+      throw error instanceof ContentError && !(await hasCommit(context, ref)) ? missing() : error;
+    }
+  };
   switch (target.mode) {
-    case "head":
-      // Without a commit there is nothing to check out, and the unborn branch is already the remote's.
-      if (!isEmpty) await run("checkout", "--force", "HEAD");
-      return;
     case "branch": {
       const remote = `refs/remotes/origin/${target.name}`;
-      if (!(await hasCommit(context, remote))) throw missing();
-      return await run("checkout", "--force", "-B", target.name, "--track", remote);
+      return await runOn(remote, "checkout", "--force", "-B", target.name, "--track", remote);
     }
     case "new_branch":
-      if (isEmpty) return await run("symbolic-ref", "HEAD", `refs/heads/${target.name}`);
-      return await run("checkout", "--force", "--no-track", "-B", target.name, "HEAD");
-    case "tag":
-      if (!(await hasCommit(context, `refs/tags/${target.name}`))) throw missing();
-      return await run("checkout", "--force", "--detach", `refs/tags/${target.name}`);
-    case "commit": {
+      if (await hasCommit(context, "HEAD")) {
+        return await run("checkout", "--force", "--no-track", "-B", target.name, "HEAD");
+      }
+      return await run("symbolic-ref", "HEAD", `refs/heads/${target.name}`);
+    case "tag": {
+      const tag = `refs/tags/${target.name}`;
+      return await runOn(tag, "checkout", "--force", "--detach", tag);
+    }
+    case "commit":
       if (!(await hasCommit(context, target.name)) && isFullCommit(target.name)) {
         const { code } = await git(context, ["fetch", "--no-tags", "origin", target.name]);
         if (code !== 0) throw missing();
       }
-      if (!(await hasCommit(context, target.name))) throw missing();
-      return await run("checkout", "--force", "--detach", target.name);
-    }
+      return await runOn(target.name, "checkout", "--force", "--detach", target.name);
   }
 }
 
-/** Clones one repository into a folder; returns warnings about submodules that could not be fetched. */
+/** Clones one repository into a folder whose parent is there, with warnings about submodules that cannot be had. */
 async function clone(
   workspace: Workspace,
   wanted: ClonePlan,
   folder: string,
   deadline: number,
   facts: ContentFacts,
-): Promise<string[]> {
-  await change(workspace, "mkdir", "-p", "--", dirname(folder));
+): Promise<Cloned> {
   workspace.write(`Cloning ${wanted.admitted.url.href}`);
-  const plan = await fetchRepository(workspace, wanted, folder, deadline, facts);
+  const { plan, ...fetched } = await fetchRepository(workspace, wanted, folder, deadline, facts);
   const context = gitContext(workspace, folder, plan, deadline);
-  await checkOut(workspace, context, plan);
+  const { target } = plan;
+  const hasSubmodules =
+    target.mode === "head" ? fetched.hasSubmodules : await checkOut(workspace, context, plan, target);
   if (plan.upstream) await gitStep(workspace, context, plan, ["remote", "add", "--", "upstream", plan.upstream]);
-  if (!(await isThere(workspace, join(folder, ".gitmodules")))) return [];
+  if (!hasSubmodules) return { plan, warnings: [] };
   const contextFor = (at: string, pinned: readonly AdmittedUrl[]) => ({
     ...gitContext(workspace, at, plan, deadline),
     pinned,
   });
   const { host, write, signal } = workspace;
-  return await fetchSubmodules({ guard: host.guard, contextFor, write, signal }, folder, plan.url);
+  const options = { guard: host.guard, contextFor, write, signal };
+  return { plan, warnings: await fetchSubmodules(options, folder, plan.url) };
 }
 
 /** Nothing would be lost with this checkout: no change, no untracked file, no stash, nothing that is not pushed. */
@@ -224,11 +276,6 @@ async function oldFolders(
   return { names, expendable };
 }
 
-async function removeMatching(workspace: Workspace, pattern: string): Promise<void> {
-  const found = [workspace.paths.workspace, "-mindepth", "1", "-maxdepth", "1", "-name", pattern];
-  await change(workspace, "find", "-P", ...found, "-exec", "rm", "-rf", "--", "{}", "+");
-}
-
 /** Moves what was made ready to its place, what is in the way to the backup; can be repeated after a crash. */
 async function place(
   workspace: Workspace,
@@ -237,20 +284,18 @@ async function place(
   old: readonly string[],
   fresh: readonly string[],
 ): Promise<void> {
-  const root = workspace.paths.workspace;
-  const setAside = async (name: string) => {
-    if (!(await isThere(workspace, join(root, name))) || (await isThere(workspace, join(backup, name)))) return;
-    await move(workspace, join(root, name), join(backup, name));
-  };
-  for (const name of old.filter((each) => !fresh.includes(each))) await setAside(name);
+  const below = (names: readonly string[]) => names.map((name) => `./${name}`);
   // Outer folders first: they carry what was cloned inside them.
-  for (const name of [...fresh].sort()) {
-    if (!(await isThere(workspace, join(ready, name)))) continue;
-    await setAside(name);
-    if (await isThere(workspace, join(root, name)))
-      throw new ContentError(`${name} is in the way and could not be set aside`);
-    await move(workspace, join(ready, name), join(root, name));
-  }
+  const names = [...below(old.filter((each) => !fresh.includes(each))), "--", ...below([...fresh].sort())];
+  const { code, stdout, stderr } = await asUser(workspace, "sh", ["-c", PLACE, "sh", ready, backup, ...names]);
+  if (code === IN_THE_WAY) throw new ContentError(`${stdout.slice(2)} is in the way and could not be set aside`);
+  if (code !== 0) throw failed("putting the content in place", stderr);
+}
+
+/** Every commit that a tag or an id names may be on no branch of the remote, and then counts as one not pushed. */
+function pristineUrl(primary: Cloned | undefined): string | undefined {
+  const isOnBranch = primary && primary.plan.target.mode !== "tag" && primary.plan.target.mode !== "commit";
+  return isOnBranch ? primary.plan.url : undefined;
 }
 
 /**
@@ -267,9 +312,10 @@ export async function initializeContent(
   const { host, paths, signal } = workspace;
   const deadline = Date.now() + CONTENT_DEADLINE_MS;
   const isFirst = facts.session === "";
+  const partial = join(paths.workspace, `.partial-${label(session)}`);
   const ready = join(paths.workspace, `.berth-ready-${label(session)}`);
   const backup = join(paths.workspace, `.berth-backup-${label(facts.session)}`);
-  const warnings: string[] = [];
+  const cloned: Cloned[] = [];
   const purpose = { case: "environmentId" as const, value: workspace.environmentId };
   const resolve: ResolveContext = (url, ends) => host.resolveContext(url, purpose, ends);
   const plans = await planClones(host.guard, initializer, resolve, signal);
@@ -277,30 +323,34 @@ export async function initializeContent(
   let replacing = facts.replacing?.session === session ? facts.replacing : undefined;
 
   try {
-    await removeMatching(workspace, isFirst ? "*" : ".partial-*");
-    if (!replacing) {
-      await removeMatching(workspace, ".berth-ready-*");
-      const partial = join(paths.workspace, `.partial-${label(session)}`);
-      await change(workspace, "mkdir", "--", partial);
+    if (replacing) await prepare(workspace, [".partial-*"]);
+    else {
+      await prepare(workspace, isFirst ? EVERYTHING : [".partial-*", ".berth-ready-*"], [partial]);
       for (const plan of plans) {
-        warnings.push(...(await clone(workspace, plan, join(partial, plan.location), deadline, facts)));
+        const folder = join(partial, plan.location);
+        if (dirname(folder) !== partial) await prepare(workspace, [], [dirname(folder)]);
+        cloned.push(await clone(workspace, plan, folder, deadline, facts));
       }
-      await change(workspace, "mv", "-T", "--", partial, ready);
-      const { names, expendable } = isFirst ? { names: [], expendable: true } : await oldFolders(workspace, facts);
-      replacing = { session, old: names, keepBackup: !expendable };
-      if (!isFirst) await workspace.save({ ...facts, replacing });
+      if (!isFirst) {
+        await change(workspace, "mv", "-T", "--", partial, ready);
+        const { names, expendable } = await oldFolders(workspace, facts);
+        replacing = { session, old: names, keepBackup: !expendable };
+        await workspace.save({ ...facts, replacing });
+      }
     }
-    await place(workspace, ready, backup, replacing.old, locations);
-    await change(workspace, "rm", "-rf", "--", ready);
+    // The first content needs no mark that it is complete: as long as it is not known to be in place, it is a leftover.
+    await place(workspace, isFirst ? partial : ready, backup, replacing?.old ?? [], locations);
   } catch (error) {
-    if (!signal.aborted) await removeMatching(workspace, ".partial-*").catch(() => undefined);
+    if (!signal.aborted) await prepare(workspace, [".partial-*"]).catch(() => undefined);
     const isLate = error instanceof CommandTimeout && Date.now() >= deadline;
     throw isLate ? new ContentError("content was not ready within 30 minutes") : error;
   }
-  if (!isFirst && replacing.keepBackup) warnings.push(`the content before was moved to ${backup}`);
+  const warnings = cloned.flatMap((each) => each.warnings);
+  if (replacing?.keepBackup) warnings.push(`the content before was moved to ${backup}`);
   else if (!isFirst) await change(workspace, "rm", "-rf", "--", backup);
   const folder = join(paths.workspace, locations[0] ?? ".");
-  return { facts: { session, checkouts: plans.map(({ location }) => ({ location })), folder }, warnings };
+  const checkouts = locations.map((location) => ({ location }));
+  return { facts: { session, checkouts, folder }, warnings, pristine: pristineUrl(cloned[0]) };
 }
 
 /** The name and address that commits get, as one text to compare. */
@@ -314,35 +364,24 @@ export async function configureGit(
   { checkouts }: ContentFacts,
 ): Promise<void> {
   const { paths, user, environmentId, signal } = workspace;
-  const config = async (...args: string[]) => {
-    const env = { HOME: paths.home, BERTH_ENVIRONMENT_ID: environmentId, GIT_CONFIG_NOSYSTEM: "1" };
-    const options = { cwd: paths.home, env, user: commandUser(user), timeoutMs: GIT_DEADLINE_MS, signal };
-    const { code, stderr } = await runCommand("git", ["config", "--global", ...args], options);
-    // 5: the value to remove was not there.
-    if (code !== 0 && code !== 5) throw new ContentError(`git config failed: ${stderr.trim().slice(0, 300)}`);
-  };
-  const set = async (name: string, values: readonly string[]) => {
-    const [first, ...rest] = values;
-    if (!first) return await config("--unset-all", "--", name);
-    await config("--replace-all", "--", name, first);
-    for (const value of rest) await config("--add", "--", name, value);
-  };
-  await set("user.name", [gitUsername]);
-  await set("user.email", [gitEmail]);
-  await set(
-    "safe.directory",
-    checkouts.map(({ location }) => join(paths.workspace, location)),
-  );
+  const env = { HOME: paths.home, BERTH_ENVIRONMENT_ID: environmentId, GIT_CONFIG_NOSYSTEM: "1" };
+  const options = { cwd: paths.home, env, user: commandUser(user), timeoutMs: GIT_DEADLINE_MS, signal };
+  const trusted = checkouts.map(({ location }) => join(paths.workspace, location));
+  const args = ["-c", CONFIGURE_GIT, "sh", gitUsername, gitEmail, ...trusted];
+  const { code, stderr } = await runCommand("sh", args, options);
+  if (code !== 0) throw failed("git config", stderr);
 }
 
-/** Git status of the primary checkout; undefined without one. */
+/** Git status of the primary checkout; undefined without one. For one that is pristine less has to be looked at. */
 export async function contentGitStatus(
   environmentId: string,
   paths: EnvironmentPaths,
   user: UnixUser,
   { folder, checkouts }: ContentFacts,
+  pristine?: string,
 ): Promise<EnvironmentGitStatus | undefined> {
   if (checkouts.length === 0) return undefined;
   const env = { HOME: paths.home, USER: user.name, PATH: commandPath(), BERTH_ENVIRONMENT_ID: environmentId };
-  return await gitStatus({ directory: folder, env, ...commandUser(user) }).catch(() => undefined);
+  const options = { directory: folder, env, ...commandUser(user) };
+  return await (pristine ? freshGitStatus(options, pristine) : gitStatus(options)).catch(() => undefined);
 }

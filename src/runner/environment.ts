@@ -368,7 +368,9 @@ export class ManagedEnvironment {
     if (!refusal) {
       await keepSecrets(site, spec, false, signal);
       if (await keepSsh(site, spec, signal)) this.#signalActivity({ source: "SSH", at: new Date() });
-      if (!(await keepContent(site, spec, signal))) return undefined;
+      const content = await keepContent(site, spec, signal);
+      if (content === "failed") return undefined;
+      if (content === "placed") this.#gitWatch.seen();
       await keepSecrets(site, spec, true, signal);
       await keepRepositoryFiles(site, spec, signal);
       this.automations.connect(site.supervision.client, site.passed);

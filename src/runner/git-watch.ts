@@ -33,6 +33,11 @@ export class GitWatch {
     this.#timer.unref();
   }
 
+  /** It has just been looked at by somebody else. */
+  seen(): void {
+    this.#lookedAt = Date.now();
+  }
+
   /** A look begins; what it returns takes down how it ended. */
   look(): (isChanged: boolean) => void {
     const startedAt = Date.now();

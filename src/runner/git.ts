@@ -50,11 +50,21 @@ function sshCommand(pinned: readonly AdmittedUrl[]): string {
   return ["ssh", "-F", "/dev/null", ...options.flatMap((option) => ["-o", option])].join(" ");
 }
 
-/** Runs git with its own variables only; a failure is a result, not an exception. */
-export async function git(context: GitContext, args: readonly string[]): Promise<CommandResult> {
+/**
+ * Runs git with its own variables only; a failure is a result, not an exception. With a script for the shell, that
+ * script runs git: it gets the whole command as its arguments and `subject` as $0.
+ */
+export async function git(
+  context: GitContext,
+  args: readonly string[],
+  script?: string,
+  subject = "sh",
+): Promise<CommandResult> {
   const { cwd, home, environmentId, protocols, pinned, user, signal, timeoutMs, onOutput, onStart } = context;
   const settings = [...SETTINGS, ...(context.helpers ?? []), ...pins(pinned)].flatMap((setting) => ["-c", setting]);
-  return await runCommand("git", [...settings, ...args], {
+  const command = ["git", ...settings, ...args];
+  const [file = "", ...rest] = script === undefined ? command : ["sh", "-c", script, subject, ...command];
+  return await runCommand(file, rest, {
     ...{ cwd, timeoutMs, user, signal, onOutput, onStart },
     env: {
       ...authorities(),

@@ -22,19 +22,16 @@ const READ_DEADLINE_MS = 20_000;
 const NONE = 3;
 const DEVCONTAINER_FILES = [".devcontainer/devcontainer.json", ".devcontainer.json"];
 // Arguments: folder, most bytes to show, candidates in order. Prints the name of the first file, and its content.
-const FIND_FILE = `cd -- "$1" 2>/dev/null || exit ${NONE}; top=$(pwd -P); limit=$2; shift 2
-for each in "$@"; do
+const findFirst = (more: string) => `cd -P -- "$1" 2>/dev/null || exit ${NONE}; top=$PWD; limit=$2; shift 2
+for each in "$@" ${more}; do
   [ -f "$each" ] || continue
   case $(realpath -- "$each") in
     "\${top%/}"/*) printf '%s\\n' "$each"; exec head -c "$limit" -- "$each" ;;
   esac
 done
 exit ${NONE}`;
-const FIND_NESTED = `cd -- "$1" 2>/dev/null || exit ${NONE}; limit=$2
-for each in .devcontainer/*/devcontainer.json; do
-  if [ -f "$each" ]; then printf '%s\\n' "$each"; exec head -c "$limit" -- "$each"; fi
-done
-exit ${NONE}`;
+const FIND_FILE = findFirst("");
+const FIND_DEVCONTAINER = findFirst(".devcontainer/*/devcontainer.json");
 
 export interface FoundFile {
   /** Below the folder of the checkout. */
@@ -114,7 +111,7 @@ async function devContainerFile(checkout: Checkout, specified: string): Promise<
     const path = inside(specified);
     return path ? await find(checkout, FIND_FILE, [path]) : undefined;
   }
-  return (await find(checkout, FIND_FILE, DEVCONTAINER_FILES)) ?? (await find(checkout, FIND_NESTED, []));
+  return await find(checkout, FIND_DEVCONTAINER, DEVCONTAINER_FILES);
 }
 
 /** Hash of the file that would be used now. */

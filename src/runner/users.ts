@@ -27,6 +27,8 @@ const RETRY_MS = 200;
 const UID_TAKEN = 4;
 const NAME_TAKEN = 9;
 const NO_SUCH_USER = 6;
+// Services that run as users made for them alone get ids above 60,000.
+const LOCAL_SOURCES: ReadonlySet<string> = new Set(["files", "systemd"]);
 const SHELLS = ["/bin/bash", "/bin/sh"];
 
 // Ids that were given out without an account, by environment: nothing else shows that they are taken.
@@ -93,8 +95,16 @@ async function addUser(name: string, uid: number, environmentId: string, home: s
   );
 }
 
+/** The system asks nobody but the local database, and those that know no ids of the range, for users. */
+async function hasLocalUsersOnly(): Promise<boolean> {
+  const text = await readFile("/etc/nsswitch.conf", "utf8").catch(() => "");
+  const sources = /^\s*passwd:([^#\n]*)/m.exec(text)?.[1]?.trim().split(/\s+/);
+  return sources?.every((source) => LOCAL_SOURCES.has(source)) ?? false;
+}
+
 /** A user of another source than the local database has the id, such as one of a directory service. */
 async function isKnownElsewhere(uid: number): Promise<boolean> {
+  if (await hasLocalUsersOnly()) return false;
   const { code } = await runCommand("getent", ["passwd", String(uid)], { timeoutMs: DEADLINE_MS }).catch(() => ({
     code: 2,
   }));

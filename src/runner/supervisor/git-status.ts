@@ -115,8 +115,10 @@ async function remoteUrl(options: GitOptions): Promise<string> {
     if (remotes.size < MAX_LISTED && !remotes.has(key)) remotes.set(key, value.join("\n"));
   });
   const address = remotes.get("remote.origin.url") ?? remotes.values().next().value ?? "";
-  return address.length > 2048 ? "" : httpsCloneUrl(address);
+  return shownAddress(address);
 }
+
+const shownAddress = (remote: string) => (remote.length > 2048 ? "" : httpsCloneUrl(remote));
 
 const STATUS = ["status", "--porcelain=v2", "-z", "--branch", "--untracked-files=all", "--ignored=no"];
 
@@ -130,6 +132,13 @@ export async function uncommittedChanges(
   return status;
 }
 
+/** As `gitStatus`, for a checkout of which the address is known, and that nothing has been committed in that is not there. */
+export async function freshGitStatus(options: GitOptions, remote: string): Promise<EnvironmentGitStatus> {
+  const status = new StatusReader(MAX_LISTED, shortened);
+  await gitOrFail(options, STATUS, status.read);
+  return statusMessage(status, shownAddress(remote), { commits: [], total: 0 });
+}
+
 /**
  * Status of a checkout: at most 100 changed files and unpushed commits (`<short id>: <subject>`), exact totals.
  * Branch is empty when HEAD is detached, the commit when there is none yet.
@@ -138,14 +147,17 @@ export async function uncommittedChanges(
 export async function gitStatus(options: GitOptions): Promise<EnvironmentGitStatus> {
   const status = new StatusReader(MAX_LISTED, shortened);
   await gitOrFail(options, STATUS, status.read);
-  const { commits, total } = status.commit === "" ? { commits: [], total: 0 } : await unpushed(options);
+  const local = status.commit === "" ? { commits: [], total: 0 } : await unpushed(options);
+  return statusMessage(status, await remoteUrl(options), local);
+}
+
+function statusMessage(
+  { branch, commit, changes, total }: StatusReader,
+  cloneUrl: string,
+  local: { commits: string[]; total: number },
+): EnvironmentGitStatus {
   return create(EnvironmentGitStatusSchema, {
-    cloneUrl: await remoteUrl(options),
-    branch: status.branch,
-    latestCommit: status.commit,
-    changedFiles: status.changes,
-    totalChangedFiles: status.total,
-    unpushedCommits: commits,
-    totalUnpushedCommits: total,
+    ...{ cloneUrl, branch, latestCommit: commit, changedFiles: changes, totalChangedFiles: total },
+    ...{ unpushedCommits: local.commits, totalUnpushedCommits: local.total },
   });
 }
