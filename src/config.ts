@@ -75,6 +75,10 @@ export interface RunnerHostConfig {
   sshPorts: { from: number; to: number };
   allowUnenforced: boolean;
   hostDevcontainer: "run" | "skip" | "fail";
+  /** Engine for containers; `auto` is docker, else podman. */
+  containerEngine: "auto" | "docker" | "podman" | "none";
+  /** DOCKER_HOST of the runner; without it the usual socket. */
+  dockerHost?: string;
   scm: ScmConfig;
   logLevel: LogLevel;
 }
@@ -188,6 +192,8 @@ function runnerHost(read: Reader, home: string): RunnerHostConfig {
     sshPorts: sshPorts(read),
     allowUnenforced: read.flag("BERTH_RUNNER_ALLOW_UNENFORCED", false),
     hostDevcontainer: read.oneOf("BERTH_RUNNER_HOST_DEVCONTAINER", ["run", "skip", "fail"], "run"),
+    containerEngine: read.oneOf("BERTH_RUNNER_CONTAINER_ENGINE", ["auto", "docker", "podman", "none"], "auto"),
+    dockerHost: read.optional("DOCKER_HOST"),
     scm: scmConfig(read),
     logLevel: logLevel(read),
   };

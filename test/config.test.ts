@@ -325,6 +325,12 @@ const VARIABLES: Record<string, Variable> = {
     good: ["run", "skip", "fail"].map((mode) => [mode, mode]),
     bad: ["on", "Run"],
   },
+  BERTH_RUNNER_CONTAINER_ENGINE: {
+    read: (config) => config.runner.containerEngine,
+    unset: "auto",
+    good: ["auto", "docker", "podman", "none"].map((engine) => [engine, engine]),
+    bad: ["on", "Docker", "containerd"],
+  },
 };
 
 /** Variables of a runner that runs alone; all others it shares with the embedded one. */

@@ -603,6 +603,7 @@ export class TestRunner implements AsyncDisposable {
       logDays: 30,
       allowUnenforced: false,
       hostDevcontainer: "run",
+      containerEngine: "none",
       sshPorts: { from: 22_000, to: 22_999 },
       scm: { fallback: true, allowHosts: this.gitHost ? [this.gitHost] : [], schemes: ["http"] },
       logLevel: "debug",

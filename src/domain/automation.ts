@@ -7,6 +7,7 @@ import {
 } from "../../gen/gitpod/v1/environment_automation_pb.js";
 import { EnvironmentPhase } from "../../gen/gitpod/v1/environment_pb.js";
 import { actionable, type FieldProblem } from "./errors.ts";
+import { isImageReference } from "./image-reference.ts";
 import { type EnvironmentState, isLeaving } from "./lifecycle.ts";
 
 // What services, tasks and executions have in common: triggers, commands, variables, and when they may be touched.
@@ -154,9 +155,7 @@ export function targetProblems(runsOn: RunsOn | undefined, field: string): Field
   if (runsOn?.target.case !== "docker") return [];
   const { image, environment } = runsOn.target.value;
   return [
-    ...(/^-|[\s\p{Cc}]/u.test(image) || image.length > NAME_LENGTH
-      ? [{ field: `${field}.docker.image`, message: "is not an image reference" }]
-      : []),
+    ...(isImageReference(image) ? [] : [{ field: `${field}.docker.image`, message: "is not an image reference" }]),
     ...environment.flatMap((entry, index) =>
       CONTAINER_VARIABLE.test(entry) && !entry.includes("\0") && bytes(entry) <= VALUE_BYTES
         ? []

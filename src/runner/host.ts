@@ -8,6 +8,7 @@ import type { RunnerHostConfig } from "../config.ts";
 import type { HostFacts } from "../domain/environment-class.ts";
 import type { Guard } from "../scm/guard.ts";
 import type { ControlGroups } from "./cgroups.ts";
+import type { EngineAccess } from "./containers/find.ts";
 import type { ControlPlane } from "./control-plane.ts";
 import type { SourceControl } from "./source-control.ts";
 import type { SshServer } from "./ssh/server.ts";
@@ -26,8 +27,7 @@ export interface Host {
   publicApiUrl: string;
   program: ProgramVersion;
   schema: RunnerConfigurationSchema;
-  /** Containers can be run. */
-  hasContainerEngine: boolean;
+  engines: EngineAccess;
   /** Absent where nobody can log in with SSH. */
   sshServer: SshServer | undefined;
   /** Absent where limits cannot be enforced. */
@@ -48,14 +48,17 @@ const GIB = 1024 ** 3;
 const MIB = 1024 ** 2;
 const COMMIT = /^[0-9a-f]{40}$/;
 
-/** The machine, for the configuration schema. Containers are not offered whatever is installed. */
-export async function hostFacts(dataDir: string): Promise<HostFacts> {
+/** Whether classes may ask for a container of their own: not before environments can live in one. */
+const OFFERS_CONTAINERS = false;
+
+/** The machine, for the configuration schema. */
+export async function hostFacts(dataDir: string, engines: EngineAccess): Promise<HostFacts> {
   const disk = await statfs(dataDir);
   return {
     cpuCores: availableParallelism(),
     memoryMib: Math.floor(totalmem() / MIB),
     diskGib: Math.floor((disk.blocks * disk.bsize) / GIB),
-    hasContainerEngine: false,
+    hasContainerEngine: OFFERS_CONTAINERS && engines.present !== undefined,
   };
 }
 

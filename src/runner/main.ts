@@ -9,6 +9,7 @@ import { Access } from "./access.ts";
 import { AutomationReports } from "./automations/reports.ts";
 import { Calls } from "./calls.ts";
 import { ControlGroups } from "./cgroups.ts";
+import { EngineAccess } from "./containers/find.ts";
 import { connectControlPlane } from "./control-plane.ts";
 import { Credentials, RefusedError } from "./credentials.ts";
 import { Environments } from "./environments.ts";
@@ -73,14 +74,16 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
   const { apiUrl, publicApiUrl, exchangeToken, log } = options;
   const config = { ...options.config };
   const credentials = await Credentials.open(config.dataDir, exchangeToken, log);
-  const facts = await hostFacts(config.dataDir);
+  const { containerEngine: choice, dockerHost } = config;
+  const engines = await EngineAccess.open({ choice, dockerHost }, config.dataDir, log);
+  const facts = await hostFacts(config.dataDir, engines);
   const program = await programVersion();
   const controlPlane = connectControlPlane(apiUrl, () => credentials.accessToken);
   const guard = createGuard({ allowHosts: config.scm.allowHosts, schemes: config.scm.schemes });
   let link: Link | undefined;
   const host: Host = {
     ...{ config, publicApiUrl, program, controlPlane, log, ...sourceControl(controlPlane, guard, publicApiUrl) },
-    hasContainerEngine: facts.hasContainerEngine,
+    engines,
     schema: linuxHostSchema(`${publicApiUrl}/oauth/scm/callback`, facts),
     sshServer: await findSshServer(process.env.PATH ?? ""),
     controlGroups: await ControlGroups.open(),
@@ -131,6 +134,7 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
     if (end === "refused" || end === "deleted") await environments.haltAll();
     if (end === "deleted") await running.stop(Reason.DELETED);
     await environments.close();
+    engines.close();
     await server.close(CLOSE_MS);
     await unlock();
     return end === "foreign" ? "refused" : end;

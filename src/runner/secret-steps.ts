@@ -67,7 +67,8 @@ export async function keepSecrets(
   signal: AbortSignal,
 ): Promise<void> {
   const { host, paths } = site;
-  const tasks = spec.secrets.map((entry) => ({ entry, delivery: deliveryOf(entry, paths, host.hasContainerEngine) }));
+  const hasEngine = host.engines.present !== undefined;
+  const tasks = spec.secrets.map((entry) => ({ entry, delivery: deliveryOf(entry, paths, hasEngine) }));
   const due = tasks.filter((task) => isDue(site, task, hasContent));
   const gone = site.record.secrets.filter(({ id }) => !tasks.some(({ entry }) => entry.id === id));
   const isStale = site.status.secrets.some(({ id }) => !tasks.some(({ entry }) => entry.id === id));

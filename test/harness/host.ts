@@ -38,6 +38,7 @@ export async function startHost(
       logDays: 30,
       allowUnenforced: false,
       hostDevcontainer: "run",
+      containerEngine: "none",
       sshPorts: { from: 22_000, to: 22_999 },
       logLevel: "debug",
     },

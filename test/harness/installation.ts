@@ -43,6 +43,7 @@ export async function startInstallation(env: Record<string, string> = {}): Promi
     BERTH_PORT: String(port),
     BERTH_RUNNER_PORT: String(runnerPort),
     BERTH_RATE_LIMIT: "0",
+    BERTH_RUNNER_CONTAINER_ENGINE: "none",
     ...env,
   };
   let child: ChildProcess | undefined;

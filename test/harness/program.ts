@@ -22,10 +22,10 @@ export interface Program extends AsyncDisposable {
   ended(): Promise<number | null>;
 }
 
-/** Starts `berth` with these arguments, and of all variables only these and PATH. Disposing of it kills it. */
+/** Starts `berth` with these arguments, and of all variables only these and a few that make it the same everywhere. Disposing of it kills it. */
 export function startProgram(args: readonly string[], env: Record<string, string>): Program {
   const child = spawn(process.execPath, [MAIN, ...args], {
-    env: { PATH: process.env.PATH ?? "", HOME: process.env.HOME ?? "/", ...env },
+    env: { PATH: process.env.PATH ?? "", HOME: process.env.HOME ?? "/", BERTH_RUNNER_CONTAINER_ENGINE: "none", ...env },
     stdio: ["ignore", "pipe", "pipe"],
   });
   let output = "";
