@@ -307,6 +307,32 @@ test.concurrent("dotfiles that cannot be had are a warning, and the rest goes on
   expect(refused.container.warningMessage).toContain("the dotfiles were not installed");
 });
 
+test.concurrent("dotfiles come from where content may come from, submodules along, and from nowhere else", async () => {
+  const name = `dots${++count}`;
+  await git.createRepository(`${name}-part`, { files: { part: "p\n" } });
+  const { url } = await git.createRepository(name, { submodules: { part: `${name}-part` } });
+  git.answer(`/${name}-old.git`, ({ path, query }) => ({
+    status: 301,
+    headers: { location: `${path.replace("-old.git", ".git")}?${query}` },
+  }));
+  const dotfiles = (repository: string) => running({}, { devcontainer: { dotfiles: { repository } } });
+  const { id } = await dotfiles(git.url(`${name}-old`));
+  expect(await runner.exec(id, "git -C ~/dotfiles remote get-url origin; cat ~/dotfiles/part/part")).toBe(`${url}\np`);
+  // Not where the guards do not let content go to, nor where a host sends git that may be reached.
+  const port = new URL(url).port;
+  for (const address of ["https://169.254.169.254/me/dots", `http://localhost:${port}/${name}.git`]) {
+    const { container } = await dotfiles(address);
+    expect(container.warningMessage).toMatch(
+      /the dotfiles were not installed: (this host is not|http is only) allowed/,
+    );
+  }
+  git.answer(`/${name}-away.git`, {
+    status: 302,
+    headers: { location: `http://localhost:${port}/${name}.git/info/refs?service=git-upload-pack` },
+  });
+  expect((await dotfiles(git.url(`${name}-away`))).container.warningMessage).toContain("dotfiles failed");
+});
+
 test.concurrent("new content ends the command at work in the old one, which then runs in the new", async () => {
   const id = await created({ postCreateCommand: "pwd >>~/order; [ -e ~/go ] || sleep 600" });
   const folder = async () => plane.environment(id).status?.content?.contentLocationInMachine;

@@ -10,10 +10,11 @@ import {
 import { DOTFILES, dotfilesCommand } from "./devcontainer/dotfiles.ts";
 import type { LifecycleCommand, StepOutcome } from "./devcontainer/lifecycle.ts";
 import { type RunOptions, type Step, startRun } from "./devcontainer/run.ts";
+import { ContentError } from "./git.ts";
 import { writeEnvironmentVariables } from "./machine-steps.ts";
 import type { LifecycleFacts } from "./record.ts";
 import { type Application, type HostDevContainer, hostDevContainer } from "./repository-files.ts";
-import { type EnvironmentSite, textOf, userOf } from "./site.ts";
+import { type EnvironmentSite, userOf } from "./site.ts";
 import { variablesMark } from "./status.ts";
 
 // Steps that apply the dev container of an environment: its variables, its commands, and the dotfiles of its creator.
@@ -71,25 +72,34 @@ export async function endCommands(site: EnvironmentSite): Promise<void> {
   site.application = site.attached = undefined;
 }
 
+/** What a step is known by: it runs once for each such key. */
+const keyOf = ({ session }: EnvironmentSpec_DevContainer, name: string, ...more: string[]) =>
+  [session, name, ...more].join(" ");
+
+/** The installation of the dotfiles as it has begun, or is to; undefined if it has ended, or without any. */
+async function dotfilesStep({ record: { lifecycle }, host }: EnvironmentSite, key: string, repository: string) {
+  if (!repository || lifecycle.ended.some((each) => each.key === key)) return undefined;
+  if (lifecycle.dotfiles?.key === key) return lifecycle.dotfiles;
+  return { key, command: await dotfilesCommand(repository, host.guard) };
+}
+
 /** Commands of the file and of the runner, with the keys by which they are known to have ended. */
-function stepsOf(site: EnvironmentSite, spec: EnvironmentSpec, { lifecycle }: HostDevContainer) {
-  const { session, dotfiles } = devContainerOf(spec);
-  const keyOf = (name: string, ...more: string[]) => [session, name, ...more].join(" ");
+async function stepsOf(site: EnvironmentSite, spec: EnvironmentSpec, { lifecycle }: HostDevContainer) {
+  const devcontainer = devContainerOf(spec);
   const stepOf = (command: LifecycleCommand, ...more: string[]): Step => ({
-    ...{ key: keyOf(command.name, ...more), command, endsRun: true },
+    ...{ key: keyOf(devcontainer, command.name, ...more), command, endsRun: true },
   });
   const steps = lifecycle.create.map((command) => stepOf(command));
   steps.push(...lifecycle.start.map((command) => stepOf(command, spec.machine?.session ?? "")));
-  const refused: StepOutcome[] = [];
-  if (dotfiles?.repository) {
-    try {
-      const command = dotfilesCommand(dotfiles.repository, site.host.config.scm.schemes);
-      steps.unshift({ key: keyOf(DOTFILES), command, endsRun: false, timeoutMs: DOTFILES_MS });
-    } catch (error) {
-      refused.push({ key: keyOf(DOTFILES), failure: textOf(error) });
-    }
+  const key = keyOf(devcontainer, DOTFILES);
+  try {
+    const dotfiles = await dotfilesStep(site, key, devcontainer.dotfiles?.repository ?? "");
+    if (dotfiles) steps.unshift({ ...dotfiles, endsRun: false, timeoutMs: DOTFILES_MS });
+    return { steps, refused: [], dotfiles };
+  } catch (error) {
+    if (!(error instanceof ContentError)) throw error;
+    return { steps, refused: [{ key, failure: error.message }] };
   }
-  return { steps, refused };
 }
 
 async function begin(site: EnvironmentSite, spec: EnvironmentSpec): Promise<Application> {
@@ -98,14 +108,14 @@ async function begin(site: EnvironmentSite, spec: EnvironmentSpec): Promise<Appl
   const checkout = { folder: site.folder, user: userOf(site) };
   const container = await hostDevContainer(checkout, devcontainer, site.host.config.hostDevcontainer);
   await applyVariables(site, container.variables);
-  const { steps, refused } = stepsOf(site, spec, container);
-  const known = new Set(steps.map(({ key }) => key));
+  const { steps, refused, dotfiles } = await stepsOf(site, spec, container);
+  const known = new Set([...steps.map(({ key }) => key), keyOf(devcontainer, DOTFILES)]);
   const ended = [...site.record.lifecycle.ended.filter(({ key }) => known.has(key)), ...refused];
   const due = steps.filter(({ key }) => !ended.some((each) => each.key === key));
   if (due.length > 0) {
     const status = { ...container.status, phase: DevContainerPhase.CREATING, failureMessage: "", warningMessage: "" };
     await site.edit((record) => {
-      record.lifecycle = { ended, attach: [] };
+      record.lifecycle = { ended, attach: [], dotfiles };
       record.status.devcontainer = status;
     });
   } else site.record.lifecycle = { ended, attach: [] };
@@ -173,9 +183,8 @@ async function keepAttached(site: EnvironmentSite, spec: EnvironmentSpec): Promi
   const { attach } = site.record.lifecycle;
   if (attach.length === 0 || !site.passed) return;
   const machine = spec.machine?.session ?? "";
-  const { session } = devContainerOf(spec);
   const steps = attach.map((command) => ({
-    ...{ key: [session, command.name, machine].join(" "), command, endsRun: true },
+    ...{ key: keyOf(devContainerOf(spec), command.name, machine), command, endsRun: true },
   }));
   site.attached ??= startRun(runOf(site, spec, steps, 0));
   const { state } = site.attached;

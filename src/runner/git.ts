@@ -36,19 +36,23 @@ const SETTINGS = [
 
 const bracketed = (address: string) => (isIPv6(address) ? `[${address}]` : address);
 
-function pins(pinned: readonly AdmittedUrl[]): string[] {
+/** Settings that make git connect to the addresses that were checked, over http. */
+export function pins(pinned: readonly AdmittedUrl[]): string[] {
   return pinned
     .filter(({ url }) => /^https?:$/.test(url.protocol))
     .map(({ host, port, addresses }) => `http.curloptResolve=${host}:${port}:${addresses.map(bracketed).join(",")}`);
 }
 
-/** ssh without prompts and host configuration, towards the address that was checked. */
-function sshCommand(pinned: readonly AdmittedUrl[]): string {
+/** Options for ssh without prompts, towards the address that was checked. */
+export function sshOptions(pinned: readonly AdmittedUrl[]): string[] {
   const address = pinned.find(({ url }) => url.protocol === "ssh:")?.addresses[0];
   const options = ["BatchMode=yes", "StrictHostKeyChecking=accept-new", "ConnectTimeout=20"];
   if (address) options.push(`HostName=${address}`);
-  return ["ssh", "-F", "/dev/null", ...options.flatMap((option) => ["-o", option])].join(" ");
+  return options.flatMap((option) => ["-o", option]);
 }
+
+/** As `sshOptions` say, and without the host's configuration. */
+const sshCommand = (pinned: readonly AdmittedUrl[]) => ["ssh", "-F", "/dev/null", ...sshOptions(pinned)].join(" ");
 
 /**
  * Runs git with its own variables only; a failure is a result, not an exception. With a script for the shell, that

@@ -49,6 +49,8 @@ export interface LifecycleFacts {
   ended: StepOutcome[];
   /** Commands that still have to run, and that nobody waits for. */
   attach: LifecycleCommand[];
+  /** The step at work on the dotfiles: its text holds addresses, and must not become another one meanwhile. */
+  dotfiles?: { key: string; command: LifecycleCommand };
 }
 
 /** A section of the log that has not ended. */
