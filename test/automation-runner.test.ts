@@ -22,6 +22,7 @@ import {
 import { Principal } from "../gen/gitpod/v1/identity_pb.js";
 import { RunnerCapability } from "../gen/gitpod/v1/runner_pb.js";
 import type { BerthClient } from "../src/client.ts";
+import { MAX_UNFINISHED_EXECUTIONS } from "../src/domain/automation.ts";
 import { sweeps } from "../src/sweep/sweeps.ts";
 import {
   executionsOf,
@@ -38,6 +39,7 @@ import {
   traces,
   trigger,
 } from "./harness/automations.ts";
+import { getEnvironment } from "./harness/environments.ts";
 import { FakeRunner } from "./harness/fake-runner.ts";
 import { codeOf } from "./harness/refusal.ts";
 import { connectRunner } from "./harness/tenants.ts";
@@ -493,6 +495,9 @@ describe("triggers", () => {
     expect((await startedBy(own)).sort()).toEqual(["postDevcontainerStart", "postEnvironmentStart"]);
     const [first] = await executionsOf(client, own.id);
     expect(first?.metadata?.creator).toMatchObject({ id: own.id, principal: Principal.ENVIRONMENT });
+    const warning = "postEnvironmentStart left out service bare: the service has no start command";
+    const { status } = await getEnvironment(client, own.id);
+    expect([status?.automationsFile?.warningMessage, status?.warningMessage]).toEqual([warning, [warning]]);
     const up = await readService(client, service.id);
     expect(up.spec?.desiredPhase).toBe(RUNNING);
     expect(
@@ -512,6 +517,39 @@ describe("triggers", () => {
     await newTask(client, own.id, "late", [], {}, ["postEnvironmentStart"]);
     await stage.runner.report(own.id, { ...settledStatus(again), warningMessage: ["something else"] });
     expect(await executionsOf(client, own.id)).toHaveLength(3);
+  });
+
+  test("what a trigger leaves out shows beside what the runner warns of, until it has fired again", async () => {
+    const own = await newEnvironment(stage);
+    const bare = await newService(client, own.id, "bare", { commands: undefined }, ["postEnvironmentStart"]);
+    const busy = await newTask(client, own.id, "busy", [], {}, ["manual"]);
+    for (let count = 0; count < MAX_UNFINISHED_EXECUTIONS; count++) await startTask(client, busy);
+    for (let count = 0; count < 7; count++)
+      await newTask(client, own.id, `t${count}`, [], {}, ["postDevcontainerStart"]);
+    const warned = (environment: Environment) => {
+      const status = settledStatus(environment);
+      return { ...status, automationsFile: { ...status.automationsFile, warningMessage: "an odd file" } };
+    };
+    const messages = async () =>
+      (await getEnvironment(client, own.id)).status?.automationsFile?.warningMessage.split("; ");
+    await stage.runner.report(own.id, warned(own));
+    const reason = "too many executions have not ended";
+    const said = [
+      "an odd file",
+      ...Array.from({ length: 5 }, (_, at) => `postDevcontainerStart left out task t${at}: ${reason}`),
+      "postDevcontainerStart left out 2 more",
+      "postEnvironmentStart left out service bare: the service has no start command",
+    ];
+    expect(await messages()).toEqual(said);
+    await stage.runner.report(own.id, { ...warned(own), warningMessage: ["something else"] });
+    expect(await messages()).toEqual(said);
+
+    await stop(own);
+    await api().updateService({ id: bare.id, spec: { commands: { start: "now it has one" } } });
+    const again = await start(own);
+    await stage.runner.report(own.id, settledStatus(again));
+    expect(await messages()).toEqual([""]);
+    expect((await getEnvironment(client, own.id)).status?.warningMessage).toEqual([]);
   });
 
   test("AUT-26 a filter holds everything back that it does not list; by hand all can be started", async () => {
@@ -628,6 +666,9 @@ describe("triggers", () => {
     const [only] = await executionsOf(client, without.own.id);
     await api().stopTaskExecution({ id: only!.id });
     expect(await startedBy(without.own)).toEqual(["prebuild"]);
+    expect((await getEnvironment(client, without.own.id)).status?.warningMessage).toEqual([
+      "beforeSnapshot left out task clean: the runner does not offer it",
+    ]);
 
     await runner.heartbeat(capable);
     const { own } = await make();

@@ -15,6 +15,7 @@ import {
   type EnvironmentSpec_Secret,
   EnvironmentSpecSchema,
   type EnvironmentStatus,
+  type EnvironmentStatus_AutomationsFile,
   type EnvironmentStatus_EnvironmentURLs,
   EnvironmentStatus_EnvironmentURLsSchema,
   EnvironmentStatus_MachineSchema,
@@ -46,6 +47,8 @@ export const ACTIVITY_SIGNAL_INTERVAL_MS = 5 * MINUTE_MS;
 
 const MESSAGE_LIMIT = 50;
 const MESSAGE_LENGTH = 2000;
+/** How many items each trigger names that it has left out. */
+const LEFT_OUT_LINES = 5;
 
 /** What a row keeps of an environment besides its messages; never on the wire. */
 export interface EnvironmentFacts {
@@ -79,6 +82,10 @@ export interface EnvironmentFacts {
   lockdownSource: "policy" | "admin" | null;
   /** URLs of the newest report; the status shows those that the phase allows. */
   reportedUrls: EnvironmentStatus_EnvironmentURLs | null;
+  /** What the newest report warns of in the automations file; the status adds what follows. */
+  fileWarning: string;
+  /** What triggers have left out when they fired last, a line each that begins with the name of the trigger. */
+  leftOut: string;
 }
 
 /** Everything that is stored about one environment. */
@@ -145,6 +152,8 @@ export function newFacts(now: Date): EnvironmentFacts {
     runnerBackSince: null,
     lockdownSource: null,
     reportedUrls: null,
+    fileWarning: "",
+    leftOut: "",
   };
 }
 
@@ -321,6 +330,12 @@ function visibleUrls({ spec, status, facts }: EnvironmentState): EnvironmentStat
   return { ...urls, ports: urls.ports.filter((port) => open.has(port.port)) };
 }
 
+/** The automations file with what its triggers have left out, which is for its readers to hear. */
+function visibleFile({ status, facts }: EnvironmentState): EnvironmentStatus_AutomationsFile | undefined {
+  const warningMessage = [facts.fileWarning, ...facts.leftOut.split("\n")].filter(Boolean).join("; ");
+  return status.automationsFile && { ...status.automationsFile, warningMessage };
+}
+
 function factsInPhase(facts: EnvironmentFacts, before: EnvironmentPhase, phase: EnvironmentPhase, now: Date) {
   const running = isRunning(phase);
   return {
@@ -394,8 +409,9 @@ export function settle(stored: EnvironmentState, draft: EnvironmentState, now: D
   let next: EnvironmentState = { metadata, spec, status, facts };
   if (phase === EnvironmentPhase.DELETED) next = tombstone(next);
   else {
-    status = { ...status, environmentUrls: visibleUrls(next), warningMessage: warnings(next, now) };
+    status = { ...status, environmentUrls: visibleUrls(next), automationsFile: visibleFile(next) };
     next = { ...next, status };
+    next = { ...next, status: { ...status, warningMessage: warnings(next, now) } };
   }
   return versioned(stored, next);
 }
@@ -452,7 +468,7 @@ export interface Start {
  * runner are checked by the caller.
  */
 export function requestStart(state: EnvironmentState, start: Start, now: Date): Transition {
-  const { metadata, spec, status } = state;
+  const { metadata, spec, status, facts } = state;
   if (isLeaving(state)) return refused(leavingReason(state));
   if (isActive(status.phase)) return NOOP;
   if (isArchived(state)) return refused("the environment is archived; unarchive it first");
@@ -465,6 +481,7 @@ export function requestStart(state: EnvironmentState, start: Start, now: Date): 
       metadata: { ...metadata, lastStartedAt: timestampFromDate(now) },
       spec: { ...withGoal(spec, EnvironmentPhase.RUNNING), machine, secrets: start.secrets, kernelControlsConfig },
       status: { ...status, failureMessage: [], machine: status.machine && { ...status.machine, timeout: "" } },
+      facts: { ...facts, leftOut: "" },
     },
     now,
   );
@@ -573,9 +590,26 @@ export function applyReport(
       ...facts,
       acknowledged: facts.acknowledged || known,
       reportedUrls: { ...urls, logs: urls.logs || facts.reportedUrls?.logs || "" },
+      fileWarning: report.automationsFile?.warningMessage ?? "",
     },
   };
   return { result: "ok", next: settle(stored, draft, now) };
+}
+
+/** What triggers have left out now that they have fired, as ends of sentences; what they said before is over. */
+export function triggersFired(
+  state: EnvironmentState,
+  firings: readonly { trigger: string; leftOut: readonly string[] }[],
+  now: Date,
+): Transition {
+  const fired = new Set(firings.map(({ trigger }) => trigger));
+  const kept = state.facts.leftOut.split("\n").filter((line) => line && !fired.has(line.split(" ", 1)[0] ?? ""));
+  const news = firings.flatMap(({ trigger, leftOut }) => {
+    const more = leftOut.length - LEFT_OUT_LINES;
+    const shown = leftOut.slice(0, LEFT_OUT_LINES);
+    return [...shown, ...(more > 0 ? [`left out ${more} more`] : [])].map((text) => `${trigger} ${text}`);
+  });
+  return transition(state, { facts: { ...state.facts, leftOut: [...kept, ...news].join("\n") } }, now);
 }
 
 /** The lease of the runner has expired at `since`. For every environment of the runner; active ones show it. */

@@ -24,6 +24,7 @@ import {
   type EnvironmentState,
   nextDeadline,
   tombstoneEnd,
+  triggersFired,
 } from "../domain/lifecycle.ts";
 import type { Page } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
@@ -31,6 +32,7 @@ import { TokenKind } from "../domain/tokens.ts";
 import { ownsEnvironment, readsEnvironment, sharedWith } from "./access.ts";
 import { assignmentsEnded } from "./assignment-rows.ts";
 import { followEnvironment } from "./automation/environment.ts";
+import type { Firing } from "./automation/triggers.ts";
 import { conjunction, containing, oneOf } from "./conditions.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
 import { ranProject, usedProject } from "./project-usage.ts";
@@ -92,6 +94,9 @@ function encodeFacts(facts: EnvironmentFacts): string {
 function decodeFacts(text: string): EnvironmentFacts {
   const facts = JSON.parse(text);
   for (const name of DATES) facts[name] = facts[name] && new Date(facts[name]);
+  // Rows of before do not have them.
+  facts.fileWarning ??= "";
+  facts.leftOut ??= "";
   if (facts.reportedUrls)
     facts.reportedUrls = fromJsonString(EnvironmentStatus_EnvironmentURLsSchema, facts.reportedUrls);
   return facts;
@@ -265,8 +270,20 @@ export async function advanceEnvironment(
       due_at = ${nextDueAt(next)}, archivable_since = ${archivableSince(next)},
       deleted_at = ${status.phase === EnvironmentPhase.DELETED ? tx`coalesce(deleted_at, ${by.at})` : tx`null`}
     where id = ${id}`;
-  await followEnvironment(tx, before, { ...next, id, organizationId }, by);
+  const stored = { ...before, ...next };
+  await noteFirings(tx, stored, await followEnvironment(tx, before, stored, by), by);
   return true;
+}
+
+/** Lets users see what triggers that have fired had to leave out, in the transaction that holds the environment. */
+export async function noteFirings(
+  tx: Tx,
+  environment: StoredEnvironment,
+  firings: readonly Firing[],
+  { actor, newId, at }: Attribution,
+): Promise<void> {
+  const move = triggersFired(environment, firings, at);
+  if (move.kind === "changed") await advanceEnvironment(tx, environment, move.next, { actor, newId, at });
 }
 
 /** Keeps the place of a report that changed nothing else. */

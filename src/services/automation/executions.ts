@@ -20,7 +20,7 @@ import {
 import { holdEnvironmentOf } from "../../store/automation/hold.ts";
 import { fireBeforeSnapshot } from "../../store/automation/triggers.ts";
 import type { Tx } from "../../store/db.ts";
-import type { StoredEnvironment } from "../../store/environments.ts";
+import { noteFirings, type StoredEnvironment } from "../../store/environments.ts";
 import type { Attribution } from "../../store/record.ts";
 import { byCaller, checkStop, decided } from "./environment.ts";
 
@@ -40,7 +40,7 @@ export async function stopExecution(
   const state = decided(requestExecutionStop(execution, by.at));
   if (!state) return false;
   await saveExecution(tx, execution, state, { ...by, action: "Task execution stop requested" });
-  if (hasEnded(state)) await fireBeforeSnapshot(tx, environment, by);
+  if (hasEnded(state)) await noteFirings(tx, environment, await fireBeforeSnapshot(tx, environment, by), by);
   return true;
 }
 

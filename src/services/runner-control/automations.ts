@@ -20,7 +20,7 @@ import type { Part } from "../../store/automation/parts.ts";
 import { noteServiceReport, readService, removeService, saveService } from "../../store/automation/services.ts";
 import { fireBeforeSnapshot } from "../../store/automation/triggers.ts";
 import type { Tx } from "../../store/db.ts";
-import type { StoredEnvironment } from "../../store/environments.ts";
+import { noteFirings, type StoredEnvironment } from "../../store/environments.ts";
 
 /** What became of a report, and the status version that is stored from now on. */
 interface Judgement {
@@ -96,7 +96,7 @@ async function judgeExecution(
   const by = attribution(app, caller);
   await saveExecution(tx, execution, move.next, by, place);
   const isNews = hasEnded(move.next);
-  if (isNews) await fireBeforeSnapshot(tx, environment, by);
+  if (isNews) await noteFirings(tx, environment, await fireBeforeSnapshot(tx, environment, by), by);
   return { outcome: Outcome.OK, statusVersion: move.next.status.statusVersion, isNews };
 }
 

@@ -10,28 +10,33 @@ import type { Attribution } from "../record.ts";
 import { readExecution, type StoredExecution, saveExecution, unfinishedIds } from "./executions.ts";
 import type { HomeEnvironment } from "./parts.ts";
 import { removeService, type StoredService, saveService, servicesOf } from "./services.ts";
-import { fire } from "./triggers.ts";
+import { type Firing, fire } from "./triggers.ts";
 
 /**
  * Does to services, tasks and executions what a change of their environment means for them, in the transaction that
- * makes the change and holds the environment. `next` is the environment as it is from now on.
+ * makes the change and holds the environment. `next` is the environment as it is from now on; answers what has fired.
  */
 export async function followEnvironment(
   tx: Tx,
   before: EnvironmentState,
   next: HomeEnvironment,
   { actor, newId, at }: Attribution,
-): Promise<void> {
+): Promise<Firing[]> {
   const found = consequences(before, next);
-  if (!found) return;
+  if (!found) return [];
   // Without the words for the environment: what follows from them is not put down again.
   const by = { actor, newId, at };
-  if (found.end) return removeAll(tx, next, by.at);
+  if (found.end) {
+    await removeAll(tx, next, by.at);
+    return [];
+  }
   if (found.stop || found.rebuild || found.halt) {
     for (const service of await servicesOf(tx, next.id)) await endService(tx, service, found, by);
     for (const id of await unfinishedIds(tx, next.id)) await endExecution(tx, await readExecution(tx, id), found, by);
   }
-  for (const occurrence of found.fire) await fire(tx, next, occurrence, by);
+  const firings: Firing[] = [];
+  for (const occurrence of found.fire) firings.push(...(await fire(tx, next, occurrence, by)));
+  return firings;
 }
 
 /** What a stop of the environment, a new dev container, or its end without a word means for a service. */
