@@ -4,6 +4,9 @@ import { afterAll, beforeAll, beforeEach, describe, expect, test } from "vitest"
 import { type Environment, EnvironmentStatus_Machine_Phase as MachinePhase } from "../gen/gitpod/v1/environment_pb.js";
 import { OrganizationRole } from "../gen/gitpod/v1/organization_pb.js";
 import type { BerthClient } from "../src/client.ts";
+import type { Sql } from "../src/store/db.ts";
+import { projectRuntimes } from "../src/store/project-usage.ts";
+import { findCaller } from "../src/store/tokens.ts";
 import type { FakeRunner } from "./harness/fake-runner.ts";
 import { liftQuotas, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
 import { createProject, offer, sweep } from "./harness/projects.ts";
@@ -169,6 +172,76 @@ describe("GetTopProjects", () => {
       plane.advance(HOUR_MS);
     } while (token);
     expect(found).toEqual(["A 3", "B 2", "C 1"]);
+  });
+
+  test("sums exactly whatever days and parts of days a range has, and however long runs are", async () => {
+    const [long, short] = [await project("Long"), await project("Short")];
+    const start = now();
+    const running = await run(long);
+    for (const [hours, pause] of [
+      [1, 22],
+      [5, 0.5],
+      [49.25, 3],
+      [0.75, 30],
+      [24, 11],
+    ] as const) {
+      const environment = await run(short);
+      plane.advance(hours * HOUR_MS + 1234);
+      await stop(environment);
+      plane.advance(pause * HOUR_MS);
+    }
+    await stop(running);
+    await run(short);
+    plane.advance(40 * HOUR_MS);
+    const { app } = plane.plane;
+    const runs = await app.db.point<{ name: string; from: Date; to: Date }[]>`
+      select name, started_at as from, least(ended_at, ${now()}) as to
+      from environment_runs run join projects p on p.id = run.project_id where p.id = any(${[long, short]})`;
+    const seconds = (name: string, from: number, to: number) => {
+      const parts = runs.filter((each) => each.name === name);
+      const ms = parts.map((each) =>
+        Math.max(0, Math.min(to, each.to.getTime()) - Math.max(from, each.from.getTime())),
+      );
+      return Math.floor(ms.reduce((sum, each) => sum + each, 0) / 1000);
+    };
+    const midnight = Math.ceil(start.getTime() / DAY_MS) * DAY_MS;
+    const last = now().getTime();
+    const moments = [start.getTime() - DAY_MS, start.getTime() + 1, midnight - 1, midnight, midnight + HOUR_MS];
+    moments.push(midnight + DAY_MS, midnight + 2.5 * DAY_MS, midnight + 4 * DAY_MS, last - 3 * DAY_MS, last - 1);
+    for (const from of moments) {
+      for (const to of moments.filter((each) => each > from)) {
+        const dateRange = { startTime: timestampFromDate(new Date(from)), endTime: timestampFromDate(new Date(to)) };
+        const { projects } = await member.client.usage.getTopProjects({ dateRange });
+        const expected = ["Long", "Short"].map((name) => [name, seconds(name, from, to)] as const);
+        expect(
+          Object.fromEntries(projects.map((each) => [each.projectName, Number(each.totalRuntimeSeconds)])),
+          `${from} to ${to}`,
+        ).toEqual(Object.fromEntries(expected.filter(([, sum]) => sum > 0)));
+      }
+    }
+  });
+
+  test("reads days and the runs at the ends of the range, however many runs there were between", async () => {
+    const projectId = await project("Many");
+    const { app } = plane.plane;
+    await app.db.write`
+      insert into environment_runs (environment_id, organization_id, project_id, started_at, ended_at)
+      select gen_random_uuid(), ${plane.organizationId}, ${projectId}, ${now()}::timestamptz - n * interval '20 minutes',
+        ${now()}::timestamptz - n * interval '20 minutes' + interval '1 hour' from generate_series(20, 6000) n`;
+    await app.db.write`analyze environment_runs, project_days`;
+    const credential = await findCaller(app.db.point, member.token, now());
+    if (credential.state !== "ok") throw new Error("the member cannot sign in");
+    const range = { start: new Date(now().getTime() - 80 * DAY_MS), end: now() };
+    const read = await app.db.begin(async (tx) => {
+      const rows = await projectRuntimes(tx as unknown as Sql, credential.caller, range, undefined, 25);
+      expect(rows.map(({ name }) => name)).toContain("Many");
+      const [counts] = await tx<{ rows: number }[]>`
+        select sum(seq_tup_read + coalesce(idx_tup_fetch, 0))::int as rows from pg_stat_xact_user_tables
+        where relname in ('environment_runs', 'project_days')`;
+      return counts?.rows ?? 0;
+    });
+    expect(read).toBeGreaterThan(80);
+    expect(read).toBeLessThan(600);
   });
 
   test("takes ranges of up to 366 days, and no team", async () => {

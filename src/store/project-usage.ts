@@ -71,27 +71,72 @@ export interface ProjectRuntime {
   seconds: number;
 }
 
+const DAY_MS = 24 * 60 * 60_000;
+
+interface Range {
+  start: Date;
+  end: Date;
+}
+
+/** The whole days (UTC) in a range, and what of it lies before and after them; no days and all of it if there are none. */
+function daysWithin({ start, end }: Range): { days: Range; rests: Range[] } {
+  const from = new Date(Math.ceil(start.getTime() / DAY_MS) * DAY_MS);
+  const to = new Date(Math.floor(end.getTime() / DAY_MS) * DAY_MS);
+  if (from >= to) return { days: { start: from, end: from }, rests: [{ start, end }] };
+  const rests = [
+    { start, end: from },
+    { start: to, end },
+  ];
+  return { days: { start: from, end: to }, rests };
+}
+
+/** What runs amount to that meet a condition, each as far as it lies in a range. */
+const clipped = (sql: Sql, { start, end }: Range, condition: Fragment) => sql`
+  select run.project_id, extract(epoch from least(run.ended_at, ${end}) - greatest(run.started_at, ${start})) * 1000000
+  from environment_runs run where run.organization_id = organization.id
+    and run.started_at < ${end} and run.ended_at > ${start} and ${condition}`;
+
+/** Microseconds that projects of `organization.id` ran within a range, in parts. */
+function runtimeParts(sql: Sql, range: Range): Fragment {
+  const { days, rests } = daysWithin(range);
+  const ended = rests.map((rest) =>
+    clipped(
+      sql,
+      rest,
+      sql`run.ended_at <> 'infinity' and tstzrange(run.started_at, run.ended_at) && tstzrange(${rest.start}, ${rest.end})`,
+    ),
+  );
+  const open = clipped(sql, range, sql`run.ended_at = 'infinity'`);
+  return [...ended, open].reduce(
+    (parts, each) => sql`${parts} union all ${each}`,
+    sql`select project_id, microseconds from project_days
+      where organization_id = organization.id and day >= ${days.start} and day < ${days.end}`,
+  );
+}
+
 /**
  * Runtime within a time range of the projects that the caller may read, the longest first, one more than `limit`; those
- * below a second are left out. `after` is the last one of the page before.
+ * below a second are left out. `after` is the last one of the page before. A range that ends before it starts has none.
  */
 export async function projectRuntimes(
   sql: Sql,
   caller: Caller,
-  range: { start: Date; end: Date },
+  range: Range,
   after: Pick<ProjectRuntime, "id" | "seconds"> | undefined,
   limit: number,
 ): Promise<ProjectRuntime[]> {
-  const { start, end } = range;
+  if (range.start >= range.end) return [];
   const position = after
     ? sql`(seconds < ${after.seconds} or seconds = ${after.seconds} and id > ${after.id})`
     : sql`true`;
   return sql<ProjectRuntime[]>`
     select id, name, seconds from (
-      select p.id, p.name, floor(sum(extract(epoch from least(run.ended_at, ${end}) - greatest(run.started_at, ${start}))))::bigint as seconds
-      from environment_runs run join projects p on p.id = run.project_id
-      where run.organization_id = ${caller.organizationId} and run.ended_at > ${start} and run.started_at < ${end}
-        and p.deleting_at is null and ${readsProject(sql, caller)}
-      group by p.id
+      select p.id, p.name, floor(ran.microseconds / 1000000)::bigint as seconds from (
+        select parts.project_id, sum(parts.microseconds) as microseconds
+        from (select ${caller.organizationId}::uuid as id) organization
+          cross join lateral (${runtimeParts(sql, range)}) parts (project_id, microseconds)
+        group by parts.project_id
+      ) ran join projects p on p.id = ran.project_id
+      where p.deleting_at is null and ${readsProject(sql, caller)}
     ) totals where seconds > 0 and ${position} order by seconds desc, id limit ${limit + 1}`;
 }
