@@ -15,6 +15,7 @@ import { parseJsonc } from "../src/runner/jsonc.ts";
 import { EnvironmentLog, LogSections, lineWriter } from "../src/runner/logs.ts";
 import { environmentPaths, forgetSocket, supervisorSocket } from "../src/runner/paths.ts";
 import { redact } from "../src/runner/redact.ts";
+import { allOf, SideWork } from "../src/runner/side-work.ts";
 import { userName } from "../src/runner/users.ts";
 
 let folder: string;
@@ -35,6 +36,33 @@ function readAll(log: EnvironmentLog, from = 0): { text: string; next: number } 
     position = next;
   }
 }
+
+describe("side by side", () => {
+  const { signal } = new AbortController();
+
+  test("nothing is under way any more when one has failed", async () => {
+    let isUnderWay = true;
+    const slow = Promise.withResolvers<void>();
+    const other = slow.promise.then(() => {
+      isUnderWay = false;
+    });
+    const all = allOf(Promise.reject(new Error("first")), other);
+    slow.resolve();
+    await expect(all).rejects.toThrow("first");
+    expect(isUnderWay).toBe(false);
+    expect(await allOf(Promise.resolve(1), Promise.resolve("two"))).toEqual([1, "two"]);
+  });
+
+  test("work that has become pointless is ended, and what it says then does not count", async () => {
+    const work = new SideWork(
+      (ends) => new Promise((_resolve, reject) => ends.addEventListener("abort", () => reject(ends.reason))),
+      signal,
+    );
+    await work.cancel();
+    await work.done;
+    await expect(new SideWork(() => Promise.reject(new Error("its own")), signal).done).rejects.toThrow("its own");
+  });
+});
 
 describe("log", () => {
   test("keeps at most 10 MiB, drops the oldest, and readers go on across that", () => {
@@ -81,6 +109,43 @@ describe("log", () => {
       '"id":"content-2"',
       "SUCCESS",
     ]);
+  });
+
+  test("ENV-29 what began earlier is told to its end before what began beside it", () => {
+    const sections = { count: 0, open: [] };
+    const log = new EnvironmentLog(join(folder, "beside.log"));
+    const told = new LogSections(log, sections);
+    told.open("machine");
+    log.hold();
+    told.open("content");
+    log.write("Cloning");
+    told.end("content", LogSectionOutcome.SUCCESS);
+    expect(readAll(log).text.match(/\w+-\d|Cloning/g)).toEqual(["machine-1"]);
+    expect(sections.open.map(({ id }) => id)).toEqual(["machine-1"]);
+    log.release(() => {
+      log.write("The supervisor answers");
+      told.end("machine", LogSectionOutcome.SUCCESS);
+    });
+    log.write("after");
+    expect(readAll(log).text.match(/\w+-\d|Cloning|answers|after/g)).toEqual([
+      "machine-1",
+      "answers",
+      "machine-1",
+      "content-2",
+      "Cloning",
+      "content-2",
+      "after",
+    ]);
+    expect(sections.open).toEqual([]);
+  });
+
+  test("of what is kept back only so much stays", () => {
+    const log = new EnvironmentLog(join(folder, "held.log"));
+    log.hold();
+    for (let index = 0; index < 10_000; index++) log.write(`line ${index}`);
+    log.release(() => log.write("first"));
+    const lines = readAll(log).text.trimEnd().split("\n");
+    expect([lines[0], lines[1], lines.length]).toEqual(["first", "line 0", 2_001]);
   });
 
   test("of a progress line only some states are kept", () => {

@@ -30,6 +30,7 @@ import { environmentPaths } from "./paths.ts";
 import { portUrl } from "./ports/route.ts";
 import { type EnvironmentRecord, readRecord } from "./record.ts";
 import { forgetSecretValues, hideDelivered, keepSecrets } from "./secret-steps.ts";
+import { allOf } from "./side-work.ts";
 import { EnvironmentSite, textOf } from "./site.ts";
 import { forgetSsh, keepSsh, sshUrl } from "./ssh-steps.ts";
 import {
@@ -203,7 +204,7 @@ export class ManagedEnvironment {
       port,
       url: portUrl(publicUrl, portDomain, this.id, port),
     }));
-    this.#events.report(this.id, reportOf(this.#site.status, base, this.#isServing, ports, sshUrl(this.#site)));
+    this.#events.report(this.id, reportOf(this.#site.writtenStatus, base, this.#isServing, ports, sshUrl(this.#site)));
   }
 
   /** A report has been judged. Readers of the log end once the control plane knows of the stop. */
@@ -361,16 +362,15 @@ export class ManagedEnvironment {
     }
     await site.acknowledge(spec, refusal);
     if (site.status.machine?.failureMessage) return undefined;
-    const onState = ({ activity }: SupervisorState) => this.#signalActivity(activity);
-    if (!(await keepMachine(site, desired, spec, onState, signal))) return undefined;
+    const work = {
+      onState: ({ activity }: SupervisorState) => this.#signalActivity(activity),
+      // A specification that is refused while the environment runs changes nothing.
+      meanwhile: async (ends: AbortSignal) => void (refusal || (await this.#keepFiles(spec, ends))),
+    };
+    if (!(await keepMachine(site, desired, spec, work, signal))) return undefined;
     this.automations.connect(site.supervision.client, site.passed);
-    // A specification that is refused while the environment runs changes nothing.
     if (!refusal) {
-      await keepSecrets(site, spec, false, signal);
-      if (await keepSsh(site, spec, signal)) this.#signalActivity({ source: "SSH", at: new Date() });
-      const content = await keepContent(site, spec, signal);
-      if (content === "failed") return undefined;
-      if (content === "placed") this.#gitWatch.seen();
+      if (!(await this.#keepFiles(spec, signal))) return undefined;
       await keepSecrets(site, spec, true, signal);
       await keepRepositoryFiles(site, spec, signal);
       this.automations.connect(site.supervision.client, site.passed);
@@ -381,6 +381,16 @@ export class ManagedEnvironment {
       seen(await observeFiles(site, spec));
     }
     return LOOK_INTERVAL_MS;
+  }
+
+  /** Everything that needs no supervisor; false if the first content has failed. */
+  async #keepFiles(spec: EnvironmentSpec, signal: AbortSignal): Promise<boolean> {
+    const site = this.#site;
+    await keepSecrets(site, spec, false, signal);
+    const [isInUse, content] = await allOf(keepSsh(site, spec, signal), keepContent(site, spec, signal));
+    if (isInUse) this.#signalActivity({ source: "SSH", at: new Date() });
+    if (content === "placed") this.#gitWatch.seen();
+    return content !== "failed";
   }
 
   /** Tells the control plane that somebody is at work, with the environment's token and at most once a minute. */

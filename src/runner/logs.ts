@@ -13,6 +13,8 @@ const SEGMENT_BYTES = 5 * 1024 * 1024;
 const READ_BYTES = 64 * 1024;
 const MAX_HIDDEN = 10_000;
 const MAX_LINE_CHARACTERS = 16 * 1024;
+/** Texts that are kept back at most; the rest is dropped. */
+const MAX_HELD = 2_000;
 
 /** Bytes from `position` on, and where to go on. */
 export interface LogChunk {
@@ -36,6 +38,7 @@ export class EnvironmentLog {
   #hidden: readonly string[] = [];
   readonly #hiddenValues = new Set<string>();
   readonly #waiting = new Set<() => void>();
+  #held: (() => void)[] | undefined;
 
   constructor(path: string) {
     this.#path = path;
@@ -74,9 +77,32 @@ export class EnvironmentLog {
     return redact(text, this.#hidden);
   }
 
+  /** Keeps back what comes from now on: something that began earlier is still to be told to its end. */
+  hold(): void {
+    this.#held ??= [];
+  }
+
+  /** Tells that end, then what was kept back. */
+  release(end: () => void): void {
+    const held = this.#held ?? [];
+    this.#held = undefined;
+    end();
+    for (const each of held) each();
+  }
+
+  /** Has a part of the log opened or ended at once, or in its turn when that is kept back. */
+  inTurn(change: () => void): void {
+    if (this.#held) this.#held.push(change);
+    else change();
+  }
+
   /** Adds text, credentials removed, with its last line ended. */
   write(text: string): void {
     if (text === "") return;
+    if (this.#held) {
+      if (this.#held.length < MAX_HELD) this.#held.push(() => this.write(text));
+      return;
+    }
     const clean = this.clean(text);
     this.#append(clean.endsWith("\n") ? clean : `${clean}\n`);
   }
@@ -161,11 +187,17 @@ export class LogSections {
 
   /** Opens a section; one of the same title that is still open ends as cancelled. */
   open(title: SectionName): void {
-    this.end(title, LogSectionOutcome.CANCELLED);
+    const startedAt = Date.now();
+    this.log.inTurn(() => this.#open(title, startedAt));
+  }
+
+  #open(title: SectionName, startedAt: number): void {
+    const present = this.#find(title);
+    if (present) this.#end(present, LogSectionOutcome.CANCELLED);
     const id = `${title}-${++this.#sections.count}`;
     const section = create(CreateLogSectionSchema, { id, title, continuous: title === "system" });
     this.log.write(`[section-create] ${toJsonString(CreateLogSectionSchema, section, { alwaysEmitImplicit: true })}`);
-    this.#sections.open.push({ id, startedAt: Date.now() });
+    this.#sections.open.push({ id, startedAt });
   }
 
   isOpen(title: SectionName): boolean {
@@ -177,14 +209,17 @@ export class LogSections {
   }
 
   end(title: SectionName, outcome: LogSectionOutcome): void {
-    const open = this.#find(title);
-    if (open) this.#end(open, outcome);
+    const endedAt = Date.now();
+    this.log.inTurn(() => {
+      const open = this.#find(title);
+      if (open) this.#end(open, outcome, endedAt);
+    });
   }
 
-  #end(open: OpenSection, outcome: LogSectionOutcome): void {
+  #end(open: OpenSection, outcome: LogSectionOutcome, endedAt = Date.now()): void {
     const { id } = open;
     this.#sections.open = this.#sections.open.filter((section) => section !== open);
-    const secondsElapsed = Math.max(0, Date.now() - open.startedAt) / 1000;
+    const secondsElapsed = Math.max(0, endedAt - open.startedAt) / 1000;
     const section = create(EndLogSectionSchema, { id, outcome, secondsElapsed });
     this.log.write(`[section-end] ${toJsonString(EndLogSectionSchema, section, { alwaysEmitImplicit: true })}`);
   }

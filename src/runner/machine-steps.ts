@@ -15,10 +15,12 @@ import {
   changeOwner,
   makeFolders,
   makeRoot,
+  prepareGroup,
   startSupervisor,
   writeToken,
   writeVariables,
 } from "./machine.ts";
+import { allOf, SideWork } from "./side-work.ts";
 import { type EnvironmentSite, textOf } from "./site.ts";
 import { enabledRules, startedStatus } from "./status.ts";
 import { isWornOut, LOST_TOO_OFTEN, recentRestarts } from "./supervision.ts";
@@ -52,21 +54,53 @@ export async function beginStart(
   });
 }
 
+/** What is to be done about a machine besides bringing it up. */
+export interface MachineWork {
+  onState(state: SupervisorState): void;
+  /**
+   * Needs the user, its folders and its variables, and not the supervisor: it is done while that one starts. What it
+   * throws is not the machine's failure.
+   */
+  meanwhile(signal: AbortSignal): Promise<void>;
+}
+
 /** Brings the machine up, or finds it up; false if it has failed for good. */
 export async function keepMachine(
   site: EnvironmentSite,
   desired: DesiredEnvironment,
   spec: EnvironmentSpec,
-  onState: (state: SupervisorState) => void,
+  work: MachineWork,
   signal: AbortSignal,
 ): Promise<boolean> {
   const wasUp = site.machinePhase === MachinePhase.RUNNING;
-  if (wasUp && ((await site.supervision.isPresent(onState)) || (await adopt(site)))) return true;
+  if (wasUp && ((await site.supervision.isPresent(work.onState)) || (await adopt(site)))) return true;
   if (wasUp && !(await recover(site, signal))) return false;
-  const token = await environmentToken(site, spec, signal);
+  const [token, user] = await allOf(
+    environmentToken(site, spec, signal),
+    attempt(site, () => prepareMachine(site), signal),
+  );
+  if (!user) return false;
+  let meanwhile: SideWork | undefined;
+  const isUp = await attempt(
+    site,
+    async () => {
+      await endow(site, desired, user, token);
+      signal.throwIfAborted();
+      if (site.sections.isOpen("machine")) site.log.hold();
+      meanwhile = new SideWork((ends) => work.meanwhile(ends), signal);
+      await startMachine(site, spec, user, meanwhile, signal);
+      return true;
+    },
+    signal,
+  );
+  await meanwhile?.done;
+  return isUp ?? false;
+}
+
+/** Undefined if the machine has failed for good with it. */
+async function attempt<T>(site: EnvironmentSite, work: () => Promise<T>, signal: AbortSignal): Promise<T | undefined> {
   try {
-    await site.host.startGate(() => bringUp(site, desired, spec, token, signal));
-    return true;
+    return await work();
   } catch (error) {
     // A machine that was up has more tries. One that an earlier runner process has begun to start is found the next time.
     const isStarted = error instanceof SupervisorStartError && error.code === ANOTHER_SERVES;
@@ -74,22 +108,15 @@ export async function keepMachine(
     await site.endProcesses(false, signal);
     site.sections.endAll(LogSectionOutcome.FAILURE);
     await site.failMachine(`the machine could not be started: ${textOf(error)}`);
-    return false;
+    return undefined;
   }
 }
 
-async function bringUp(
-  site: EnvironmentSite,
-  desired: DesiredEnvironment,
-  spec: EnvironmentSpec,
-  token: string,
-  signal: AbortSignal,
-): Promise<void> {
-  const { host, id, paths } = site;
-  signal.throwIfAborted();
+/** Makes the user and its folders. */
+async function prepareMachine(site: EnvironmentSite): Promise<UnixUser> {
   const user = await keepUser(site);
-  await makeFolders(paths, user);
-  const hasLauncher = await writeLauncher(paths, user);
+  await makeFolders(site.paths, user);
+  const hasLauncher = await writeLauncher(site.paths, user);
   if (site.machinePhase === MachinePhase.CREATING) {
     site.log.write(user.own ? `User ${user.name} and folders are ready` : "Folders are ready");
     if (!hasLauncher) site.log.write(`Without the command berth: ${user.name} cannot read the program of the runner`);
@@ -98,24 +125,59 @@ async function bringUp(
     });
   }
   await site.endStrayGit();
-  await writeToken(paths, user, token);
-  await writeEnvironmentVariables(site, user, token);
-  signal.throwIfAborted();
-  const { limits } = classSettings(host.schema, desired.environmentClass);
-  const supervisor =
-    (await adoptSupervisor(id, paths, user, site.folder, site.record.supervisor)) ??
-    (await startSupervisor(host, id, paths, user, site.folder, limits));
-  site.supervision.use(supervisor);
-  if (site.sections.isOpen("machine")) site.log.write("The supervisor answers");
-  site.sections.end("machine", LogSectionOutcome.SUCCESS);
-  await site.edit((record) => {
-    record.supervisor = supervisor.process;
-    const { version: supervisorVersion, commit: supervisorCommit } = host.program;
-    const versions = create(EnvironmentStatus_Machine_VersionsSchema, { supervisorVersion, supervisorCommit });
-    const machine = record.status.machine ?? create(EnvironmentStatus_MachineSchema);
-    const warningMessage = machineWarnings(site, user, spec);
-    record.status.machine = { ...machine, phase: MachinePhase.RUNNING, versions, warningMessage };
-  });
+  return user;
+}
+
+/** What processes of the environment find, and the limits that they will have. */
+async function endow(
+  site: EnvironmentSite,
+  { environmentClass }: DesiredEnvironment,
+  user: UnixUser,
+  token: string,
+): Promise<void> {
+  const { host, id, paths } = site;
+  await allOf(
+    writeToken(paths, user, token),
+    writeEnvironmentVariables(site, user, token),
+    prepareGroup(host, id, classSettings(host.schema, environmentClass).limits),
+  );
+}
+
+async function startMachine(
+  site: EnvironmentSite,
+  spec: EnvironmentSpec,
+  user: UnixUser,
+  meanwhile: SideWork,
+  signal: AbortSignal,
+): Promise<void> {
+  const { host, id, paths, folder, record } = site;
+  try {
+    const supervisor = await host.startGate(async () => {
+      signal.throwIfAborted();
+      const known = await adoptSupervisor(id, paths, user, folder, record.supervisor);
+      return known ?? (await startSupervisor(host, id, paths, user, folder));
+    });
+    site.supervision.use(supervisor);
+    site.log.release(() => {
+      if (site.sections.isOpen("machine")) site.log.write("The supervisor answers");
+      site.sections.end("machine", LogSectionOutcome.SUCCESS);
+    });
+    await site.edit((record) => {
+      record.supervisor = supervisor.process;
+      const { version: supervisorVersion, commit: supervisorCommit } = host.program;
+      const versions = create(EnvironmentStatus_Machine_VersionsSchema, { supervisorVersion, supervisorCommit });
+      const machine = record.status.machine ?? create(EnvironmentStatus_MachineSchema);
+      const warningMessage = machineWarnings(site, user, spec);
+      record.status.machine = { ...machine, phase: MachinePhase.RUNNING, versions, warningMessage };
+    });
+    // The content may have come while nobody could be told.
+    if (site.folder !== folder) await site.supervision.setWorkspaceFolder(site.folder);
+  } catch (error) {
+    await meanwhile.cancel();
+    const outcome = signal.aborted ? LogSectionOutcome.CANCELLED : LogSectionOutcome.FAILURE;
+    site.log.release(() => site.sections.end("machine", outcome));
+    throw error;
+  }
 }
 
 /** The user of the environment. Where its account was lost and its id given away, its files get the new owner. */

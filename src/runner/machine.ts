@@ -140,14 +140,18 @@ export async function writeToken(paths: EnvironmentPaths, user: UnixUser, token:
   await writeAtomically(paths.token, token, ownerOf(user));
 }
 
-/** Starts the supervisor, inside the limits of the class where they can be enforced. */
+/** Sets the limits of the class for all processes to come, where they can be enforced. */
+export async function prepareGroup(host: Host, environmentId: string, limits: Limits): Promise<void> {
+  await host.controlGroups?.prepare(environmentId, limits);
+}
+
+/** Starts the supervisor, inside the limits that were set. */
 export async function startSupervisor(
   host: Host,
   environmentId: string,
   paths: EnvironmentPaths,
   user: UnixUser,
   workspaceFolder: string,
-  limits: Limits,
 ): Promise<Supervisor> {
   const config: SupervisorConfig = {
     environmentId,
@@ -166,7 +170,6 @@ export async function startSupervisor(
     compiledFolder(host.config.dataDir),
   );
   // It has started nothing yet, so all that it ever starts is limited.
-  await host.controlGroups?.prepare(environmentId, limits);
   await host.controlGroups?.add(environmentId, record.pid);
   return { process: { pid: record.pid, startTime: record.startTime, bootId: bootId() }, client };
 }

@@ -1,6 +1,8 @@
+import { clone } from "@bufbuild/protobuf";
 import {
   type EnvironmentSpec,
   type EnvironmentStatus,
+  EnvironmentStatusSchema,
   EnvironmentStatus_Machine_Phase as MachinePhase,
 } from "../../gen/gitpod/v1/environment_pb.js";
 import type { Run } from "./devcontainer/run.ts";
@@ -67,6 +69,10 @@ export class EnvironmentSite {
   /** Lets the next pass begin at once. */
   readonly wake: () => void;
   readonly #changed: () => void;
+  #writing: Promise<void> = Promise.resolve();
+  #nextWrite: Promise<void> | undefined;
+  #unwritten = 0;
+  #written: EnvironmentStatus | undefined;
 
   constructor(host: Host, id: string, record: EnvironmentRecord | undefined, changed: () => void, wake: () => void) {
     this.host = host;
@@ -99,18 +105,46 @@ export class EnvironmentSite {
     return this.record.content.folder || this.paths.workspace;
   }
 
+  /** The status as far as it is on disk: another step may be about to write down what it has changed. */
+  get writtenStatus(): EnvironmentStatus {
+    return this.#unwritten > 0 && this.#written ? this.#written : this.status;
+  }
+
   /** Applies a change, writes it to disk, then reports it. */
   async edit(change: (record: EnvironmentRecord) => void): Promise<void> {
     change(this.record);
-    if (this.onDisk) await writeRecord(this.paths, this.record);
+    if (this.onDisk) await this.#write();
     this.#changed();
+  }
+
+  /** Resolves when everything up to now is on disk. One write at a time: an older one must not replace a newer one. */
+  async #write(): Promise<void> {
+    this.#nextWrite ??= this.#writing
+      .catch(() => undefined)
+      .then(() => {
+        this.#nextWrite = undefined;
+        this.#writing = this.#writeNow();
+        return this.#writing;
+      });
+    this.#unwritten++;
+    try {
+      await this.#nextWrite;
+    } finally {
+      this.#unwritten--;
+    }
+  }
+
+  async #writeNow(): Promise<void> {
+    const status = clone(EnvironmentStatusSchema, this.status);
+    await writeRecord(this.paths, this.record);
+    this.#written = status;
   }
 
   /** As `edit`, for what leads to an end: a full disk must not hold that up, and a later pass finds out again. */
   async editTowardsEnd(change: (record: EnvironmentRecord) => void): Promise<void> {
     change(this.record);
     if (this.onDisk) {
-      await writeRecord(this.paths, this.record).catch((error: unknown) => {
+      await this.#write().catch((error: unknown) => {
         this.host.log.warn({ environmentId: this.id, error: textOf(error) }, "a step could not be written down");
       });
     }
