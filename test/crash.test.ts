@@ -241,6 +241,16 @@ describe.each(victims)("$name is killed", { timeout: 120_000 }, (victim) => {
   };
   const inProject = (name: Name, file: string) => join(paths(name).workspace, "project", file);
   const id = (name: Name) => ({ environmentId: ids[name] });
+  /** Supervisor and command; there may be an SSH server too, and git may be looking at the files for a moment. */
+  const steadyProcesses = async (): Promise<ProcessRef[]> => {
+    const supervisor = liveSupervisor(paths("steady").root)?.pid;
+    const found: ProcessRef[] = [];
+    for (const each of await processesOf(ids.steady)) {
+      const command = await readFile(`/proc/${each.pid}/cmdline`, "latin1").catch(() => "");
+      if (each.pid === supervisor || command.startsWith("sleep")) found.push(each);
+    }
+    return found;
+  };
   const served = (name: Name) =>
     eventually(async () => {
       const found = await operations(client, ids[name]);
@@ -267,10 +277,8 @@ describe.each(victims)("$name is killed", { timeout: 120_000 }, (victim) => {
       }, "the command runs");
     }
     const processes = await eventually(async () => {
-      const found = await processesOf(ids.steady);
-      // Git may be looking at the files for a moment.
-      const command = await readFile(`/proc/${found[1]?.pid}/cmdline`, "latin1");
-      return found.length === 2 && command.startsWith("sleep") && found;
+      const found = await steadyProcesses();
+      return found.length === 2 && found;
     }, "supervisor and command run");
     before = { processes, session: (await getEnvironment(client, ids.steady)).status?.machine?.session ?? "" };
 
@@ -354,13 +362,13 @@ describe.each(victims)("$name is killed", { timeout: 120_000 }, (victim) => {
     test("a running environment goes on: same machine, same processes, same command", async () => {
       await phasesOf({ steady: EnvironmentPhase.RUNNING });
       const ops = await served("steady");
-      await expect.poll(() => processesOf(ids.steady), { timeout: 10_000 }).toEqual(before.processes);
+      await expect.poll(steadyProcesses, { timeout: 10_000 }).toEqual(before.processes);
       expect(liveSupervisor(paths("steady").root)?.pid).toBe(before.processes[0]?.pid);
       expect((await getEnvironment(client, ids.steady)).status?.machine?.session).toBe(before.session);
       const joined = ops.exec(LONG_COMMAND);
       await eventually(async () => {
         await ops.cancelExec({ operationId: LONG_COMMAND.operationId });
-        return (await processesOf(ids.steady)).length === 1;
+        return (await steadyProcesses()).length === 1;
       }, "the command has ended");
       // A command that was started anew, or lost, would say something else.
       expect((await joined).exitCode).toBe(130);
