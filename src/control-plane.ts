@@ -10,7 +10,7 @@ import { loginRoutes } from "./http/login.ts";
 import { portRoutes } from "./http/ports.ts";
 import { wellKnown } from "./http/well-known.ts";
 import { openInstallation } from "./installation.ts";
-import { routes, services } from "./routes.ts";
+import { besides, routes, services } from "./routes.ts";
 import { authentication, callerOf } from "./rpc/authenticate.ts";
 import { refusals, refusingGate } from "./rpc/errors.ts";
 import { observe } from "./rpc/observe.ts";
@@ -21,9 +21,9 @@ import { type Server, startServer } from "./server.ts";
 import { enterPort } from "./services/environment/tokens.ts";
 import { createSigner } from "./signing.ts";
 import { holdsMasterKey } from "./store/bootstrap.ts";
+import { CallerGuesses, findSession, touchToken } from "./store/credentials.ts";
 import { EventHub } from "./store/hub.ts";
 import { isMigrated } from "./store/migrate.ts";
-import { findCaller, findSession, touchToken } from "./store/tokens.ts";
 import { runSweeps } from "./sweep/sweeps.ts";
 
 const DRAIN_MS = 30_000;
@@ -72,10 +72,12 @@ export async function startControlPlane(
       scmGuard: createGuard({ allowHosts: config.scm.allowHosts, schemes: config.scm.schemes }),
       draining: draining.signal,
     };
+    const guesses = new CallerGuesses();
     const authenticate = authentication({
-      find: (text) => findCaller(db.point, text, now()),
+      find: (text, wanted) => guesses.find(db.point, text, now(), wanted),
       findSession: (text) => findSession(db.point, text, now()),
       cookie: cookieRules(config.publicUrl).session,
+      besides,
       touch: (tokenId) => {
         touchToken(db.write, tokenId, now()).catch((error) =>
           log.warn({ err: error }, "a token's last use was not written"),

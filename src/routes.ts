@@ -1,9 +1,10 @@
+import type { DescMethod, Message } from "@bufbuild/protobuf";
 import type { ConnectRouter } from "@connectrpc/connect";
 import { RunnerControlService } from "../gen/berth/runner/v1/runner_control_pb.js";
 import { AccountService } from "../gen/gitpod/v1/account_pb.js";
 import { EditorService } from "../gen/gitpod/v1/editor_pb.js";
 import { EnvironmentAutomationService } from "../gen/gitpod/v1/environment_automation_pb.js";
-import { EnvironmentService } from "../gen/gitpod/v1/environment_pb.js";
+import { EnvironmentService, type GetEnvironmentRequest } from "../gen/gitpod/v1/environment_pb.js";
 import { EventService } from "../gen/gitpod/v1/event_pb.js";
 import { GatewayService } from "../gen/gitpod/v1/gateway_pb.js";
 import { GroupService } from "../gen/gitpod/v1/group_pb.js";
@@ -20,6 +21,7 @@ import type { App } from "./app.ts";
 import { accountService } from "./services/account.ts";
 import { automationService } from "./services/automation.ts";
 import { editorService } from "./services/editor.ts";
+import { besideGetEnvironment } from "./services/environment/read.ts";
 import { environmentService } from "./services/environment.ts";
 import { eventService } from "./services/event.ts";
 import { gatewayService } from "./services/gateway.ts";
@@ -34,6 +36,7 @@ import { secretService } from "./services/secret.ts";
 import { serviceAccountService } from "./services/service-account.ts";
 import { usageService } from "./services/usage.ts";
 import { userService } from "./services/user.ts";
+import type { Beside } from "./store/credentials.ts";
 
 /** Services that are registered. */
 export const services = [
@@ -55,6 +58,11 @@ export const services = [
   OrganizationService,
   RunnerControlService,
 ] as const;
+
+/** What RPCs that are called most read along with the credential of their caller. */
+export const besides = new Map<DescMethod, (request: Message) => Beside | undefined>([
+  [EnvironmentService.method.getEnvironment, (request) => besideGetEnvironment(request as GetEnvironmentRequest)],
+]);
 
 /** Their implementations; one of which nothing is built yet is absent, and its RPCs answer UNIMPLEMENTED. */
 export function routes(app: App): (router: ConnectRouter) => void {

@@ -31,7 +31,7 @@ const TABLE: Record<string, readonly string[]> = {
   // The insides of server.ts: how bytes become calls, or pages for browsers.
   http: ["app", "domain", "http", "login", "rpc", "connect", "node", "library"],
   login: ["app", "domain", "login", "scm", "store", "node", "library"],
-  rpc: ["domain", "rpc", "store/tokens", "connect", "node", "library"],
+  rpc: ["domain", "rpc", "store/credentials", "connect", "node", "library"],
   services: ["app", "domain", "environment-secrets", "rpc", "scm", "signing", "store", "connect", "node", "library"],
   sweep: ["app", "domain", "environment-secrets", "signing", "store", "sweep", "node", "library"],
   scm: ["domain", "scm", "node", "library"],

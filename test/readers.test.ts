@@ -24,10 +24,10 @@ import {
   readsUser,
 } from "../src/store/access.ts";
 import { readsAssignment } from "../src/store/assignment-rows.ts";
+import { findCaller } from "../src/store/credentials.ts";
 import type { Fragment, Sql } from "../src/store/db.ts";
 import { isStored } from "../src/store/readers.ts";
 import { readableResources } from "../src/store/shared-resources.ts";
-import { findCaller } from "../src/store/tokens.ts";
 import { audienceOf, readableBy } from "../src/store/visibility.ts";
 import { builtInGroup, newGroup } from "./harness/groups.ts";
 import { liftQuotas, shareRunner, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";

@@ -4,9 +4,9 @@ import { afterAll, beforeAll, beforeEach, describe, expect, test } from "vitest"
 import { type Environment, EnvironmentStatus_Machine_Phase as MachinePhase } from "../gen/gitpod/v1/environment_pb.js";
 import { OrganizationRole } from "../gen/gitpod/v1/organization_pb.js";
 import type { BerthClient } from "../src/client.ts";
+import { findCaller } from "../src/store/credentials.ts";
 import type { Sql } from "../src/store/db.ts";
 import { projectRuntimes } from "../src/store/project-usage.ts";
-import { findCaller } from "../src/store/tokens.ts";
 import type { FakeRunner } from "./harness/fake-runner.ts";
 import { liftQuotas, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
 import { createProject, offer, sweep } from "./harness/projects.ts";

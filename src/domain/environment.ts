@@ -1,4 +1,5 @@
-import { create } from "@bufbuild/protobuf";
+import { create, type DescField, fromBinary, toBinary } from "@bufbuild/protobuf";
+import { BinaryWriter, WireType } from "@bufbuild/protobuf/wire";
 import { durationFromMs, timestampFromDate, timestampMs } from "@bufbuild/protobuf/wkt";
 import {
   AdmissionLevel,
@@ -19,6 +20,7 @@ import {
   type EnvironmentSpec_SSHPublicKey,
   EnvironmentSpec_SSHPublicKeySchema,
   EnvironmentSpec_TimeoutSchema,
+  EnvironmentSpecSchema,
   EnvironmentStatusSchema,
   KernelControlsAction,
   type KernelControlsConfig,
@@ -77,16 +79,43 @@ const SSH_KEY_PARTS = new Map([
 /** How somebody who sees an environment relates to it; "owner" is whoever holds ENVIRONMENT_ADMIN. */
 export type ViewerRelation = "owner" | "user" | "viewer" | "org_admin" | "self" | "runner";
 
-/** The environment as that viewer may see it: the names and mounts of its secrets are for owner, self and runner. */
+/** The names and mounts of secrets are for owner, self and runner. */
+export const seesSecrets = (viewer: ViewerRelation) => viewer === "owner" || viewer === "self" || viewer === "runner";
+
+/** The environment as that viewer may see it. */
 export function visibleEnvironment(environment: Environment, viewer: ViewerRelation): Environment {
-  const seesSecrets = viewer === "owner" || viewer === "self" || viewer === "runner";
-  if (seesSecrets || !environment.spec || environment.spec.secrets.length === 0) return environment;
+  if (seesSecrets(viewer) || !environment.spec || environment.spec.secrets.length === 0) return environment;
   return { ...environment, spec: { ...environment.spec, secrets: [] } };
 }
 
 /** The stored state as the message that clients read. */
 export function environmentMessage(id: string, { metadata, spec, status }: EnvironmentState): Environment {
   return create(EnvironmentSchema, { id, metadata, spec, status });
+}
+
+/** The parts of an environment as they are stored. */
+export interface EncodedEnvironment {
+  id: string;
+  metadata: Uint8Array;
+  spec: Uint8Array;
+  status: Uint8Array;
+}
+
+/** The specification without what only those who see secrets may see, as it is stored. */
+export function withoutSecrets(encodedSpec: Uint8Array): Uint8Array {
+  const spec = fromBinary(EnvironmentSpecSchema, encodedSpec);
+  return spec.secrets.length ? toBinary(EnvironmentSpecSchema, { ...spec, secrets: [] }) : encodedSpec;
+}
+
+/** What `environmentMessage` makes of the parts, inside of `field` of another message, encoded. */
+export function encodedEnvironment({ id, metadata, spec, status }: EncodedEnvironment, field: DescField): Uint8Array {
+  const { id: idField, ...parts } = EnvironmentSchema.field;
+  const writer = new BinaryWriter().tag(field.number, WireType.LengthDelimited).fork();
+  writer.tag(idField.number, WireType.LengthDelimited).string(id);
+  writer.tag(parts.metadata.number, WireType.LengthDelimited).bytes(metadata);
+  writer.tag(parts.spec.number, WireType.LengthDelimited).bytes(spec);
+  writer.tag(parts.status.number, WireType.LengthDelimited).bytes(status);
+  return writer.join().finish();
 }
 
 /** `<repository or "environment">-<suffix>`; `suffix` is six random characters. */

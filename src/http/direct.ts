@@ -1,5 +1,5 @@
 import { type DescMethod, fromBinary, type Message, toBinary, toJsonString } from "@bufbuild/protobuf";
-import { Code, ConnectError, type StreamRequest, type UnaryRequest } from "@connectrpc/connect";
+import { Code, ConnectError } from "@connectrpc/connect";
 import { encodeEnvelope, mergeNonProtocolHeaders } from "@connectrpc/connect/protocol";
 import {
   codeToHttpStatus,
@@ -12,7 +12,7 @@ import { parseTimeout as parseGrpcTimeout, setTrailerStatus } from "@connectrpc/
 import { trailerFlag, trailerSerialize } from "@connectrpc/connect/protocol-grpc-web";
 import type { Logger } from "pino";
 import { Refusal } from "../domain/errors.ts";
-import type { Outlet } from "../rpc/call.ts";
+import { type Entering, encodedForm, type Outlet } from "../rpc/call.ts";
 import { recordFailure } from "../rpc/observe.ts";
 import { applyPagingQuery } from "../rpc/paging.ts";
 import {
@@ -34,6 +34,8 @@ import { COMPRESS_MIN_BYTES, COMPRESSIONS, type JsonTypes, type Rpc } from "./rp
 const ENVELOPE_BYTES = 5;
 // A body in envelopes holds that of the message, and perhaps another one that says that this was all.
 const ENVELOPES_BYTES = 1024;
+// Largest body that is read before the caller is known, where that saves a way to the database.
+const PEEK_BYTES = 512;
 const COMPRESSED_FLAG = 1;
 const NEWLINE = Buffer.from("\n");
 
@@ -140,10 +142,8 @@ function timeoutOf({ protocol }: Format, { headers }: HttpRequest): number | und
   return timeoutMs;
 }
 
-/** Runs before the body of a request is read; throws to refuse the call. */
-export type Gate = (
-  request: Pick<UnaryRequest | StreamRequest, "service" | "method" | "header" | "contextValues">,
-) => void | Promise<void>;
+/** Runs before the message of a request is read; throws to refuse the call. */
+export type Gate = (request: Entering) => void | Promise<void>;
 
 export interface DirectOptions {
   limits: Limits;
@@ -159,6 +159,7 @@ class DirectCall implements Outlet {
   readonly #format: Format;
   readonly #exchange: Exchange;
   readonly #invocation: Invocation;
+  #reading: Promise<Message> | undefined;
   #full: Promise<void> | undefined;
   #opened = false;
   #opening: NodeJS.Timeout | undefined;
@@ -174,6 +175,7 @@ class DirectCall implements Outlet {
   async serve(): Promise<void> {
     const invocation = this.#invocation;
     this.#exchange.abort = (reason) => invocation.abort(reason);
+    this.#exchange.call.takesEncoded = !this.#format.json;
     try {
       const message = await this.#receive();
       if (this.#rpc.method.methodKind === "unary") await this.#unary(message);
@@ -187,11 +189,27 @@ class DirectCall implements Outlet {
   }
 
   async #receive(): Promise<Message> {
+    this.#invocation.expireAfter(timeoutOf(this.#format, this.#exchange.request));
+    this.#invocation.peek = () => this.#peek();
+    await this.#options.gate?.(this.#invocation);
+    return this.#message();
+  }
+
+  /** Nobody needs a credential for what this costs. */
+  async #peek(): Promise<Message | undefined> {
+    const length = Number(this.#exchange.request.headers["content-length"]);
+    return length <= PEEK_BYTES ? this.#message().catch(() => undefined) : undefined;
+  }
+
+  #message(): Promise<Message> {
+    this.#reading ??= this.#read();
+    return this.#reading;
+  }
+
+  async #read(): Promise<Message> {
     const { request } = this.#exchange;
-    const { limits, gate, jsonTypes } = this.#options;
+    const { limits, jsonTypes } = this.#options;
     const { method } = this.#rpc;
-    this.#invocation.expireAfter(timeoutOf(this.#format, request));
-    await gate?.(this.#invocation);
     const body = await readBody(request, limits, this.#format.enveloped ? ENVELOPES_BYTES : 0);
     const bytes = this.#format.enveloped ? unwrap(body) : body;
     if (bytes.length > limits.bodyBytes) throw tooLarge(limits.bodyBytes);
@@ -205,7 +223,9 @@ class DirectCall implements Outlet {
   #bytes(message: Message): Uint8Array {
     const { output } = this.#rpc.method;
     const { jsonTypes, limits } = this.#options;
-    const bytes = this.#format.json ? Buffer.from(toJsonString(output, message, jsonTypes)) : toBinary(output, message);
+    const bytes = this.#format.json
+      ? Buffer.from(toJsonString(output, message, jsonTypes))
+      : (encodedForm(message) ?? toBinary(output, message));
     if (bytes.length <= limits.answerBytes) return bytes;
     throw new Refusal("resource_exhausted", `the answer is larger than ${limits.answerBytes} bytes`);
   }

@@ -27,6 +27,8 @@ export class Invocation {
   readonly responseHeader: Headers;
   readonly responseTrailer = new Headers();
   readonly #request: HttpRequest;
+  /** Reads the message ahead of its time; see `Entering`. */
+  peek?: () => Promise<Message | undefined>;
   #deadline: number | undefined;
   #timer: NodeJS.Timeout | undefined;
   #header: Headers | undefined;

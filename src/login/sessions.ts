@@ -4,10 +4,10 @@ import { cookieRules, cookieValue } from "../domain/browser.ts";
 import { notFound, Refusal } from "../domain/errors.ts";
 import type { Caller } from "../domain/principal.ts";
 import { TokenKind } from "../domain/tokens.ts";
+import { findSession, touchToken } from "../store/credentials.ts";
 import type { Tx } from "../store/db.ts";
 import { activeMemberships, type Membership } from "../store/identities.ts";
 import { insertSession, recordSession, takeSession } from "../store/sessions.ts";
-import { findSession, touchToken } from "../store/tokens.ts";
 
 /** Whoever has signed in with the browser that sent this cookie header; undefined if nobody has. */
 export async function signedIn(app: App, cookieHeader: string | undefined): Promise<Caller | undefined> {

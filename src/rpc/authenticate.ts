@@ -1,9 +1,10 @@
+import type { DescMethod, Message } from "@bufbuild/protobuf";
 import { Code, ConnectError, type ContextValues, createContextKey } from "@connectrpc/connect";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { cookieValue, isSameOrigin } from "../domain/browser.ts";
 import { actionable, databaseRefusal, denied } from "../domain/errors.ts";
 import type { Caller } from "../domain/principal.ts";
-import type { Credential } from "../store/tokens.ts";
+import type { Beside, Credential } from "../store/credentials.ts";
 import { callKey, type Entering } from "./call.ts";
 import { type Rule, ruleOf } from "./policy.ts";
 
@@ -15,6 +16,11 @@ export function principal(context: { values: ContextValues }): Caller {
   if (!caller) throw new ConnectError("this call needs a credential", Code.Unauthenticated);
   return caller;
 }
+
+const besideKey = createContextKey<object | undefined>(undefined, { description: "beside" });
+
+/** The row that was read along with the credential of this call, as its RPC has asked for; undefined if none was. */
+export const readBeside = (context: { values: ContextValues }): object | undefined => context.values.get(besideKey);
 
 /** As `principal`, for code that also runs for public RPCs. */
 export const callerOf = (values: ContextValues): Caller | undefined => values.get(callerKey);
@@ -41,26 +47,35 @@ function refuseKind(rule: Rule, caller: Caller): void {
 
 /** Where credentials are looked up. */
 export interface Credentials {
-  /** A bearer token. */
-  find(text: string): Promise<Credential>;
+  /** A bearer token; `wanted` tells what to read along with it. */
+  find(text: string, wanted: () => Promise<Beside | undefined>): Promise<Credential>;
   /** The cookie of a browser. */
   findSession(text: string): Promise<Credential>;
   touch(tokenId: string): void;
   /** Name of that cookie. */
   cookie: string;
+  /** What RPCs want to be read along with credentials, by their request; undefined for requests that are not valid. */
+  besides: ReadonlyMap<DescMethod, (request: Message) => Beside | undefined>;
+}
+
+async function besideFor({ besides }: Credentials, { method, peek }: Entering): Promise<Beside | undefined> {
+  const beside = besides.get(method);
+  const message = beside && (await peek?.());
+  return message && beside(message);
 }
 
 /**
  * Looks at what a call brings. A header takes precedence over a cookie and is never combined with one. Pages of other
  * servers can make a browser send its cookie, but not read the answer: they must not write.
  */
-async function lookUp(deps: Credentials, { header, contextValues }: Entering, rule: Rule): Promise<Credential> {
+async function lookUp(deps: Credentials, request: Entering, rule: Rule): Promise<Credential> {
+  const { header, contextValues } = request;
   const authorization = header.get("authorization");
   const session = authorization === null ? cookieValue(header.get("cookie"), deps.cookie) : undefined;
   if (session === undefined) {
     const text = bearer(authorization);
     if (!text) throw unauthenticated("a bearer token is missing");
-    return deps.find(text);
+    return deps.find(text, () => besideFor(deps, request));
   }
   const credential = await deps.findSession(session);
   const [origin, fetchSite] = [header.get("origin"), header.get("sec-fetch-site")];
@@ -88,6 +103,6 @@ export function authentication(deps: Credentials): (request: Entering) => Promis
     if (credential.state !== "ok") throw unauthenticated("the token is not valid");
     if (credential.stale) deps.touch(credential.caller.tokenId);
     refuseKind(rule, credential.caller);
-    request.contextValues.set(callerKey, credential.caller);
+    request.contextValues.set(callerKey, credential.caller).set(besideKey, credential.beside);
   };
 }

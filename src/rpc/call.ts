@@ -1,5 +1,5 @@
 import { randomUUID } from "node:crypto";
-import type { Message } from "@bufbuild/protobuf";
+import { create, type DescMessage, type Message, type MessageShape } from "@bufbuild/protobuf";
 import {
   type ContextValues,
   createContextKey,
@@ -32,12 +32,21 @@ export interface Call {
   outcome?: "ok" | "error";
   /** Sends the response headers of a stream, once; absent where nothing can be sent early. */
   open?: () => void;
+  /** Answers may be given in the form that is sent, with `encodedAnswer`. */
+  takesEncoded?: boolean;
   /** Sends messages of a stream past its handler; absent where only the handler can. */
   outlet?: Outlet;
 }
 
-/** A call whose message has not been read yet. */
-export type Entering = Pick<UnaryRequest | StreamRequest, "service" | "method" | "header" | "contextValues">;
+/** A call before its message is read. */
+export interface Entering
+  extends Pick<UnaryRequest | StreamRequest, "service" | "method" | "header" | "contextValues"> {
+  /**
+   * Reads the message ahead of its time, if it is small; undefined for every other one, and for one that is wrong, which
+   * is told when its time has come. Absent where that cannot be done.
+   */
+  peek?: () => Promise<Message | undefined>;
+}
 
 const REQUEST_ID = /^[\w.:+/=-]{1,128}$/;
 
@@ -70,3 +79,22 @@ export function streamOpened(context: Pick<HandlerContext, "values">): void {
 /** Where somebody else than the handler can put the messages of a stream; absent where only the handler can. */
 export const outletOf = (context: Pick<HandlerContext, "values">): Outlet | undefined =>
   context.values.get(callKey)?.outlet;
+
+const encodedForms = new WeakMap<Message, Uint8Array>();
+
+/** Whether the caller can be answered with `encodedAnswer`. */
+export const takesEncoded = (context: Pick<HandlerContext, "values">): boolean =>
+  context.values.get(callKey)?.takesEncoded === true;
+
+/**
+ * An answer whose binary form is known, because what it is made of is stored like that. As a message it is empty: only
+ * for calls that take it.
+ */
+export function encodedAnswer<D extends DescMessage>(desc: D, bytes: Uint8Array): MessageShape<D> {
+  const message = create(desc);
+  encodedForms.set(message, bytes);
+  return message;
+}
+
+/** The form that an answer already has; undefined if it has to be encoded. */
+export const encodedForm = (answer: Message): Uint8Array | undefined => encodedForms.get(answer);

@@ -48,6 +48,7 @@ import { createEnvironment } from "./environment/create.ts";
 import { createEnvironmentFromProject } from "./environment/from-project.ts";
 import { checkCapacity, checkQuotas, checkRunner } from "./environment/limits.ts";
 import { allow, apply } from "./environment/move.ts";
+import { readEnvironment } from "./environment/read.ts";
 import { issuePortToken, issueToken, mayReachPort } from "./environment/tokens.ts";
 import { updateEnvironment } from "./environment/update.ts";
 import { shown } from "./environment/view.ts";
@@ -163,10 +164,7 @@ export function environmentService(
   listEnvironmentClasses: ServiceImpl<typeof EnvironmentService>["listEnvironmentClasses"],
 ): ServiceImpl<typeof EnvironmentService> {
   return {
-    async getEnvironment(req, context) {
-      const caller = principal(context);
-      return { environment: shown(caller, await getEnvironment(app.db.point, caller, req.environmentId)) };
-    },
+    getEnvironment: (req, context) => readEnvironment(app, req, context),
     listEnvironments: (req, context) => list(app, principal(context), req),
     listEnvironmentClasses,
     async createEnvironment(req, context) {

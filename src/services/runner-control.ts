@@ -41,6 +41,7 @@ import { TokenKind } from "../domain/tokens.ts";
 import { principal } from "../rpc/authenticate.ts";
 import { streamOpened } from "../rpc/call.ts";
 import { completeCall, openCalls } from "../store/calls.ts";
+import { refreshCaller } from "../store/credentials.ts";
 import type { Tx } from "../store/db.ts";
 import { refitClasses } from "../store/environment-classes.ts";
 import { advanceEnvironment, lockEnvironment, noteReport } from "../store/environments.ts";
@@ -55,7 +56,7 @@ import {
   setRunnerStatus,
   startLink,
 } from "../store/runners.ts";
-import { findRunnerToken, insertToken, refreshCaller, revokeEnvironmentToken } from "../store/tokens.ts";
+import { findRunnerToken, insertToken, revokeEnvironmentToken } from "../store/tokens.ts";
 import { reportAutomations } from "./runner-control/automations.ts";
 import { hostToken, putHostToken } from "./runner-control/host-tokens.ts";
 import { bookmark, changesSince, step } from "./runner-control/objects.ts";

@@ -17,6 +17,7 @@ import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js
 import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { SortOrder } from "../../gen/gitpod/v1/pagination_pb.js";
+import type { EncodedEnvironment } from "../domain/environment.ts";
 import { invalid, notFound } from "../domain/errors.ts";
 import {
   archivableSince,
@@ -134,7 +135,7 @@ function toEnvironment(row: EnvironmentRow, relation: Relation): StoredEnvironme
   };
 }
 
-function relationOf(row: EnvironmentRow, caller: Caller): Relation {
+function relationOf(row: Pick<EnvironmentRow, "owner" | "e_user">, caller: Caller): Relation {
   const person = caller.principal === Principal.USER || caller.principal === Principal.SERVICE_ACCOUNT;
   return {
     owner: person && row.owner,
@@ -306,6 +307,27 @@ export async function readEnvironment(
     select ${columns(sql)}, ${relations(sql, caller)} from environments e
     where e.id = ${id} and ${readsEnvironment(sql, caller)} ${lock ? sql`for update` : sql``}`;
   return row && toEnvironment(row, relationOf(row, caller));
+}
+
+/** An environment in the form that is stored, for who only reads it. */
+export type EncodedEnvironmentRow = EncodedEnvironment & { relation: Relation };
+
+/** Query for what `getEncodedEnvironment` needs. */
+export const encodedEnvironmentQuery = (sql: Sql, caller: Caller, id: string): Fragment => sql`
+  select e.id, e.metadata, e.spec, e.status, ${relations(sql, caller)} from environments e
+  where e.id = ${id} and ${readsEnvironment(sql, caller)}`;
+
+/** As `getEnvironment`, without decoding it; `found` is the row of the query, if it has been made already. */
+export async function getEncodedEnvironment(
+  sql: Sql,
+  caller: Caller,
+  id: string,
+  found?: object,
+): Promise<EncodedEnvironmentRow> {
+  const [row] = (found ? [found] : await sql`${encodedEnvironmentQuery(sql, caller, id)}`) as EnvironmentRow[];
+  if (!row?.id) throw notFound("environment", id);
+  const { metadata, spec, status } = row;
+  return { id: row.id, metadata, spec, status, relation: relationOf(row, caller) };
 }
 
 /** An environment that the caller may read; NOT_FOUND otherwise. `lock` keeps it still until the transaction ends. */

@@ -2,13 +2,11 @@ import { fromBinary } from "@bufbuild/protobuf";
 import { AdmissionLevel, EnvironmentSpecSchema } from "../../gen/gitpod/v1/environment_pb.js";
 import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
-import { OrganizationRole } from "../../gen/gitpod/v1/organization_pb.js";
 import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
 import { admits, portOf } from "../domain/environment-ports.ts";
-import type { Caller } from "../domain/principal.ts";
 import { EXCHANGE_TOKEN_MS } from "../domain/runner.ts";
 import { SHOWN_AFTER_END_MS, TokenKind, tokenHash, tokenKind } from "../domain/tokens.ts";
-import type { Db, Fragment, Sql, Tx } from "./db.ts";
+import type { Db, Sql, Tx } from "./db.ts";
 
 /** A token about to be stored; the text itself never is. */
 export interface NewToken {
@@ -34,18 +32,6 @@ export interface NewToken {
   description?: string;
 }
 
-/** Kinds that the public API takes as a credential. */
-const API_KINDS: readonly TokenKind[] = [
-  TokenKind.PERSONAL_ACCESS,
-  TokenKind.SERVICE_ACCOUNT,
-  TokenKind.SERVICE_ACCOUNT_ACCESS,
-  TokenKind.RUNNER_ACCESS,
-  TokenKind.ENVIRONMENT,
-];
-
-/** Kinds that come as the cookie of a browser. */
-const COOKIE_KINDS: readonly TokenKind[] = [TokenKind.SESSION];
-
 /** Kinds that only the endpoints of a runner take. */
 const RUNNER_KINDS: readonly TokenKind[] = [
   TokenKind.ENVIRONMENT,
@@ -62,129 +48,6 @@ export async function insertToken(sql: Sql | Tx, token: NewToken): Promise<void>
       ${token.subjectPrincipal}, ${token.environmentId}, ${token.runnerId}, ${token.issuerId}, ${token.port},
       ${token.authNonce === undefined ? null : String(token.authNonce)}, ${token.readOnly ?? false},
       ${token.description ?? ""}, ${token.createdAt}, ${token.expiresAt}, ${token.idleSeconds})`;
-}
-
-interface CallerRow {
-  token_id: string;
-  kind: TokenKind;
-  organization_id: string | null;
-  subject_id: string;
-  subject_principal: Principal;
-  account_id: string | null;
-  read_only: boolean;
-  expired: boolean;
-  stale: boolean;
-  alive: boolean;
-  org_admin: boolean;
-  org_roles: number[];
-  runner_id: string | null;
-  creator_id: string | null;
-  project_id: string | null;
-  issuer_id: string | null;
-  name: string;
-  email: string;
-}
-
-/** What a credential turned out to be. */
-export type Credential =
-  | { state: "ok"; caller: Caller /** `last_used_at` is over a minute old. */; stale: boolean }
-  | { state: "expired" | "unknown" };
-
-async function lookUp(sql: Sql, which: Fragment, now: Date): Promise<CallerRow[]> {
-  return sql<CallerRow[]>`
-    select t.id as token_id, t.kind, t.organization_id, t.subject_id, t.subject_principal, t.read_only,
-      coalesce(t.expires_at <= ${now}, false)
-        or coalesce(coalesce(t.last_used_at, t.created_at) + t.idle_seconds * interval '1 second' <= ${now}, false) as expired,
-      coalesce(t.last_used_at < ${now}::timestamptz - interval '1 minute', true) as stale,
-      case t.subject_principal
-        when ${Principal.USER} then u.status = ${UserStatus.ACTIVE}
-        when ${Principal.SERVICE_ACCOUNT} then not s.suspended and coalesce(s.valid_until > ${now}, true)
-        when ${Principal.RUNNER} then r.deleted_at is null and r.id is not null
-        when ${Principal.ENVIRONMENT} then e.deleted_at is null and e.id is not null
-        when ${Principal.ACCOUNT} then a.id is not null
-        else false end as alive, a.id as account_id,
-      coalesce(u.role = ${OrganizationRole.ADMIN}, false) as org_admin,
-      array(select share.resource_role from group_members member
-        join role_assignments share on share.group_id = member.group_id
-        where member.member_id = t.subject_id and share.resource_id = t.organization_id) as org_roles,
-      coalesce(e.runner_id, r.id) as runner_id, e.creator_id, e.project_id, t.issuer_id,
-      coalesce(a.name, s.name, r.name, '') as name, coalesce(a.email, '') as email
-    from tokens t
-      left join users u on t.subject_principal = ${Principal.USER} and u.id = t.subject_id
-      left join accounts a on a.id = case t.subject_principal when ${Principal.ACCOUNT} then t.subject_id else u.account_id end
-      left join service_accounts s on t.subject_principal = ${Principal.SERVICE_ACCOUNT} and s.id = t.subject_id
-      left join runners r on t.subject_principal = ${Principal.RUNNER} and r.id = t.subject_id
-      left join environments e on t.subject_principal = ${Principal.ENVIRONMENT} and e.id = t.subject_id
-    where ${which}`;
-}
-
-function toCaller(row: CallerRow): Caller {
-  return {
-    principal: row.subject_principal,
-    id: row.subject_id,
-    organizationId: row.organization_id ?? "",
-    accountId: row.account_id ?? "",
-    orgAdmin: row.org_admin || row.org_roles.includes(ResourceRole.ORG_ADMIN),
-    runnersAdmin: row.org_roles.includes(ResourceRole.ORG_RUNNERS_ADMIN),
-    projectsAdmin: row.org_roles.includes(ResourceRole.ORG_PROJECTS_ADMIN),
-    groupsAdmin: row.org_roles.includes(ResourceRole.ORG_GROUPS_ADMIN),
-    environmentsReader: row.org_roles.includes(ResourceRole.ORG_ENVIRONMENTS_READER),
-    auditReader: row.org_roles.includes(ResourceRole.ORG_AUDIT_LOG_READER),
-    tokenKind: row.kind,
-    tokenId: row.token_id,
-    issuerId: row.issuer_id ?? undefined,
-    readOnly: row.read_only,
-    runnerId: row.runner_id ?? "",
-    creatorId: row.creator_id ?? "",
-    projectId: row.project_id ?? "",
-    name: row.name,
-    email: row.email,
-  };
-}
-
-/**
- * Looks an API credential up, with the state of its owner and the organization-wide roles that it brings, in one
- * round trip. It runs on every call, so a revocation counts from its commit on.
- */
-export const findCaller = (sql: Sql, text: string, now: Date): Promise<Credential> =>
-  findCredential(sql, API_KINDS, text, now);
-
-/** As `findCaller`, for what a browser brings in its cookie. */
-export const findSession = (sql: Sql, text: string, now: Date): Promise<Credential> =>
-  findCredential(sql, COOKIE_KINDS, text, now);
-
-async function findCredential(sql: Sql, kinds: readonly TokenKind[], text: string, now: Date): Promise<Credential> {
-  const kind = tokenKind(text);
-  if (!kind || !kinds.includes(kind)) return { state: "unknown" };
-  const [row] = await lookUp(sql, sql`t.hash = ${tokenHash(text)}`, now);
-  if (!row || row.kind !== kind || !row.alive) return { state: "unknown" };
-  if (row.expired) return { state: "expired" };
-  return { state: "ok", stale: row.stale, caller: toCaller(row) };
-}
-
-/**
- * The callers behind open streams as they are now, with the roles of this moment, by the id of their credential; those
- * whose credential opens nothing any more are missing.
- */
-export async function refreshCallers(
-  sql: Sql,
-  callers: readonly Caller[],
-  now: Date,
-): Promise<ReadonlyMap<string, Caller>> {
-  const ids = [...new Set(callers.map((caller) => caller.tokenId))];
-  const rows = await lookUp(sql, sql`t.id = any(${ids})`, now);
-  return new Map(rows.filter((row) => row.alive && !row.expired).map((row) => [row.token_id, toCaller(row)]));
-}
-
-/** As `refreshCallers`, for one. */
-export async function refreshCaller(sql: Sql, caller: Caller, now: Date): Promise<Caller | undefined> {
-  return (await refreshCallers(sql, [caller], now)).get(caller.tokenId);
-}
-
-/** Marks a token as used, at most once a minute, however many calls see at once that it is time. */
-export async function touchToken(sql: Sql, tokenId: string, now: Date): Promise<void> {
-  await sql`update tokens set last_used_at = ${now} where id = ${tokenId}
-    and coalesce(last_used_at < ${now}::timestamptz - interval '1 minute', true)`;
 }
 
 /** Uses an exchange token up; of two callers at once one gets the runner's id, the other undefined. */

@@ -3,7 +3,7 @@ import { environmentMessage, type ViewerRelation, visibleEnvironment } from "../
 import type { Caller } from "../../domain/principal.ts";
 import type { StoredEnvironment } from "../../store/environments.ts";
 
-function viewer(caller: Caller, { relation }: StoredEnvironment): ViewerRelation {
+export function viewer(caller: Caller, { relation }: Pick<StoredEnvironment, "relation">): ViewerRelation {
   if (relation.self) return "self";
   if (relation.runner) return "runner";
   if (relation.owner) return "owner";

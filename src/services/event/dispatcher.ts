@@ -6,7 +6,7 @@ import { Refusal } from "../../domain/errors.ts";
 import { Backlog, type OutboxEvent, resourceKey, type Selection } from "../../domain/event.ts";
 import type { Caller } from "../../domain/principal.ts";
 import type { Outlet } from "../../rpc/call.ts";
-import { refreshCallers } from "../../store/tokens.ts";
+import { refreshCallers } from "../../store/credentials.ts";
 import { type Audience, audienceOf } from "../../store/visibility.ts";
 
 const RETRY_MS = 500;
