@@ -46,6 +46,7 @@ beforeEach(async () => {
       logs: join(folder, "logs"),
       variables: (more) => ({ PATH: path(), HOME: join(folder, "home"), ...more }),
       folder: () => join(folder, "home"),
+      isContained: () => false,
       secrets: async () => new Map(),
       logUrl: (path) => `http://runner/${path}/logs`,
       runnerName: () => "test",

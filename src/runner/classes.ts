@@ -10,10 +10,17 @@ export interface Limits {
 /** A class as this host understands it; `problem` says why it cannot be realised here. */
 export interface ClassSettings {
   limits: Limits;
+  /** The dev container runs in a container of its own. */
+  inContainer: boolean;
   problem: string | undefined;
 }
 
 const positive = (text: string | undefined) => (Number(text) > 0 ? Number(text) : undefined);
+
+function isOffered(schema: RunnerConfigurationSchema, isolation: string): boolean {
+  const field = schema.environmentClasses.find(({ id }) => id === "isolation");
+  return field?.type.case === "enum" && field.type.value.values.includes(isolation);
+}
 
 export function classSettings(
   schema: RunnerConfigurationSchema,
@@ -23,6 +30,7 @@ export function classSettings(
   const isolation = values.get("isolation") ?? "process";
   return {
     limits: { cpuCores: positive(values.get("cpu")), memoryMib: positive(values.get("memory")) },
-    problem: isolation === "process" ? undefined : `isolation ${isolation} is not offered by this runner`,
+    inContainer: isolation === "container",
+    problem: isOffered(schema, isolation) ? undefined : `isolation ${isolation} is not offered by this runner`,
   };
 }

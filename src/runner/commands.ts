@@ -1,5 +1,6 @@
 import { type ChildProcess, spawn } from "node:child_process";
 import { constants, homedir } from "node:os";
+import { Readable } from "node:stream";
 import { type ProcessRef, readProcess, terminateSession } from "./supervisor/processes.ts";
 
 /** How a command is run. Nothing of the runner's own environment reaches it but PATH. */
@@ -13,6 +14,8 @@ export interface CommandOptions {
   signal?: AbortSignal;
   /** Longest output that is kept, per stream; the rest is dropped. Default 64 KiB. */
   maxOutput?: number;
+  /** What it reads; nothing if left out. */
+  input?: string | Readable;
   /** Sees both streams as they come. */
   onOutput?: (chunk: Buffer) => void;
   /** Called once the command is known by pid and start time, for whoever must find it after a crash. */
@@ -81,8 +84,17 @@ function ending(child: ChildProcess): Promise<number> {
   });
 }
 
+/** Writes to the input of a program, which need not read it. */
+function feed({ stdin }: ChildProcess, input: string | Readable): void {
+  if (!stdin) return;
+  stdin.on("error", () => undefined);
+  const source = typeof input === "string" ? Readable.from([input]) : input;
+  source.on("error", () => stdin.destroy());
+  source.pipe(stdin);
+}
+
 /**
- * Runs a program to its end, in a session of its own, with empty input. Throws CommandTimeout, the signal's reason, or
+ * Runs a program to its end, in a session of its own, with empty input unless it is given one. Throws CommandTimeout, the signal's reason, or
  * the system error if it could not be started; a failure exit is a result.
  */
 export async function runCommand(
@@ -90,16 +102,17 @@ export async function runCommand(
   args: readonly string[],
   options: CommandOptions,
 ): Promise<CommandResult> {
-  const { cwd, env, user, timeoutMs, signal, maxOutput = DEFAULT_MAX_OUTPUT, onOutput, onStart } = options;
+  const { cwd, env, user, timeoutMs, signal, maxOutput = DEFAULT_MAX_OUTPUT, onOutput, onStart, input } = options;
   signal?.throwIfAborted();
   const child = spawn(file, args, {
     cwd: cwd ?? "/",
     env: { PATH: commandPath(), LANG: "C.UTF-8", LC_ALL: "C.UTF-8", ...env },
     detached: true,
-    stdio: ["ignore", "pipe", "pipe"],
+    stdio: [input === undefined ? "ignore" : "pipe", "pipe", "pipe"],
     ...(user && { uid: user.uid, gid: user.gid }),
   });
   const ended = ending(child);
+  if (input !== undefined) feed(child, input);
   const stdout = collect(child.stdout, maxOutput, onOutput);
   const stderr = collect(child.stderr, maxOutput, onOutput);
   const leader = child.pid === undefined ? undefined : readProcess(child.pid);

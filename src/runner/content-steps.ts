@@ -151,7 +151,7 @@ export async function keepRepositoryFiles(
   spec: EnvironmentSpec,
   signal: AbortSignal,
 ): Promise<void> {
-  const container = await keepDevContainer(site, spec);
+  const container = await keepDevContainer(site, spec, signal);
   signal.throwIfAborted();
   const next = clone(EnvironmentStatusSchema, site.status);
   if (container) next.devcontainer = container.status;

@@ -7,13 +7,16 @@ import {
   EnvironmentSpec_DevContainerSchema,
   type EnvironmentStatus_DevContainer,
 } from "../../gen/gitpod/v1/environment_pb.js";
+import { type ContainerProgress, containerName } from "./devcontainer/belongings.ts";
+import { onHost } from "./devcontainer/container-keeper.ts";
+import { ContainerWork, discardContainer } from "./devcontainer/container-work.ts";
 import { DOTFILES, dotfilesCommand } from "./devcontainer/dotfiles.ts";
-import type { LifecycleCommand, StepOutcome } from "./devcontainer/lifecycle.ts";
+import { type LifecycleCommand, NO_LIFECYCLE, type StepOutcome } from "./devcontainer/lifecycle.ts";
 import { type RunOptions, type Step, startRun } from "./devcontainer/run.ts";
 import { ContentError } from "./git.ts";
 import { writeEnvironmentVariables } from "./machine-steps.ts";
 import type { LifecycleFacts } from "./record.ts";
-import { type Application, type HostDevContainer, hostDevContainer } from "./repository-files.ts";
+import { type Application, type FoundDevContainer, findDevContainer } from "./repository-files.ts";
 import { type EnvironmentSite, userOf } from "./site.ts";
 import { variablesMark } from "./status.ts";
 
@@ -50,6 +53,7 @@ const sessionsOf = ({ machine, content, devcontainer }: EnvironmentSpec) =>
 export async function keepDevContainer(
   site: EnvironmentSite,
   spec: EnvironmentSpec,
+  signal: AbortSignal,
 ): Promise<AppliedDevContainer | undefined> {
   if (!needsDevContainer(site, spec)) {
     await keepAttached(site, spec);
@@ -57,18 +61,43 @@ export async function keepDevContainer(
   }
   if (site.application && site.application.key !== sessionsOf(spec)) await endCommands(site);
   site.application ??= await begin(site, spec);
-  const { container, run } = site.application;
+  const { container, run, work } = site.application;
+  await work?.advance(signal);
+  if (work?.failure) await run.cancel();
   const { state } = run;
   await writeDown(site, run.take());
+  if (work?.failure) return await abandoned(site, spec, container, work.failure);
   if (state === "running") return undefined;
+  if (state === "lost") {
+    await endCommands(site);
+    return undefined;
+  }
+  if (work && !work.containerId) {
+    work.want();
+    return undefined;
+  }
   site.application = undefined;
-  return state === "done" ? conclude(site, spec, container) : undefined;
+  return conclude(site, spec, container, work);
+}
+
+/** The container cannot be had: what is left runs on the host, and its users are told. */
+async function abandoned(
+  site: EnvironmentSite,
+  spec: EnvironmentSpec,
+  container: FoundDevContainer,
+  failure: string,
+): Promise<AppliedDevContainer> {
+  site.application = undefined;
+  const status = { ...container.status, phase: DevContainerPhase.FAILED, failureMessage: onHost(failure) };
+  return conclude(site, spec, { ...container, status, lifecycle: NO_LIFECYCLE });
 }
 
 /** Ends the commands that are at work: their checkout, or what they were for, is about to go. */
 export async function endCommands(site: EnvironmentSite): Promise<void> {
   const { application, attached } = site;
-  await Promise.all([application?.run.cancel(), attached?.cancel()]);
+  const { run, work } = application ?? {};
+  // Whoever waits for the container hears first that it will not come.
+  await Promise.all([work?.cancel(), run?.cancel(), attached?.cancel()]);
   site.application = site.attached = undefined;
 }
 
@@ -84,7 +113,7 @@ async function dotfilesStep({ record: { lifecycle }, host }: EnvironmentSite, ke
 }
 
 /** Commands of the file and of the runner, with the keys by which they are known to have ended. */
-async function stepsOf(site: EnvironmentSite, spec: EnvironmentSpec, { lifecycle }: HostDevContainer) {
+async function stepsOf(site: EnvironmentSite, spec: EnvironmentSpec, { lifecycle }: FoundDevContainer) {
   const devcontainer = devContainerOf(spec);
   const stepOf = (command: LifecycleCommand, ...more: string[]): Step => ({
     ...{ key: keyOf(devcontainer, command.name, ...more), command, endsRun: true },
@@ -106,28 +135,47 @@ async function begin(site: EnvironmentSite, spec: EnvironmentSpec): Promise<Appl
   await endCommands(site);
   const devcontainer = devContainerOf(spec);
   const checkout = { folder: site.folder, user: userOf(site) };
-  const container = await hostDevContainer(checkout, devcontainer, site.host.config.hostDevcontainer);
+  const mode = site.settings?.inContainer ? "container" : site.host.config.hostDevcontainer;
+  const container = await findDevContainer(checkout, devcontainer, mode);
+  // There may be one of a class, or of a file, that was in use before.
+  if (!container.plan && site.record.container) await discardContainer(site);
   await applyVariables(site, container.variables);
   const { steps, refused, dotfiles } = await stepsOf(site, spec, container);
   const known = new Set([...steps.map(({ key }) => key), keyOf(devcontainer, DOTFILES)]);
   const ended = [...site.record.lifecycle.ended.filter(({ key }) => known.has(key)), ...refused];
   const due = steps.filter(({ key }) => !ended.some((each) => each.key === key));
-  if (due.length > 0) {
+  const work = container.plan && new ContainerWork(site, container.plan, devcontainer.session);
+  if (due.length > 0 || work) {
     const status = { ...container.status, phase: DevContainerPhase.CREATING, failureMessage: "", warningMessage: "" };
     await site.edit((record) => {
       record.lifecycle = { ended, attach: [], dotfiles };
       record.status.devcontainer = status;
     });
   } else site.record.lifecycle = { ended, attach: [] };
-  return { key: sessionsOf(spec), container, run: startRun(runOf(site, spec, due, COMMANDS_MS)) };
+  const run = startRun(runOf(site, spec, due, COMMANDS_MS, work));
+  return { key: sessionsOf(spec), container, run, ...(work && { work }) };
 }
 
-function runOf(site: EnvironmentSite, spec: EnvironmentSpec, steps: readonly Step[], timeoutMs: number): RunOptions {
-  const { client } = site.supervision;
+/** Who runs a step: everything but what prepares the host runs where the dev container does. */
+function executor(site: EnvironmentSite, { command }: Step, work: ContainerProgress | undefined) {
+  const isOnHost = command.name === "initializeCommand";
+  if (work && !isOnHost) return work.client();
+  const { client } = site.record.container && !isOnHost ? site.container : site.supervision;
   if (!client) throw new Error("the environment has no supervisor at the moment");
+  return client;
+}
+
+function runOf(
+  site: EnvironmentSite,
+  spec: EnvironmentSpec,
+  steps: readonly Step[],
+  timeoutMs: number,
+  work?: ContainerProgress,
+): RunOptions {
   const sectionOf = ({ command }: Step) => (command.name === DOTFILES ? "dotfiles" : "devcontainer");
   return {
-    ...{ client, paths: site.paths, uid: userOf(site).uid, folder: site.folder, steps, timeoutMs },
+    clientOf: (step) => executor(site, step, work),
+    ...{ paths: site.paths, uid: userOf(site).uid, folder: site.folder, steps, timeoutMs },
     attempt: `${spec.machine?.session} ${spec.content?.session}`,
     onStep(step) {
       if (timeoutMs > 0 && !site.sections.isOpen(sectionOf(step))) site.sections.open(sectionOf(step));
@@ -153,9 +201,23 @@ async function writeDown(site: EnvironmentSite, outcomes: readonly StepOutcome[]
 const withFailures = (warning: string, { ended }: LifecycleFacts) =>
   [warning, ...ended.map(({ failure }) => failure)].filter(Boolean).join("; ");
 
-function conclude(site: EnvironmentSite, spec: EnvironmentSpec, container: HostDevContainer): AppliedDevContainer {
+/** What is reported of the container itself. */
+function containerStatus({ id, record }: EnvironmentSite, work: ContainerProgress | undefined) {
+  const { container } = record;
+  if (!work || !container) return undefined;
+  const { userName: remoteUser } = container;
+  return { containerId: work.containerId, containerName: containerName(id), remoteUser };
+}
+
+function conclude(
+  site: EnvironmentSite,
+  spec: EnvironmentSpec,
+  container: FoundDevContainer,
+  work?: ContainerProgress,
+): AppliedDevContainer {
   const { ended } = site.record.lifecycle;
-  const warningMessage = withFailures(container.status.warningMessage, site.record.lifecycle);
+  const warnings = [container.status.warningMessage, ...(site.record.container?.warnings ?? [])].filter(Boolean);
+  const warningMessage = withFailures(warnings.join("; "), site.record.lifecycle);
   const { failureMessage } = container.status;
   if (!site.sections.isOpen("devcontainer")) site.sections.open("devcontainer");
   if (failureMessage || warningMessage) site.log.write(failureMessage || `Warning: ${warningMessage}`);
@@ -163,7 +225,7 @@ function conclude(site: EnvironmentSite, spec: EnvironmentSpec, container: HostD
   site.sections.end("devcontainer", isWell ? LogSectionOutcome.SUCCESS : LogSectionOutcome.FAILURE);
   const secretsInSync = variablesMark(spec) === site.record.secretVariables;
   return {
-    status: { ...container.status, warningMessage, secretsInSync },
+    status: { ...container.status, ...containerStatus(site, work), warningMessage, secretsInSync },
     hash: container.hash,
     lifecycle: { ended, attach: container.lifecycle.attach },
   };

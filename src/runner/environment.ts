@@ -21,6 +21,7 @@ import { classSettings } from "./classes.ts";
 import { initializerProblem } from "./clone-plan.ts";
 import { keepContent, keepRepositoryFiles, observeFiles } from "./content-steps.ts";
 import { describe } from "./control-plane.ts";
+import { adoptContainer, keepContainer } from "./devcontainer/container-keeper.ts";
 import { GitWatch } from "./git-watch.ts";
 import type { Host } from "./host.ts";
 import type { EnvironmentLog } from "./logs.ts";
@@ -144,6 +145,11 @@ export class ManagedEnvironment {
     return user?.own ? user.uid : undefined;
   }
 
+  /** Image of its container, if it has one. */
+  get containerImage(): string | undefined {
+    return this.#site.record.container?.image;
+  }
+
   get #hasMachine(): boolean {
     return this.#site.machinePhase !== MachinePhase.UNSPECIFIED;
   }
@@ -160,9 +166,9 @@ export class ManagedEnvironment {
     return this.#site.machinePhase === MachinePhase.RUNNING && this.#site.passed;
   }
 
-  /** The supervisor of a running environment; undefined in any other state. */
+  /** Who serves the operations of a running environment; undefined in any other state. */
   get operations(): SupervisorClient | undefined {
-    return this.#isServing ? this.#site.supervision.client : undefined;
+    return this.#isServing ? this.#site.operations : undefined;
   }
 
   /** A port that the specification lists, while the environment runs. */
@@ -288,7 +294,9 @@ export class ManagedEnvironment {
     const { record, paths } = this.#site;
     switch (goal?.kind) {
       case undefined:
-        if (this.#site.machinePhase === MachinePhase.RUNNING) await adopt(this.#site);
+        if (this.#site.machinePhase !== MachinePhase.RUNNING) return undefined;
+        await adopt(this.#site);
+        await adoptContainer(this.#site);
         return undefined;
       case "keep":
         return await this.#keep(goal.desired, signal);
@@ -296,11 +304,13 @@ export class ManagedEnvironment {
         return await this.#halt(signal);
       case "erase":
         await this.#endProcesses(false, signal);
+        await this.#site.forgetContainer();
         await eraseEnvironment(this.#host, this.id, paths, record.user);
         return this.#leave();
       case "quarantine":
         await this.#endProcesses(false, signal);
         signal.throwIfAborted();
+        await this.#site.forgetContainer();
         await quarantine(this.#host, this.id, paths);
         return this.#leave();
     }
@@ -349,6 +359,7 @@ export class ManagedEnvironment {
     signal: AbortSignal,
   ): Promise<number | undefined> {
     const site = this.#site;
+    site.settings = classSettings(this.#host.schema, desired.environmentClass);
     const isCurrent = this.#hasMachine && site.status.machine?.session === spec.machine?.session;
     const refusal = this.#refusal(desired, spec);
     if (refusal && !(isCurrent && site.passed)) {
@@ -373,6 +384,7 @@ export class ManagedEnvironment {
       if (!(await this.#keepFiles(spec, signal))) return undefined;
       await keepSecrets(site, spec, true, signal);
       await keepRepositoryFiles(site, spec, signal);
+      await keepContainer(site, work.onState, signal);
       this.automations.connect(site.supervision.client, site.passed);
       await keepAutomationsFile(site, spec, signal);
     }
@@ -457,6 +469,7 @@ export class ManagedEnvironment {
       await site.editTowardsEnd(({ status }) => {
         status.machine = machine(MachinePhase.DELETING);
       });
+      await site.forgetContainer();
       await eraseEnvironment(this.#host, this.id, site.paths, site.record.user);
       site.onDisk = false;
     }

@@ -12,6 +12,7 @@ import {
   EnvironmentStatus_Machine_Phase as MachinePhase,
 } from "../../gen/gitpod/v1/environment_pb.js";
 import type { AutomationReports } from "./automations/reports.ts";
+import { removeStrays } from "./devcontainer/belongings.ts";
 import { type EnvironmentEvents, ManagedEnvironment } from "./environment.ts";
 import { removeTree } from "./files.ts";
 import type { Host } from "./host.ts";
@@ -63,6 +64,9 @@ export class Environments {
     const names = await readdir(environmentsFolder(host.config.dataDir));
     for (const id of names.filter((name) => UUID.test(name))) await environments.#open(id);
     await environments.#sweep();
+    await environments.#removeStrayContainers().catch((error: unknown) => {
+      host.log.warn({ error: String(error) }, "containers of former environments could not be removed");
+    });
     await environments.#removeStrayUsers().catch((error: unknown) => {
       host.log.warn({ error: String(error) }, "accounts of former environments could not be removed");
     });
@@ -75,6 +79,14 @@ export class Environments {
     const aside = await readdir(quarantineFolder(dataDir));
     const present = new Set([...this.#managed.keys(), ...aside.map((name) => name.split(".")[0])]);
     for (const id of await usersBelow(environmentsFolder(dataDir))) if (!present.has(id)) await removeUser(id);
+  }
+
+  /** What a runner that was ended, or an engine that did not answer, has left of environments that are gone. */
+  async #removeStrayContainers(): Promise<void> {
+    const engine = await this.#host.engines.find();
+    const images = [...this.#managed.values()].flatMap(({ containerImage }) => containerImage ?? []);
+    const { dataDir } = this.#host.config;
+    if (engine) await removeStrays(engine, dataDir, { environmentIds: new Set(this.#managed.keys()), images });
   }
 
   get ids(): string[] {

@@ -9,6 +9,7 @@ import type { HostFacts } from "../domain/environment-class.ts";
 import type { Guard } from "../scm/guard.ts";
 import type { ControlGroups } from "./cgroups.ts";
 import type { EngineAccess } from "./containers/find.ts";
+import type { ContainerRuntime } from "./containers/runtime.ts";
 import type { ControlPlane } from "./control-plane.ts";
 import type { SourceControl } from "./source-control.ts";
 import type { SshServer } from "./ssh/server.ts";
@@ -28,6 +29,8 @@ export interface Host {
   program: ProgramVersion;
   schema: RunnerConfigurationSchema;
   engines: EngineAccess;
+  /** What containers run this program with. */
+  containerRuntime(): Promise<ContainerRuntime>;
   /** Absent where nobody can log in with SSH. */
   sshServer: SshServer | undefined;
   /** Absent where limits cannot be enforced. */
@@ -48,8 +51,8 @@ const GIB = 1024 ** 3;
 const MIB = 1024 ** 2;
 const COMMIT = /^[0-9a-f]{40}$/;
 
-/** Whether classes may ask for a container of their own: not before environments can live in one. */
-const OFFERS_CONTAINERS = false;
+/** Containers of environments belong to users of their own, which only root can make. */
+const canOwnContainers = () => process.getuid?.() === 0;
 
 /** The machine, for the configuration schema. */
 export async function hostFacts(dataDir: string, engines: EngineAccess): Promise<HostFacts> {
@@ -58,7 +61,7 @@ export async function hostFacts(dataDir: string, engines: EngineAccess): Promise
     cpuCores: availableParallelism(),
     memoryMib: Math.floor(totalmem() / MIB),
     diskGib: Math.floor((disk.blocks * disk.bsize) / GIB),
-    hasContainerEngine: OFFERS_CONTAINERS && engines.present !== undefined,
+    hasContainerEngine: canOwnContainers() && engines.present !== undefined,
   };
 }
 

@@ -15,6 +15,7 @@ import {
   changeOwner,
   makeFolders,
   makeRoot,
+  markContained,
   prepareGroup,
   startSupervisor,
   writeToken,
@@ -136,10 +137,12 @@ async function endow(
   token: string,
 ): Promise<void> {
   const { host, id, paths } = site;
+  const { limits, inContainer } = classSettings(host.schema, environmentClass);
   await allOf(
     writeToken(paths, user, token),
     writeEnvironmentVariables(site, user, token),
-    prepareGroup(host, id, classSettings(host.schema, environmentClass).limits),
+    prepareGroup(host, id, limits),
+    markContained(paths, inContainer),
   );
 }
 

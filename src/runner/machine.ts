@@ -1,4 +1,4 @@
-import { chmod, mkdir, realpath, rename, stat } from "node:fs/promises";
+import { chmod, mkdir, realpath, rename, rm, stat } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { gitAuthorities } from "../scm/git.ts";
@@ -17,7 +17,7 @@ import {
 } from "./paths.ts";
 import type { RecordedProcess } from "./record.ts";
 import { connectSupervisor, type SupervisorClient } from "./supervisor/client.ts";
-import type { SupervisorConfig } from "./supervisor/config.ts";
+import { CONTAINED, type SupervisorConfig } from "./supervisor/config.ts";
 import { launchSupervisor } from "./supervisor/launch.ts";
 import { bootId, isAlive, killEnvironmentProcesses, type ProcessEntry } from "./supervisor/processes.ts";
 import { liveSupervisor } from "./supervisor/record.ts";
@@ -100,6 +100,14 @@ export async function changeOwner(paths: EnvironmentPaths, before: UnixUser, { u
   const args = ["-R", "-P", "-h", `--from=${before.uid}`, "--", `${uid}:${gid}`, ...folders];
   const { code, stderr } = await runCommand("chown", args, { timeoutMs: OWNER_DEADLINE_MS });
   if (code !== 0) throw new Error(`files could not be given to their user: ${stderr.slice(0, 300)}`);
+}
+
+/** Tells the supervisor whether the dev container has to have a container of its own, in a folder that it only reads. */
+export async function markContained(paths: EnvironmentPaths, inContainer: boolean): Promise<void> {
+  const mark = join(paths.root, CONTAINED);
+  if (!inContainer) return await rm(mark, { force: true });
+  await makeFolder(paths.container, 0o755);
+  await writeAtomically(mark, "");
 }
 
 /** Variables that every process of an environment starts with. */
@@ -213,17 +221,19 @@ async function endGracefully(supervisor: RecordedProcess, signal: AbortSignal): 
 }
 
 /**
- * Ends every process of an environment; with a supervisor to ask, gracefully first. Returns those that could not be
- * ended: empty on success.
+ * Ends every process of an environment; with a supervisor to ask, gracefully first, then its container. Returns those
+ * that could not be ended: empty on success.
  */
 export async function stopProcesses(
   host: Host,
   environmentId: string,
   user: UnixUser | undefined,
   supervisor: RecordedProcess | undefined,
+  endContainer: () => Promise<void>,
   signal: AbortSignal,
 ): Promise<ProcessEntry[]> {
   if (supervisor) await endGracefully(supervisor, signal);
+  await endContainer();
   const uid = await distinctUid(environmentId, user);
   const left = await killEnvironmentProcesses({ environmentId, uid, deadlineMs: KILL_DEADLINE_MS });
   if (left.length === 0) await host.controlGroups?.remove(environmentId);

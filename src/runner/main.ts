@@ -10,6 +10,7 @@ import { AutomationReports } from "./automations/reports.ts";
 import { Calls } from "./calls.ts";
 import { ControlGroups } from "./cgroups.ts";
 import { EngineAccess } from "./containers/find.ts";
+import { prepareRuntime } from "./containers/runtime.ts";
 import { connectControlPlane } from "./control-plane.ts";
 import { Credentials, RefusedError } from "./credentials.ts";
 import { Environments } from "./environments.ts";
@@ -84,6 +85,7 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
   const host: Host = {
     ...{ config, publicApiUrl, program, controlPlane, log, ...sourceControl(controlPlane, guard, publicApiUrl) },
     engines,
+    containerRuntime: once(() => prepareRuntime(config.dataDir)),
     schema: linuxHostSchema(`${publicApiUrl}/oauth/scm/callback`, facts),
     sshServer: await findSshServer(process.env.PATH ?? ""),
     controlGroups: await ControlGroups.open(),
@@ -161,6 +163,18 @@ async function signInFirst(credentials: Credentials, { controlPlane, log }: Host
     // The link meets the same refusal and ends with it; anything else is tried again there.
     if (!(error instanceof RefusedError)) log.warn("the control plane could not be asked for an access token yet");
   }
+}
+
+/** Does something at the first call; only what has failed is tried again. */
+function once<T>(work: () => Promise<T>): () => Promise<T> {
+  let result: Promise<T> | undefined;
+  return () => {
+    result ??= work().catch((error: unknown) => {
+      result = undefined;
+      throw error;
+    });
+    return result;
+  };
 }
 
 /** The URL with the port in place of a port 0. */

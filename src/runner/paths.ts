@@ -36,6 +36,8 @@ export interface EnvironmentPaths {
   variables: string;
   /** The environment token. */
   token: string;
+  /** What a dev container sees of the runner's own. */
+  container: string;
 }
 
 export const environmentsFolder = (dataDir: string) => join(dataDir, "environments");
@@ -67,6 +69,7 @@ export function environmentPaths(dataDir: string, environmentId: string): Enviro
     supervisorConfig: join(root, "supervisor.json"),
     variables: join(root, "variables.json"),
     token: join(run, "token"),
+    container: join(root, "container"),
   };
 }
 
@@ -84,16 +87,22 @@ async function aliasFolder(): Promise<string> {
   return path;
 }
 
-/** Path of the supervisor's socket: the kernel takes 107 bytes at most, so a deep data folder is reached by a link. */
-export async function supervisorSocket({ run }: EnvironmentPaths): Promise<string> {
-  const direct = join(run, "supervisor.sock");
+/** Name of the socket of the supervisor in a dev container. */
+export const CONTAINER_SOCKET = "container.sock";
+
+/**
+ * Path of a supervisor's socket on the host: the kernel takes 107 bytes at most, so a deep data folder is reached by a
+ * link.
+ */
+export async function supervisorSocket({ run }: EnvironmentPaths, name = "supervisor.sock"): Promise<string> {
+  const direct = join(run, name);
   if (Buffer.byteLength(direct) <= MAX_SOCKET_PATH_BYTES) return direct;
   const alias = join(await aliasFolder(), createHash("sha256").update(run).digest("hex").slice(0, 16));
   if ((await readlink(alias).catch(() => undefined)) !== run) {
     await rm(alias, { force: true });
     await symlink(run, alias);
   }
-  return join(alias, "supervisor.sock");
+  return join(alias, name);
 }
 
 /** Removes the link that a deep data folder needed. */

@@ -53,6 +53,21 @@ export interface LifecycleFacts {
   dotfiles?: { key: string; command: LifecycleCommand };
 }
 
+/** The container that the dev container runs in. */
+export interface ContainerFacts {
+  /** Dev container session that it is for. */
+  session: string;
+  /** Its image, which is no other container's. */
+  image: string;
+  /** Owner of its processes. */
+  uid: number;
+  userName: string;
+  variables: Record<string, string>;
+  warnings: string[];
+  /** Times at which it had to be brought back, milliseconds since the epoch. */
+  restarts: number[];
+}
+
 /** A section of the log that has not ended. */
 export interface OpenSection {
   id: string;
@@ -80,6 +95,9 @@ export interface EnvironmentRecord {
   /** Variables that the dev container adds. */
   variables: Record<string, string>;
   lifecycle: LifecycleFacts;
+  /** The container engine may have something of it. */
+  usesEngine?: boolean;
+  container?: ContainerFacts;
   secrets: DeliveredSecret[];
   /** Secrets in variables with which the environment has started, as one text. */
   secretVariables: string;

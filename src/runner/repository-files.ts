@@ -9,7 +9,9 @@ import {
   EnvironmentStatus_DevContainerSchema,
 } from "../../gen/gitpod/v1/environment_pb.js";
 import { runCommand } from "./commands.ts";
+import type { ContainerProgress } from "./devcontainer/belongings.ts";
 import { LIFECYCLE_COMMANDS, type Lifecycle, lifecycleOf, NO_LIFECYCLE, withFolder } from "./devcontainer/lifecycle.ts";
+import { type ContainerPlan, containerPlan } from "./devcontainer/plan.ts";
 import type { Run } from "./devcontainer/run.ts";
 import { parseJsonc } from "./jsonc.ts";
 import { commandUser } from "./machine.ts";
@@ -85,8 +87,8 @@ export async function findFile(checkout: Checkout, candidates: readonly string[]
   return found && { ...found, path: posix.normalize(found.path) };
 }
 
-/** What a dev container means on a host without a container engine. */
-export interface HostDevContainer {
+/** A dev container as its file, or the lack of one, describes it. */
+export interface FoundDevContainer {
   status: EnvironmentStatus_DevContainer;
   /** Hash of the file in use; empty without one. */
   hash: string;
@@ -94,14 +96,21 @@ export interface HostDevContainer {
   variables: Record<string, string>;
   /** What it asks to be run here. */
   lifecycle: Lifecycle;
+  /** The container that it is to run in; undefined if that is the host. */
+  plan?: ContainerPlan;
 }
+
+/** Where a dev container runs: in a container, or on the host with its commands, without them, or not at all. */
+export type DevContainerMode = "container" | "run" | "skip" | "fail";
 
 /** A dev container that is being applied: what the file said, and the commands at work. */
 export interface Application {
   /** Sessions that it is for. */
   key: string;
-  container: HostDevContainer;
+  container: FoundDevContainer;
   run: Run;
+  /** Brings the container up that it runs in. */
+  work?: ContainerProgress;
 }
 
 const hashOf = (file: FoundFile | undefined) => (file ? createHash("sha256").update(file.text).digest("hex") : "");
@@ -140,15 +149,20 @@ function hostWarnings(content: Record<string, unknown>, skipsCommands: boolean):
   return warnings.filter(Boolean).join("; ");
 }
 
+/** What has no effect of a dev container that runs in a container. */
+const containerWarning = ({ ignored }: ContainerPlan) =>
+  ignored.length > 0 ? `ignored in the dev container file: ${ignored.join(", ")}` : "";
+
 /**
- * The dev container of a checkout on this host: found, its variables applied, its image and features left out. FAILED
- * if the named file is missing or unreadable, if one of its commands cannot be run, or if the operator wants no dev container without an engine.
+ * The dev container of a checkout: on the host with its image and features left out, or with the plan of a container.
+ * FAILED if the named file is missing or unreadable, if it asks for what cannot be had or run, or if the operator wants
+ * no dev container without a container.
  */
-export async function hostDevContainer(
+export async function findDevContainer(
   checkout: Checkout,
   spec: EnvironmentSpec_DevContainer,
-  mode: "run" | "skip" | "fail",
-): Promise<HostDevContainer> {
+  mode: DevContainerMode,
+): Promise<FoundDevContainer> {
   const { session, devcontainerFilePath: specified } = spec;
   const file = await devContainerFile(checkout, specified);
   const found = file ? DevContainerPresence.DISCOVERED : DevContainerPresence.GENERATED;
@@ -161,7 +175,7 @@ export async function hostDevContainer(
     remoteUser: checkout.user.name,
     remoteWorkspaceFolder: checkout.folder,
   });
-  const failed = (failureMessage: string): HostDevContainer => ({
+  const failed = (failureMessage: string): FoundDevContainer => ({
     status: { ...status, phase: DevContainerPhase.FAILED, failureMessage },
     hash: hashOf(file),
     variables: {},
@@ -172,6 +186,14 @@ export async function hostDevContainer(
   try {
     const content = parse(file);
     const { folder } = checkout;
+    if (mode === "container") {
+      const plan = containerPlan(content, file?.path ?? ".", folder, spec.defaultDevcontainerImage);
+      return {
+        status: { ...status, phase: DevContainerPhase.RUNNING, warningMessage: containerWarning(plan) },
+        ...{ hash: hashOf(file), variables: {}, plan },
+        lifecycle: lifecycleOf(content, spec.lifecycleStage, folder),
+      };
+    }
     const warningMessage = hostWarnings(content, mode === "skip");
     return {
       status: { ...status, phase: DevContainerPhase.RUNNING, warningMessage },

@@ -5,6 +5,8 @@ import {
   EnvironmentStatusSchema,
   EnvironmentStatus_Machine_Phase as MachinePhase,
 } from "../../gen/gitpod/v1/environment_pb.js";
+import type { ClassSettings } from "./classes.ts";
+import { removeContainer, stopContainer } from "./devcontainer/belongings.ts";
 import type { Run } from "./devcontainer/run.ts";
 import type { Host } from "./host.ts";
 import { EnvironmentLog, LogSections } from "./logs.ts";
@@ -15,6 +17,7 @@ import { redact } from "./redact.ts";
 import type { Application } from "./repository-files.ts";
 import { acknowledgement, type Refusal } from "./status.ts";
 import { Supervision } from "./supervision.ts";
+import { type SupervisorClient, withGitOf } from "./supervisor/client.ts";
 import { bootId, terminateSession } from "./supervisor/processes.ts";
 import type { UnixUser } from "./users.ts";
 
@@ -57,6 +60,10 @@ export class EnvironmentSite {
   readonly log: EnvironmentLog;
   readonly sections: LogSections;
   readonly supervision = new Supervision();
+  /** As `supervision`, of the container that the dev container runs in. */
+  readonly container = new Supervision();
+  /** What the class of the environment says; undefined before anything is wanted of it. */
+  settings: ClassSettings | undefined;
   /** Values of secrets in use, by the ids of their entries; only those that this process has fetched. */
   readonly secretValues = new Map<string, { session: string; value: string }>();
   /** Its folder exists, so that changes are written down. */
@@ -169,19 +176,65 @@ export class EnvironmentSite {
     });
   }
 
+  /**
+   * Who serves its operations: what concerns processes and files is served where the dev container runs, git always on
+   * the host. Undefined while one of them does not answer.
+   */
+  get operations(): SupervisorClient | undefined {
+    const { client } = this.supervision;
+    if (!this.record.container || !client) return client;
+    const inner = this.container.client;
+    return inner && withGitOf(client, inner);
+  }
+
   /** Ends every process; throws while one is left, so that it is tried again. */
   async endProcesses(gracefully: boolean, signal: AbortSignal): Promise<void> {
     const { user, supervisor } = this.record;
+    const work = this.application?.work;
     this.letGo();
+    // Nothing may be started while the rest ends.
+    await work?.cancel();
     this.supervision.drop();
-    const left = await stopProcesses(this.host, this.id, user, gracefully ? supervisor : undefined, signal);
+    this.container.drop();
+    const endContainer = () => this.#endContainer(gracefully);
+    const left = await stopProcesses(
+      this.host,
+      this.id,
+      user,
+      gracefully ? supervisor : undefined,
+      endContainer,
+      signal,
+    );
     if (left.length > 0) throw new Error(`${left.length} processes cannot be ended`);
     await this.endStrayGit();
+  }
+
+  /** An engine that does not answer must not hold up the end: the processes of the container are ended like all others. */
+  async #endContainer(gracefully: boolean): Promise<void> {
+    if (!this.record.usesEngine) return;
+    try {
+      const engine = await this.host.engines.find();
+      if (engine) await stopContainer(engine, this.id, gracefully);
+    } catch (error) {
+      this.host.log.warn({ environmentId: this.id, error: textOf(error) }, "a container could not be stopped in order");
+    }
+  }
+
+  /** Takes away what the container engine has of it. What cannot be removed now is, when the runner looks for strays. */
+  async forgetContainer(): Promise<void> {
+    if (!this.record.usesEngine) return;
+    try {
+      const engine = await this.host.engines.find();
+      if (engine) await removeContainer(engine, this.host.config.dataDir, this.id);
+    } catch (error) {
+      this.host.log.warn({ environmentId: this.id, error: textOf(error) }, "a container could not be removed");
+    }
   }
 
   /** Stops following commands; what runs goes on running. */
   letGo(): void {
     this.application?.run.abandon();
+    this.application?.work?.abandon();
     this.attached?.abandon();
     this.application = this.attached = undefined;
   }

@@ -1,6 +1,6 @@
 import { type ChildProcess, execFile, spawn } from "node:child_process";
 import { existsSync } from "node:fs";
-import { copyFile, mkdir, mkdtemp, readFile, rm, symlink } from "node:fs/promises";
+import { chmod, copyFile, mkdir, mkdtemp, readFile, rm, symlink } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
 import { promisify } from "node:util";
 import { readProcess } from "../../src/runner/supervisor/processes.ts";
@@ -21,6 +21,7 @@ const TOOLS = [
   "mv",
   "ls",
   "id",
+  "mkdir",
   "touch",
   "nc",
   "head",
@@ -126,7 +127,8 @@ export async function startContainerEngine(): Promise<TestEngine> {
 
 async function importImages({ docker, image, bareImage }: TestEngine, folder: string): Promise<void> {
   await mkdir(join(folder, "bin"), { recursive: true });
-  await mkdir(join(folder, "tmp"), { mode: 0o1777 });
+  await mkdir(join(folder, "tmp"));
+  await chmod(join(folder, "tmp"), 0o1777);
   const pack = async (name: string) => {
     const archive = `${folder}.tar`;
     await run("tar", ["-C", folder, "-cf", archive, "."]);

@@ -1,4 +1,5 @@
 import { mkdir } from "node:fs/promises";
+import type { Readable } from "node:stream";
 import { isImageReference } from "../../domain/image-reference.ts";
 import { type CommandOptions, type CommandResult, CommandTimeout, runCommand } from "../commands.ts";
 import { lineBatches } from "../supervisor/automation/line-log.ts";
@@ -61,6 +62,43 @@ export interface ContainerState {
   labels: Readonly<Record<string, string>>;
 }
 
+/** How an engine does what takes long. */
+export interface EngineWork {
+  /** What it says. */
+  onLines: (lines: string[]) => void;
+  timeoutMs: number;
+  signal?: AbortSignal;
+  /** Folder of a `config.json` with credentials for registries. */
+  loginFolder?: string;
+}
+
+/** An image to be built; all of it is kept by the engine, so nothing in it may be secret. */
+export type ImageBuild = {
+  /** Its name. */
+  tag: string;
+  labels: Readonly<Record<string, string>>;
+  network?: "none";
+} & (
+  | {
+      /** A tar archive. */
+      context: Readable;
+      /** Path in it. */
+      dockerfile: string;
+      args: Readonly<Record<string, string>>;
+      target?: string;
+    }
+  /** A Dockerfile without a context. */
+  | { text: string }
+);
+
+/** What an image says about what runs in it. */
+export interface ImageFacts {
+  id: string;
+  user: string;
+  variables: Readonly<Record<string, string>>;
+  labels: Readonly<Record<string, string>>;
+}
+
 /** An engine refused or failed; its text is the engine's last line. */
 export class EngineError extends Error {}
 
@@ -68,7 +106,7 @@ const CALL_MS = 30_000;
 const START_MS = 120_000;
 const MAX_ANSWER_BYTES = 8 * 1024 * 1024;
 const MESSAGE_CHARACTERS = 500;
-const GONE = /no such container|no container with|is already in progress/i;
+const GONE = /no such (container|image)|image not known|no container with|is already in progress/i;
 // Names and ids that can be nothing else than an operand.
 const NAME = /^[a-zA-Z0-9][\w.-]{0,254}$/;
 
@@ -99,6 +137,9 @@ const lastLine = (text: string) =>
 
 const pairs = (option: string, values: Readonly<Record<string, string>>) =>
   Object.entries(values).flatMap(([name, value]) => [option, `${name}=${value}`]);
+
+const labelFilters = (labels: Readonly<Record<string, string>>) =>
+  Object.entries(labels).flatMap(([name, value]) => ["--filter", `label=${name}=${value}`]);
 
 const userOption = ({ uid, gid }: ContainerUser) => ["--user", `${uid}:${gid}`];
 
@@ -146,21 +187,75 @@ export class ContainerEngine {
    * Fetches an image, with what the engine says as lines, in `timeoutMs` at most. `loginFolder` holds a `config.json`
    * with credentials for its registry. Throws EngineError, CommandTimeout, or the signal's reason.
    */
-  async pull(
-    image: string,
-    options: { onLines: (lines: string[]) => void; timeoutMs: number; signal?: AbortSignal; loginFolder?: string },
-  ): Promise<void> {
-    const { onLines, timeoutMs, signal, loginFolder } = options;
+  async pull(image: string, options: EngineWork): Promise<void> {
+    await this.#work(["pull", checkedImage(image)], options);
+  }
+
+  /** Lets the engine do what takes long, and tells what it says. */
+  async #work(args: readonly string[], options: EngineWork & Pick<CommandOptions, "input">): Promise<void> {
+    const { onLines, timeoutMs, signal, loginFolder, input } = options;
     const lines = lineBatches((batch) => {
       if (batch.length > 0) onLines(batch);
     });
-    const result = await this.#run(["pull", checkedImage(image)], {
+    const result = await this.#run(args, {
       ...{ timeoutMs, onOutput: lines.write },
       ...(signal && { signal }),
+      ...(input !== undefined && { input }),
       ...(loginFolder && { env: { DOCKER_CONFIG: loginFolder, REGISTRY_AUTH_FILE: `${loginFolder}/config.json` } }),
     });
     lines.end();
     if (result.code !== 0) throw this.#error(result);
+  }
+
+  /** What an image says about what runs in it; undefined if it is not there. */
+  async imageFacts(image: string): Promise<ImageFacts | undefined> {
+    const result = await this.#run(["image", "inspect", "--format", "{{json .}}", checkedImage(image)]);
+    if (result.code === 0) return imageFacts(result.stdout);
+    if (GONE.test(result.stderr)) return undefined;
+    throw this.#error(result);
+  }
+
+  /**
+   * Builds an image from a context, as a tar archive, or from a Dockerfile alone. Throws EngineError, CommandTimeout, or
+   * the signal's reason.
+   */
+  async build(spec: ImageBuild, options: EngineWork): Promise<void> {
+    const { tag, labels, network } = spec;
+    const { dockerfile, args = {}, target } = "context" in spec ? spec : {};
+    const input = "context" in spec ? spec.context : spec.text;
+    await this.#work(
+      [
+        ...["build", "--force-rm", "--tag", checkedImage(tag), ...pairs("--label", labels)],
+        ...(network ? ["--network", network] : []),
+        ...pairs("--build-arg", args),
+        ...(target ? ["--target", checked(NAME, target)] : []),
+        ...(dockerfile ? ["--file", dockerfile] : []),
+        "-",
+      ],
+      { ...options, input },
+    );
+  }
+
+  /** Gives an image another name. */
+  async tag(image: string, name: string): Promise<void> {
+    await this.#ask(["tag", checkedImage(image), checkedImage(name)]);
+  }
+
+  /** Takes a name away from an image, which goes with its last one. One that is gone is fine. */
+  async removeImage(image: string): Promise<void> {
+    await this.#unlessGone(["image", "rm", checkedImage(image)], START_MS);
+  }
+
+  /** Names of the images that carry all of these labels. */
+  async images(labels: Readonly<Record<string, string>>): Promise<string[]> {
+    const format = ["--format", "{{.Repository}}:{{.Tag}}"];
+    const names = await this.#ask(["images", ...format, ...labelFilters(labels)]);
+    return names.split("\n").filter(isImageReference);
+  }
+
+  /** Starts a container that has ended. */
+  async start(container: string, signal?: AbortSignal): Promise<void> {
+    await this.#ask(["start", checked(NAME, container)], { timeoutMs: START_MS, ...(signal && { signal }) });
   }
 
   /** Starts a container of an image that is there and lets it run; resolves with its id. */
@@ -202,8 +297,7 @@ export class ContainerEngine {
 
   /** Containers that carry all of these labels, whether they run or not. */
   async list(labels: Readonly<Record<string, string>>): Promise<ContainerState[]> {
-    const filters = Object.entries(labels).flatMap(([name, value]) => ["--filter", `label=${name}=${value}`]);
-    const ids = await this.#ask(["ps", "--all", "--quiet", "--no-trunc", ...filters]);
+    const ids = await this.#ask(["ps", "--all", "--quiet", "--no-trunc", ...labelFilters(labels)]);
     return ids === "" ? [] : await this.#inspect(ids.split("\n"));
   }
 
@@ -262,6 +356,21 @@ export async function runEngine(
     if (code === "ENOENT") throw new EngineError(`${name} is not installed`);
     throw error;
   }
+}
+
+function imageFacts(text: string): ImageFacts {
+  const { Id, Config } = JSON.parse(text) as {
+    Id: string;
+    Config?: { User?: string; Env?: string[] | null; Labels?: Record<string, string> | null };
+  };
+  const variables = (Config?.Env ?? []).map((each): [string, string] => {
+    const end = each.indexOf("=");
+    return [each.slice(0, end), each.slice(end + 1)];
+  });
+  return {
+    ...{ id: Id, user: Config?.User ?? "", labels: Config?.Labels ?? {} },
+    variables: Object.fromEntries(variables.filter(([name]) => name !== "")),
+  };
 }
 
 function containerState(line: string): ContainerState {

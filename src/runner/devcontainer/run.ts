@@ -25,7 +25,8 @@ export interface Step {
 }
 
 export interface RunOptions {
-  client: SupervisorClient;
+  /** Supervisor that runs a step; one that cannot be had leaves the run `lost`. */
+  clientOf(step: Step): SupervisorClient | Promise<SupervisorClient>;
   paths: Pick<EnvironmentPaths, "run" | "logs">;
   /** Owner of what the commands write. */
   uid: number;
@@ -80,18 +81,23 @@ exit "$code"`;
 
 /** Starts steps one after the other; the parts of each run side by side. */
 export function startRun(options: RunOptions): Run {
-  const { client, steps } = options;
+  const { steps } = options;
   const letGo = new AbortController();
   const stopped = new AbortController();
-  const operations = new Set<string>();
+  const operations = new Map<string, SupervisorClient>();
   let outcomes: StepOutcome[] = [];
   let state: Run["state"] = steps.length > 0 ? "running" : "done";
   const deadline = options.timeoutMs > 0 ? Date.now() + options.timeoutMs : undefined;
 
-  const exec = async (step: Step, operationId: string, command: string): Promise<ExecResponse> => {
+  const exec = async (
+    client: SupervisorClient,
+    step: Step,
+    operationId: string,
+    command: string,
+  ): Promise<ExecResponse> => {
     const left = Math.min(step.timeoutMs ?? Infinity, deadline === undefined ? Infinity : deadline - Date.now());
     const timeoutSeconds = left === Infinity ? 0 : Math.max(1, Math.ceil(left / 1000));
-    operations.add(operationId);
+    operations.set(operationId, client);
     try {
       return await client.exec(
         { command, workingDirectory: options.folder, operationId, timeoutSeconds },
@@ -102,7 +108,7 @@ export function startRun(options: RunOptions): Run {
     }
   };
 
-  const runPart = async (step: Step, part: CommandPart, index: number): Promise<string> => {
+  const runPart = async (client: SupervisorClient, step: Step, part: CommandPart, index: number): Promise<string> => {
     const { name, parts } = step.command;
     const file = `${name}-${index}-${digest(step.key)}`;
     const output = join(options.paths.logs, "devcontainer", file);
@@ -112,7 +118,9 @@ export function startRun(options: RunOptions): Run {
     const lines = lineWriter((line) => options.write(label + line));
     const following = followOutput(output, options.uid, ended.signal, lines.push).catch(() => undefined);
     try {
-      return await attempts((attempt) => exec(step, digest(options.attempt, step.key, index, attempt), command));
+      return await attempts((attempt) =>
+        exec(client, step, digest(options.attempt, step.key, index, attempt), command),
+      );
     } finally {
       ended.abort();
       // A runner that goes away must not write on while the next one does.
@@ -138,9 +146,11 @@ export function startRun(options: RunOptions): Run {
   };
 
   const runStep = async (step: Step): Promise<string> => {
+    const client = await options.clientOf(step);
+    if (stopped.signal.aborted) return "";
     options.onStep(step);
     const { name, parts } = step.command;
-    const results = await Promise.all(parts.map((part, index) => runPart(step, part, index)));
+    const results = await Promise.all(parts.map((part, index) => runPart(client, step, part, index)));
     const failed = results.findIndex((failure) => failure !== "");
     if (failed < 0) return "";
     const label = parts[failed]?.label.slice(0, MAX_LABEL);
@@ -183,7 +193,7 @@ export function startRun(options: RunOptions): Run {
     async cancel() {
       stopped.abort();
       const late = setTimeout(() => letGo.abort(), CANCEL_MS);
-      const asked = [...operations].map((operationId) =>
+      const asked = [...operations].map(([operationId, client]) =>
         client.cancelExec({ operationId }, { headers }).catch(() => undefined),
       );
       await Promise.all(asked);

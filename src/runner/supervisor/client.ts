@@ -189,3 +189,13 @@ export function connectSupervisor(
     },
   });
 }
+
+/** Operations of one supervisor, with those about git of another one. */
+export const withGitOf = (git: SupervisorClient, other: SupervisorClient): SupervisorClient => ({
+  ...other,
+  getGitStatus: git.getGitStatus,
+  getGitDiff: git.getGitDiff,
+  getGitDiffFiles: git.getGitDiffFiles,
+  getFileDiffContent: git.getFileDiffContent,
+  getDefaultBranch: git.getDefaultBranch,
+});

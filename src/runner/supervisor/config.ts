@@ -8,6 +8,8 @@ export interface SupervisorConfig {
   environmentId: string;
   /** Directory of the environment, with `workspace/ home/ secrets/ logs/ run/`. */
   root: string;
+  /** Folder below `run/` and `logs/` for what it keeps and writes; those folders themselves if left out. */
+  part?: string;
   /** Unix socket it listens on, at most 107 bytes (a kernel limit), usually `<root>/run/supervisor.sock`. */
   socketPath: string;
   /** Primary checkout; relative paths start here. */
@@ -16,7 +18,7 @@ export interface SupervisorConfig {
   uid?: number;
   gid?: number;
   userName: string;
-  /** Login shell, for SHELL. */
+  /** Login shell, for SHELL; `/bin/sh` takes its place where it is missing. */
   shell: string;
   /** JSON object of variable names and values (0600), read again before each process starts. */
   envFile: string;
@@ -24,11 +26,15 @@ export interface SupervisorConfig {
   version: string;
 }
 
+/** File below `root` that is there where the dev container has to have a container of its own. */
+export const CONTAINED = "container/contained";
+
 /** A configuration the supervisor cannot start with; exit code 2. */
 export class SupervisorConfigError extends Error {}
 
 const MAX_SOCKET_PATH_BYTES = 107;
 const MAX_CONFIG_BYTES = 64 * 1024;
+const PART = /^[a-z]{1,32}$/;
 const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
 
 /** Checks every field; throws SupervisorConfigError naming the first bad one. */
@@ -63,9 +69,12 @@ export function parseSupervisorConfig(value: unknown): SupervisorConfig {
   }
   const [uid, gid] = [id("uid"), id("gid")];
   if ((uid === undefined) !== (gid === undefined)) throw new SupervisorConfigError("uid and gid come together");
+  const part = fields.get("part") === undefined ? undefined : text("part");
+  if (part !== undefined && !PART.test(part)) throw new SupervisorConfigError("part must be a plain name");
   return {
     environmentId,
     root: path("root"),
+    ...(part !== undefined && { part }),
     socketPath,
     workspaceFolder: path("workspaceFolder"),
     uid,

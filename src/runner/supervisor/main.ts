@@ -1,4 +1,4 @@
-import { rmSync, statSync } from "node:fs";
+import { accessSync, constants, existsSync, mkdirSync, rmSync, statSync } from "node:fs";
 import { createServer } from "node:http";
 import { flushCompileCache } from "node:module";
 import { join } from "node:path";
@@ -6,7 +6,7 @@ import { ActivityTracker } from "./activity.ts";
 import { AutomationEngine } from "./automation/engine.ts";
 import { AutomationLink } from "./automation/link.ts";
 import { TIMES } from "./automation/parts.ts";
-import { readSupervisorConfig, type SupervisorConfig, SupervisorConfigError } from "./config.ts";
+import { CONTAINED, readSupervisorConfig, type SupervisorConfig, SupervisorConfigError } from "./config.ts";
 import { connectHandler } from "./connect-handler.ts";
 import { Execs } from "./exec.ts";
 import { ExecJournal } from "./exec-journal.ts";
@@ -43,16 +43,33 @@ function trustedConfig(path: string | undefined): SupervisorConfig {
   return config;
 }
 
-async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
-  const { root, socketPath, version } = config;
+/** In a container there may be no other shell than the one that every system has. */
+function usableShell({ shell }: SupervisorConfig): string {
+  try {
+    accessSync(shell, constants.X_OK);
+    return shell;
+  } catch {
+    return "/bin/sh";
+  }
+}
+
+/** Where it keeps its state, and where it writes logs. */
+function foldersOf({ root, part = "" }: SupervisorConfig): { run: string; logs: string } {
+  const [run, logs] = [join(root, "run", part), join(root, "logs", part)];
+  for (const folder of [run, logs]) mkdirSync(folder, { recursive: true, mode: 0o700 });
+  return { run, logs };
+}
+
+async function serve(config: SupervisorConfig, { run, logs }: ReturnType<typeof foldersOf>, log: BoundedLog) {
+  const { root, socketPath, version, part } = config;
   const activity = new ActivityTracker();
   const environment = new ProcessEnvironment(config);
-  const journal = new ExecJournal(join(root, "run", "exec"));
+  const journal = new ExecJournal(join(run, "exec"));
   const execs = new Execs(journal, () => environment.read());
   const terminals = new Terminals({
     shell: config.shell,
     environment: (more) => environment.read(more),
-    recordPath: join(root, "run", "terminals.json"),
+    recordPath: join(run, "terminals.json"),
   });
   let { workspaceFolder } = config;
   const watches = new Watches(
@@ -62,10 +79,11 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
   const automations = new AutomationLink();
   const engine = new AutomationEngine(
     {
-      state: join(root, "run", "automations"),
-      logs: join(root, "logs", "automations"),
+      state: join(run, "automations"),
+      logs: join(logs, "automations"),
       variables: (more) => environment.read(more),
       folder: () => workspaceFolder,
+      isContained: () => existsSync(join(root, CONTAINED)),
       secrets: (ids) => automations.secrets(ids),
       logUrl: (path) => `${automations.facts.logBase}/${path}/logs`,
       runnerName: () => automations.facts.runnerName,
@@ -124,7 +142,8 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
   const orphans = journal.open();
   for (const orphan of orphans) void terminateSession(orphan);
   for (const orphan of terminals.open()) void terminateSession(orphan, CLOSE_GRACE_MS, "first");
-  writeSupervisorRecord(root, { pid: process.pid, startTime, version });
+  // One in a container is known by its container.
+  if (part === undefined) writeSupervisorRecord(root, { pid: process.pid, startTime, version });
   setInterval(() => journal.prune(), PRUNE_MS).unref();
   engine.keepLogs(() => automations.facts.logDays);
   log.write("info", "serving", { pid: process.pid, version, orphans: orphans.length });
@@ -135,7 +154,8 @@ async function serve(config: SupervisorConfig, log: BoundedLog): Promise<void> {
     await Promise.all([engine.close(), execs.stopAll(), terminals.stopAll()]);
     setTimeout(() => server.closeAllConnections(), ANSWER_MS).unref();
     await new Promise((resolve) => server.close(resolve));
-    if (liveSupervisor(root)?.pid === process.pid) rmSync(join(root, "run", "supervisor.json"), { force: true });
+    const isKnown = part === undefined && liveSupervisor(root)?.pid === process.pid;
+    if (isKnown) rmSync(join(run, "supervisor.json"), { force: true });
     log.write("info", "stopped");
     process.exit(0);
   };
@@ -162,14 +182,16 @@ process.on("SIGHUP", () => undefined);
 process.stdout.on("error", () => undefined);
 process.stderr.on("error", () => undefined);
 try {
-  const config = trustedConfig(process.argv[2]);
+  const given = trustedConfig(process.argv[2]);
+  const config = { ...given, shell: usableShell(given) };
   process.umask(0o022);
   process.chdir("/");
   // Only who has started it may write there.
   flushCompileCache();
   dropPrivileges(config);
-  log = new BoundedLog(join(config.root, "logs", "supervisor.log"));
-  await serve(config, log);
+  const folders = foldersOf(config);
+  log = new BoundedLog(join(folders.logs, "supervisor.log"));
+  await serve(config, folders, log);
   // Tells the one who started it; nothing else is ever written there.
   process.stdout.write("ready\n");
 } catch (error) {

@@ -22,6 +22,8 @@ export interface Surroundings {
   variables(more: Readonly<Record<string, string>>): Record<string, string>;
   /** Where commands start. */
   folder(): string;
+  /** The environment's dev container runs in a container. */
+  isContained(): boolean;
   /** Values of secrets by id; those that the environment may not have are absent. Rejects if nobody can tell. */
   secrets(ids: readonly string[]): Promise<ReadonlyMap<string, string>>;
   /** Public address of a log below the environment's own, for example `services/<id>/<key>`. */
@@ -104,6 +106,9 @@ export async function commandOf(
   own: Readonly<Record<string, string>>,
 ): Promise<Command> {
   if (command.runsOn?.target.case === "docker") throw new CommandProblem(engineProblem(around));
+  if (command.runsOn?.target.case !== "machine" && around.isContained()) {
+    throw new CommandProblem("this runner cannot run it in the dev container yet: set runs_on.machine");
+  }
   const env = around.variables({ ...(await resolved(around, command.env)), ...own });
   return {
     argv: shellFor(command.text),

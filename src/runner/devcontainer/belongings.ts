@@ -1,0 +1,78 @@
+import type { ContainerEngine } from "../containers/engine.ts";
+import type { SupervisorClient } from "../supervisor/client.ts";
+
+// What a container engine has of an environment's dev container: how it is told from everything else, and taken away.
+
+/** Tells the container of an environment, and the images made for it, from all others. */
+const ENVIRONMENT_LABEL = "berth.environment";
+const RUNNER_LABEL = "berth.runner";
+const PURPOSE = { "berth.purpose": "devcontainer" };
+export const IMAGE_LABEL = "berth.image";
+
+const STOP_SECONDS = 20;
+
+/** A container on its way. */
+export interface ContainerProgress {
+  /** Why there is none; empty unless that is certain. */
+  readonly failure: string;
+  /** Empty as long as it does not run. */
+  readonly containerId: string;
+  /** Lets the next pass begin with it. */
+  want(): void;
+  /** The supervisor in it, as soon as it serves; rejects if it never will. */
+  client(): Promise<SupervisorClient>;
+  /** Does what can be done by now. */
+  advance(signal: AbortSignal): Promise<void>;
+  /** Ends what is under way; resolves when it has ended. */
+  cancel(): Promise<void>;
+  /** As `cancel`, and does not wait. */
+  abandon(): void;
+}
+
+export const containerName = (environmentId: string) => `berth-${environmentId}`;
+
+/**
+ * Labels of everything that an engine has of an environment's dev container; without one, of all environments of the
+ * runner, which is told by its data folder: another one on the same host has another.
+ */
+export const labelsOf = (dataDir: string, environmentId?: string): Record<string, string> => ({
+  ...PURPOSE,
+  [RUNNER_LABEL]: dataDir,
+  ...(environmentId !== undefined && { [ENVIRONMENT_LABEL]: environmentId }),
+});
+
+/** Asks what runs in the container to end, then ends it. One that does not exist, or does not run, is fine. */
+export async function stopContainer(engine: ContainerEngine, environmentId: string, isGraceful: boolean) {
+  const name = containerName(environmentId);
+  const found = await engine.inspect(name);
+  if (found?.isRunning) await engine.stop(name, isGraceful ? STOP_SECONDS : 0);
+}
+
+/** Engines may say where they have looked for an image. */
+const plainName = (image: string) => image.replace(/^localhost\//, "");
+
+/** Removes the container of an environment and its images but one; what is not there is fine. */
+export async function removeContainer(
+  engine: ContainerEngine,
+  dataDir: string,
+  environmentId: string,
+  keptImage?: string,
+): Promise<void> {
+  await engine.remove(containerName(environmentId));
+  const images = await engine.images(labelsOf(dataDir, environmentId));
+  for (const image of images.filter((each) => plainName(each) !== keptImage)) await engine.removeImage(image);
+}
+
+/** Removes containers and images of a runner that belong to none of these environments. */
+export async function removeStrays(
+  engine: ContainerEngine,
+  dataDir: string,
+  known: { environmentIds: ReadonlySet<string>; images: readonly string[] },
+): Promise<void> {
+  for (const { name, labels } of await engine.list(labelsOf(dataDir))) {
+    if (!known.environmentIds.has(labels[ENVIRONMENT_LABEL] ?? "")) await engine.remove(name);
+  }
+  for (const image of await engine.images(labelsOf(dataDir))) {
+    if (!known.images.includes(plainName(image))) await engine.removeImage(image);
+  }
+}
