@@ -1,12 +1,14 @@
 import { Code } from "@connectrpc/connect";
 import { v7 as uuidv7 } from "uuid";
-import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { afterAll, beforeAll, describe, expect, onTestFinished, test } from "vitest";
 import { ActionableErrorDetailsSchema } from "../gen/gitpod/v1/actionable_error_pb.js";
 import { ResourceOperation, ResourceType } from "../gen/gitpod/v1/event_pb.js";
 import { ResourceRole, type RoleAssignment } from "../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../gen/gitpod/v1/identity_pb.js";
 import { OrganizationRole } from "../gen/gitpod/v1/organization_pb.js";
 import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
+import { listAssignments } from "../src/store/assignment-list.ts";
+import { findCaller } from "../src/store/credentials.ts";
 import { auditActions, traces } from "./harness/audit.ts";
 import { eventText, watchEvents } from "./harness/event-stream.ts";
 import type { FakeRunner } from "./harness/fake-runner.ts";
@@ -14,6 +16,7 @@ import { assignmentsOn, builtInGroup, newGroup } from "./harness/groups.ts";
 import { liftQuotas, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
 import { createProject, offer } from "./harness/projects.ts";
 import { codeOf, refusal, violatedFields } from "./harness/refusal.ts";
+import { rowsRead } from "./harness/rows-read.ts";
 import { addOrganization, addServiceAccount, connectRunner } from "./harness/tenants.ts";
 import { eventually } from "./harness/wait.ts";
 
@@ -486,6 +489,43 @@ describe("lists", () => {
     );
     expect(await filtered(foreign.client)).toEqual([]);
   });
+});
+
+test("members find theirs on a resource however many others have roles on it", async () => {
+  const { app } = plane.plane;
+  const user = await plane.addUser();
+  const [resourceId, groupId] = [await newRunner(), await newGroup(plane)];
+  await groups().createMembership({ groupId, subject: { id: user.id, principal: Principal.USER } });
+  await assign(groupId, onRunner(resourceId), RUNNER_USER);
+  await app.db.write`
+    with others as (
+      insert into groups (id, organization_id, name, created_at, updated_at)
+      select gen_random_uuid(), ${plane.organizationId}, 'other ' || n, now(), now() from generate_series(1, 3000) n returning id
+    )
+    insert into role_assignments (id, organization_id, group_id, resource_type, resource_id, resource_role, created_at)
+    select gen_random_uuid(), ${plane.organizationId}, id, ${RUNNER}, ${resourceId}, ${RUNNER_USER}, now() from others`;
+  onTestFinished(async () => {
+    await app.db
+      .write`delete from role_assignments where group_id in (select id from groups where name like 'other %')`;
+    await app.db.write`delete from groups where name like 'other %'`;
+  });
+  await app.db.write`analyze groups, role_assignments`;
+  const filter = { resourceTypes: [], roles: [], groupId: "", memberId: "", resourceIds: [resourceId] };
+  const listedBy = async (token: string) => {
+    const credential = await findCaller(app.db.point, token, app.now());
+    if (credential.state !== "ok") throw new Error("the caller cannot sign in");
+    const page = { limit: 25, after: "", binding: "" };
+    return rowsRead(app, ["role_assignments"], (sql) => listAssignments(sql, credential.caller, filter, page));
+  };
+  const own = await listedBy(user.token);
+  expect(own.result.map((each) => each.groupId)).toEqual([groupId]);
+  expect(own.rows).toBeGreaterThan(0);
+  expect(own.rows).toBeLessThan(200);
+  // Whoever may assign there gets a page of all of them, and reads no more than that.
+  await assign(groupId, { resourceType: ORGANIZATION, resourceId: plane.organizationId }, ORG_RUNNERS_ADMIN);
+  const all = await listedBy(user.token);
+  expect(all.result).toHaveLength(26);
+  expect(all.rows).toBeLessThan(200);
 });
 
 describe("derived assignments", () => {

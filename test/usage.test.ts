@@ -5,12 +5,12 @@ import { type Environment, EnvironmentStatus_Machine_Phase as MachinePhase } fro
 import { OrganizationRole } from "../gen/gitpod/v1/organization_pb.js";
 import type { BerthClient } from "../src/client.ts";
 import { findCaller } from "../src/store/credentials.ts";
-import type { Sql } from "../src/store/db.ts";
 import { projectRuntimes } from "../src/store/project-usage.ts";
 import type { FakeRunner } from "./harness/fake-runner.ts";
 import { liftQuotas, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
 import { createProject, offer, sweep } from "./harness/projects.ts";
 import { codeOf, refusal, violatedFields } from "./harness/refusal.ts";
+import { rowsRead } from "./harness/rows-read.ts";
 import { addOrganization, connectRunner } from "./harness/tenants.ts";
 
 const MINUTE_MS = 60_000;
@@ -232,16 +232,13 @@ describe("GetTopProjects", () => {
     const credential = await findCaller(app.db.point, member.token, now());
     if (credential.state !== "ok") throw new Error("the member cannot sign in");
     const range = { start: new Date(now().getTime() - 80 * DAY_MS), end: now() };
-    const read = await app.db.begin(async (tx) => {
-      const rows = await projectRuntimes(tx as unknown as Sql, credential.caller, range, undefined, 25);
-      expect(rows.map(({ name }) => name)).toContain("Many");
-      const [counts] = await tx<{ rows: number }[]>`
-        select sum(seq_tup_read + coalesce(idx_tup_fetch, 0))::int as rows from pg_stat_xact_user_tables
-        where relname in ('environment_runs', 'project_days')`;
-      return counts?.rows ?? 0;
-    });
-    expect(read).toBeGreaterThan(80);
-    expect(read).toBeLessThan(600);
+    const tables = ["environment_runs", "project_days"];
+    const { result, rows } = await rowsRead(app, tables, (sql) =>
+      projectRuntimes(sql, credential.caller, range, undefined, 25),
+    );
+    expect(result.map(({ name }) => name)).toContain("Many");
+    expect(rows).toBeGreaterThan(80);
+    expect(rows).toBeLessThan(600);
   });
 
   test("takes ranges of up to 366 days, and no team", async () => {

@@ -14,7 +14,7 @@ import {
 } from "./assignment-rows.ts";
 import { conjunction } from "./conditions.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
-import { readableResources } from "./shared-resources.ts";
+import { assignableResources, readableResources } from "./shared-resources.ts";
 
 /** Which assignments to list: all that is set must match, one value of each is enough. */
 export interface AssignmentFilter {
@@ -40,12 +40,31 @@ const groupsOf = (sql: Sql | Tx, memberId: string) =>
   sql`select m.group_id as value from group_members m where m.member_id = ${memberId}`;
 
 /**
- * Where to look for assignments: values of a column that has an index by which each value's rows come newest first. A
- * single statement over all of them would, for a rare value in a large organization, go through everybody else's.
+ * Where to look for assignments: `wanted` values of columns that have an index by which each value's rows come newest
+ * first. A single statement over all of them would, for a rare value in a large organization, go through everybody else's.
  */
 interface Source {
-  column: Fragment;
   values: Fragment;
+  on: Fragment;
+}
+
+/**
+ * Assignments on resources: all on those where the caller may assign roles, which is decided once for each of them; on the
+ * others what its groups have, and on the organization what anybody has.
+ */
+function sourcesOn(sql: Sql, caller: Caller, resourceIds: readonly string[]): Source[] {
+  const wanted = sql`select distinct unnest(${resourceIds as string[]}::uuid[]) as value`;
+  const on = sql`a.resource_id = wanted.value`;
+  if (caller.orgAdmin) return [{ values: wanted, on }];
+  return [
+    { values: assignableResources(sql, caller, resourceIds), on },
+    {
+      values: sql`select own.group_id, each.value from group_members own cross join (${wanted}) each
+        where own.member_id = ${caller.id}`,
+      on: sql`a.group_id = wanted.group_id and a.resource_id = wanted.value`,
+    },
+    { values: sql`select value from (${wanted}) each where value = ${caller.organizationId}`, on },
+  ];
 }
 
 function sources(
@@ -54,27 +73,15 @@ function sources(
   filter: AssignmentFilter,
   roles: readonly ResourceRole[] | undefined,
 ): Source[] {
+  const from = (column: Fragment, values: Fragment): Source => ({ values, on: sql`${column} = wanted.value` });
   const group = sql`a.group_id`;
   const own = sql`select ${caller.organizationId}::uuid as value`;
-  if (filter.resourceIds.length)
-    return [
-      {
-        column: sql`a.resource_id`,
-        values: sql`select distinct unnest(${filter.resourceIds as string[]}::uuid[]) as value`,
-      },
-    ];
-  if (filter.groupId) return [{ column: group, values: sql`select ${filter.groupId}::uuid as value` }];
-  if (filter.memberId) return [{ column: group, values: groupsOf(sql, filter.memberId) }];
-  if (!caller.orgAdmin)
-    return [
-      { column: group, values: groupsOf(sql, caller.id) },
-      { column: sql`a.resource_id`, values: own },
-    ];
-  if (roles)
-    return [
-      { column: sql`a.resource_role`, values: sql`select distinct unnest(${roles as number[]}::int[]) as value` },
-    ];
-  return [{ column: sql`a.organization_id`, values: own }];
+  if (filter.resourceIds.length) return sourcesOn(sql, caller, filter.resourceIds);
+  if (filter.groupId) return [from(group, sql`select ${filter.groupId}::uuid as value`)];
+  if (filter.memberId) return [from(group, groupsOf(sql, filter.memberId))];
+  if (!caller.orgAdmin) return [from(group, groupsOf(sql, caller.id)), from(sql`a.resource_id`, own)];
+  if (roles) return [from(sql`a.resource_role`, sql`select distinct unnest(${roles as number[]}::int[]) as value`)];
+  return [from(sql`a.organization_id`, own)];
 }
 
 function groupConditions(sql: Sql | Tx, filter: AssignmentFilter): Fragment[] {
@@ -98,13 +105,16 @@ async function listMade(
   limit: number,
 ): Promise<ListedAssignment[]> {
   const roles = wantedRoles(filter);
-  const reads = filter.resourceIds.length ? readsAssignment : readsAssignmentUnasked;
-  const conditions = [reads(sql, caller), ...groupConditions(sql, filter)];
+  // Of resources that were asked for only what may be read is looked at.
+  const reads = filter.resourceIds.length
+    ? sql`a.organization_id = ${caller.organizationId}`
+    : readsAssignmentUnasked(sql, caller);
+  const conditions = [reads, ...groupConditions(sql, filter)];
   if (roles) conditions.push(sql`a.resource_role = any(${roles as number[]}::int[])`);
   if (after) conditions.push(sql`a.id < ${after}`);
   const found = sources(sql, caller, filter, roles).map(
-    ({ column, values }) => sql`select found.* from (${values}) wanted cross join lateral (
-      select a.* from role_assignments a where ${column} = wanted.value and ${conjunction(sql, conditions)}
+    ({ on, values }) => sql`select found.* from (${values}) wanted cross join lateral (
+      select a.* from role_assignments a where ${on} and ${conjunction(sql, conditions)}
       order by a.id desc limit ${limit}) found`,
   );
   const rows = await sql<AssignmentRow[]>`

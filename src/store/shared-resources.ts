@@ -129,6 +129,15 @@ export function creatorsOfResource(sql: Sql | Tx): Fragment {
   return union(sql, queries);
 }
 
+/** Query: those of these ids, of resources of any kind, on which the caller may give and take roles, as `value`. */
+export function assignableResources(sql: Sql | Tx, caller: Caller, ids: readonly string[]): Fragment {
+  const queries = KINDS.map(
+    (kind) => sql`select ${kind.id(sql)} as value from ${kind.from(sql)}
+      where ${kind.id(sql)} = any(${ids as string[]}) and ${kind.reads(sql, caller)} and ${kind.assigns(sql, caller)}`,
+  );
+  return union(sql, queries);
+}
+
 /** Query: those of these ids, of resources of any kind, that the caller may read, with their `type`. */
 export function readableResources(sql: Sql | Tx, caller: Caller, ids: readonly string[]): Fragment {
   const queries = KINDS.map(
