@@ -36,6 +36,7 @@ import type { Tx } from "../store/db.ts";
 import {
   countEnvironments,
   countForQuota,
+  countRunningOnRunner,
   getEnvironment,
   holdRunner,
   listEnvironments,
@@ -46,7 +47,7 @@ import { readPolicies } from "../store/organizations.ts";
 import { getOwnRunner, getRunner, type StoredRunner } from "../store/runners.ts";
 import { createEnvironment } from "./environment/create.ts";
 import { createEnvironmentFromProject } from "./environment/from-project.ts";
-import { checkCapacity, checkQuotas, checkRunner } from "./environment/limits.ts";
+import { checkCapacity, checkQuotas, checkRunner, quotaUse } from "./environment/limits.ts";
 import { allow, apply } from "./environment/move.ts";
 import { readEnvironment } from "./environment/read.ts";
 import { issuePortToken, issueToken, mayReachPort } from "./environment/tokens.ts";
@@ -73,9 +74,10 @@ async function startEnvironment(app: App, caller: Caller, id: string): Promise<v
       checkRunner(runner, localRunners);
       const creator = stored.metadata.creator;
       const limited = creator?.principal === Principal.USER;
-      await checkQuotas(tx, { id: creator?.id ?? "", organizationId: stored.organizationId, limited }, policies, false);
+      const starter = { id: creator?.id ?? "", organizationId: stored.organizationId, limited };
+      checkQuotas(await quotaUse(tx, starter, policies), policies, false);
       await holdRunner(tx, runnerId);
-      await checkCapacity(tx, runnerId, runner.maxEnvironments);
+      checkCapacity(await countRunningOnRunner(tx, runnerId), runner.maxEnvironments);
       start = started(await currentSecrets(app, tx, stored, true));
     }
     if (await apply(app, tx, caller, stored, start, "Environment started")) touched(runnerId);

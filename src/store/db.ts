@@ -378,7 +378,7 @@ export function openDb(url: string): Db {
   const point = new Turns(2, (onclose) => connect(url, "point", { max: 1, onclose }));
   const write = new Turns(4, (onclose) => connect(url, "write", { max: 1, max_pipeline: 1, onclose }));
   const list = new Turns(2, (onclose) => connect(url, "list", { max: 1, max_pipeline: 0, onclose }));
-  const sessions = new Sessions((onclose) => connect(url, "transaction", { max: 1, max_pipeline: 1, onclose }));
+  const sessions = new Sessions((onclose) => connect(url, "transaction", { max: 1, onclose }));
   return {
     get point() {
       return point.sql;

@@ -77,7 +77,7 @@ export async function updateClass(tx: Tx, message: EnvironmentClass): Promise<vo
 async function readClass(sql: Sql | Tx, caller: Caller, id: string, locking: Fragment): Promise<StoredClass> {
   const [row] = await sql<ClassRow[]>`
     select ${columns(sql, caller)} from environment_classes c join runners r on r.id = c.runner_id
-    where c.id = ${id} and ${readsClass(sql, caller)} ${locking}`;
+    where c.id = ${id} and ${readsClass(sql, caller)} ${locking}`.execute();
   if (!row) throw notFound("environment class", id);
   return toClass(row);
 }

@@ -452,21 +452,26 @@ export async function purgeEnvironment(tx: Tx, id: string): Promise<void> {
   await tx`with reads as (delete from secret_reads where reader_id = ${id}) delete from environments where id = ${id}`;
 }
 
+/** What counts towards the quotas of a person. */
+export interface QuotaUse {
+  total: number;
+  running: number;
+}
+
 /**
  * Holds every other creation and start of the same person back until the transaction ends, then counts: all
- * environments that are neither archived nor going, and those of them that want to run.
+ * environments that are neither archived nor going, and those of them that want to run. Both are sent at once, the lock
+ * before whatever is called after this.
  */
-export async function countForQuota(
-  tx: Tx,
-  organizationId: string,
-  creatorId: string,
-): Promise<{ total: number; running: number }> {
-  await tx`select pg_advisory_xact_lock(hashtextextended(${`quota ${organizationId} ${creatorId}`}, 0))`;
-  const [row] = await tx<{ total: number; running: number }[]>`
+export async function countForQuota(tx: Tx, organizationId: string, creatorId: string): Promise<QuotaUse> {
+  const held =
+    tx`select pg_advisory_xact_lock(hashtextextended(${`quota ${organizationId} ${creatorId}`}, 0))`.execute();
+  const counted = tx<QuotaUse[]>`
     select count(*)::int as total, count(*) filter (where desired_phase = ${EnvironmentPhase.RUNNING})::int as running
     from environments where organization_id = ${organizationId} and creator_id = ${creatorId} and archived_at is null
       and role = any(${[EnvironmentRole.DEFAULT, EnvironmentRole.WORKFLOW] as number[]})
-      and desired_phase <> ${EnvironmentPhase.DELETED} and deleted_at is null`;
+      and desired_phase <> ${EnvironmentPhase.DELETED} and deleted_at is null`.execute();
+  const [, [row]] = await Promise.all([held, counted]);
   return row ?? { total: 0, running: 0 };
 }
 
@@ -479,7 +484,7 @@ export async function holdRunner(tx: Tx, runnerId: string): Promise<void> {
 export async function countRunningOnRunner(tx: Tx, runnerId: string): Promise<number> {
   const [row] = await tx<{ count: number }[]>`
     select count(*)::int as count from environments
-    where runner_id = ${runnerId} and desired_phase = ${EnvironmentPhase.RUNNING} and deleted_at is null`;
+    where runner_id = ${runnerId} and desired_phase = ${EnvironmentPhase.RUNNING} and deleted_at is null`.execute();
   return row?.count ?? 0;
 }
 

@@ -38,7 +38,7 @@ export async function environmentSecrets(
     ? tx`secrets_of(${organizationId}, ${owners}::uuid[])`
     : tx`secrets where organization_id = ${organizationId} and scope_id = any(${owners})`;
   const rows = await tx<{ scope: Scope; scope_id: string; session: string; message: Uint8Array }[]>`
-    select scope, scope_id, session, message from ${source}`;
+    select scope, scope_id, session, message from ${source}`.execute();
   const candidates = rows.map((row) => ({
     message: fromBinary(SecretSchema, row.message),
     owner: { scope: row.scope, id: row.scope_id },

@@ -16,13 +16,18 @@ import { policyRefusal } from "../../domain/policies.ts";
 import type { Caller } from "../../domain/principal.ts";
 import { currentSecrets } from "../../environment-secrets.ts";
 import { initializerHosts, initializerProblems, repositoryName } from "../../scm/initializer.ts";
-import type { Tx } from "../../store/db.ts";
+import type { Sql, Tx } from "../../store/db.ts";
 import { getClass, getClassHoldingRunner, type StoredClass } from "../../store/environment-classes.ts";
-import { insertEnvironment, ownsSession, type StoredEnvironment } from "../../store/environments.ts";
+import {
+  countRunningOnRunner,
+  insertEnvironment,
+  ownsSession,
+  type StoredEnvironment,
+} from "../../store/environments.ts";
 import { missingSignIns } from "../../store/host-tokens.ts";
 import { readPolicies } from "../../store/organizations.ts";
 import { findDotfiles } from "../../store/users.ts";
-import { checkCapacity, checkHoldsRepository, checkPolicies, checkQuotas, checkRunner } from "./limits.ts";
+import { checkCapacity, checkHoldsRepository, checkPolicies, checkQuotas, checkRunner, quotaUse } from "./limits.ts";
 import { shown } from "./view.ts";
 
 const NAME_SUFFIX_BYTES = 3;
@@ -66,10 +71,10 @@ export interface Rules {
   dotfilesRepository: string;
 }
 
-export async function readRules(app: App, caller: Caller): Promise<Rules> {
+export async function readRules(sql: Sql, caller: Caller): Promise<Rules> {
   const [policies, dotfilesRepository] = await Promise.all([
-    readPolicies(app.db.point, caller.organizationId),
-    findDotfiles(app.db.point, caller.id),
+    readPolicies(sql, caller.organizationId),
+    findDotfiles(sql, caller.id),
   ]);
   return { ...policies, dotfilesRepository };
 }
@@ -84,7 +89,7 @@ export interface Wanted extends Pick<CreateEnvironmentRequest, "annotations" | "
   projectId: string;
 }
 
-async function checkWanted(app: App, caller: Caller, wanted: Wanted, rules: Rules, now: Date): Promise<void> {
+async function checkWanted(app: App, caller: Caller, wanted: Wanted, rules: Rules): Promise<void> {
   const { spec, annotations, sessionId, environmentClass } = wanted;
   const initializer = spec.content?.initializer;
   const schemes = app.config.scm.schemes;
@@ -94,8 +99,6 @@ async function checkWanted(app: App, caller: Caller, wanted: Wanted, rules: Rule
   if (sessionId && !(await ownsSession(app.db.point, caller, sessionId))) throw notFound("session", sessionId);
   checkUsable(environmentClass, rules.localRunners);
   checkPolicies(rules.policies, spec);
-  const where = { runnerId: environmentClass.message.runnerId, subjectId: caller.id };
-  checkSignedIn(await missingSignIns(app.db.point, where, initializerHosts(initializer), now));
 }
 
 function newState(app: App, caller: Caller, wanted: Wanted, rules: Rules, now: Date): StoredEnvironment {
@@ -145,17 +148,26 @@ export async function make(
   const { policies, localRunners } = rules;
   const { id: classId, runnerId } = wanted.environmentClass.message;
   const now = app.now();
-  await checkWanted(app, caller, wanted, rules, now);
+  await checkWanted(app, caller, wanted, rules);
   const environment = newState(app, caller, wanted, rules, now);
   const creator = { id: caller.id, organizationId: caller.organizationId, limited: quotaApplies(caller) };
+  const hosts = initializerHosts(wanted.spec.content?.initializer);
   await transact(app, async (tx, touched) => {
     await confirm(tx);
-    await checkQuotas(tx, creator, policies, true);
-    const current = await getClassHoldingRunner(tx, caller, classId);
+    // Sent together and answered one after the other, so that the locks are not held longer than it takes to look.
+    const [missing, use, current, running, secrets] = await Promise.all([
+      missingSignIns(tx, { runnerId, subjectId: caller.id }, hosts, now),
+      quotaUse(tx, creator, policies),
+      getClassHoldingRunner(tx, caller, classId),
+      countRunningOnRunner(tx, runnerId),
+      currentSecrets(app, tx, environment, true),
+    ]);
+    checkSignedIn(missing);
+    checkQuotas(use, policies, true);
     checkClass(current);
     checkUsable(current, localRunners);
-    await checkCapacity(tx, runnerId, current.maxEnvironments);
-    environment.spec = { ...environment.spec, secrets: await currentSecrets(app, tx, environment, true) };
+    checkCapacity(running, current.maxEnvironments);
+    environment.spec = { ...environment.spec, secrets };
     await insertEnvironment(tx, environment, actorOf(caller), app.newId(), now);
     touched(runnerId);
   });
@@ -164,11 +176,15 @@ export async function make(
 
 /** CreateEnvironment: makes an environment and wants it to run. */
 export async function createEnvironment(app: App, caller: Caller, request: CreateEnvironmentRequest) {
-  const rules = await readRules(app, caller);
+  const { point } = app.db;
+  const spec = request.spec ?? create(EnvironmentSpecSchema);
+  // Asked for together; that there is no such class is told when it is its turn.
+  const asked = getClass(point, caller, spec.machine?.class ?? "");
+  asked.catch(() => undefined);
+  const rules = await readRules(point, caller);
   checkSource(caller, rules.policies, request.spec);
   refuseProblems(goalProblems(request.spec));
-  const spec = request.spec ?? create(EnvironmentSpecSchema);
-  const environmentClass = await getClass(app.db.point, caller, spec.machine?.class ?? "");
+  const environmentClass = await asked;
   const { name, annotations, sessionId } = request;
   return make(app, caller, { spec, name, annotations, sessionId, environmentClass, projectId: "" }, rules);
 }

@@ -63,10 +63,8 @@ export async function createEnvironmentFromProject(
   request: CreateEnvironmentFromProjectRequest,
 ): Promise<Environment> {
   const { projectId, name, annotations, sessionId } = request;
-  const [rules, project] = await Promise.all([
-    readRules(app, caller),
-    getProjectToUse(app.db.point, caller, projectId),
-  ]);
+  const { point } = app.db;
+  const [rules, project] = await Promise.all([readRules(point, caller), getProjectToUse(point, caller, projectId)]);
   refuseDeleting(project);
   checkRepositories(caller, rules.policies, request.spec?.content?.initializer, project.message.initializer);
   refuseProblems(goalProblems(request.spec, project.classes.length === 0));

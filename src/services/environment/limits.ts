@@ -15,7 +15,7 @@ import type { Caller } from "../../domain/principal.ts";
 import { isConnected } from "../../domain/runner.ts";
 import { repositoryAddresses, sameRepository } from "../../scm/initializer.ts";
 import type { Tx } from "../../store/db.ts";
-import { countForQuota, countRunningOnRunner } from "../../store/environments.ts";
+import { countForQuota, type QuotaUse } from "../../store/environments.ts";
 import type { StoredRunner } from "../../store/runners.ts";
 
 // What every environment has to respect, whichever RPC creates, starts or changes it.
@@ -59,10 +59,10 @@ export function checkHoldsRepository(
   throw policyRefusal("permission_denied", "disable_from_scratch", "environments must be created from a repository");
 }
 
-type Limited = Pick<EnvironmentSpec | UpdateEnvironmentRequest_Spec, "ports" | "timeout" | "kernelControlsConfig">;
+type Bounded = Pick<EnvironmentSpec | UpdateEnvironmentRequest_Spec, "ports" | "timeout" | "kernelControlsConfig">;
 
 /** What the organization allows to nobody: timeouts, open ports and kernel controls of a spec or of changes to one. */
-export function checkPolicies(policies: OrganizationPolicies, spec: Limited): void {
+export function checkPolicies(policies: OrganizationPolicies, spec: Bounded): void {
   const longest = policies.maximumEnvironmentTimeout ? durationMs(policies.maximumEnvironmentTimeout) : 0;
   const wanted = spec.timeout?.disconnected && durationMs(spec.timeout.disconnected);
   if (longest > 0 && wanted !== undefined && (wanted <= 0 || wanted > longest)) {
@@ -98,14 +98,26 @@ export function checkPolicies(policies: OrganizationPolicies, spec: Limited): vo
     );
 }
 
-export async function checkQuotas(
+/** Whose quotas count; only people have any. */
+export interface Limited {
+  id: string;
+  organizationId: string;
+  limited: boolean;
+}
+
+/** As `countForQuota`, for whom there is a quota at all; undefined for everybody else. */
+export async function quotaUse(
   tx: Tx,
-  caller: { id: string; organizationId: string; limited: boolean },
+  { id, organizationId, limited }: Limited,
   policies: OrganizationPolicies,
-  isNew: boolean,
-): Promise<void> {
-  if (!caller.limited) return;
-  const { total, running } = await countForQuota(tx, caller.organizationId, caller.id);
+): Promise<QuotaUse | undefined> {
+  const { maximumEnvironmentsPerUser: most, maximumRunningEnvironmentsPerUser: mostRunning } = policies;
+  return limited && (most > 0n || mostRunning > 0n) ? countForQuota(tx, organizationId, id) : undefined;
+}
+
+export function checkQuotas(use: QuotaUse | undefined, policies: OrganizationPolicies, isNew: boolean): void {
+  if (!use) return;
+  const { total, running } = use;
   const most = Number(policies.maximumEnvironmentsPerUser);
   const mostRunning = Number(policies.maximumRunningEnvironmentsPerUser);
   if (isNew && most > 0 && total >= most) {
@@ -124,9 +136,7 @@ export async function checkQuotas(
   }
 }
 
-export async function checkCapacity(tx: Tx, runnerId: string, maxEnvironments: number | undefined): Promise<void> {
-  if (maxEnvironments === undefined) return;
-  const running = await countRunningOnRunner(tx, runnerId);
-  if (running >= maxEnvironments)
+export function checkCapacity(running: number, maxEnvironments: number | undefined): void {
+  if (maxEnvironments !== undefined && running >= maxEnvironments)
     throw new Refusal("resource_exhausted", `the runner runs ${running} of at most ${maxEnvironments} environments`);
 }
