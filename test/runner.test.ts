@@ -1,6 +1,6 @@
 import { execFileSync } from "node:child_process";
 import { existsSync, readFileSync } from "node:fs";
-import { readFile, rm, stat, writeFile } from "node:fs/promises";
+import { readdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { userInfo } from "node:os";
 import { createClient } from "@connectrpc/connect";
 import { createConnectTransport } from "@connectrpc/connect-node";
@@ -384,6 +384,40 @@ describe("crashes", () => {
       `${repository.head}\nkilled`,
     );
   });
+
+  test.runIf(isRoot)(
+    "a supervisor waits for the next environment, and for no longer than there is a runner",
+    async () => {
+      const repository = await git.createRepository("waited-for");
+      await using plane = await FakeControlPlane.start();
+      await using runner = await TestRunner.create(plane, git.host);
+      const waiting = async () => {
+        const pids = (await readdir("/proc")).filter((name) => /^\d+$/.test(name));
+        const read = (pid: string, file: string) => readFile(`/proc/${pid}/${file}`, "latin1").catch(() => "");
+        const isOne = async (pid: string) =>
+          (await read(pid, "cmdline")).endsWith("main.ts\0--wait\0") &&
+          (await read(pid, "environ")).includes(runner.dataDir) &&
+          (await read(pid, "status")).includes("\nUid:\t0\t");
+        const found = await Promise.all(pids.map(async (pid) => ((await isOne(pid)) ? [Number(pid)] : [])));
+        return found.flat();
+      };
+      const isUsed = async (end: () => Promise<unknown>) => {
+        const [pid] = await eventually(async () => (await waiting()).length === 1 && (await waiting()), "one waits");
+        const id = plane.create(contentOf(fromGit(repository.url)));
+        await plane.untilPhase(id, RUNNING);
+        expect((await runner.record(id)).supervisor?.pid).toBe(pid);
+        expect(await runner.exec(id, "git status --porcelain --branch")).toBe("## main...origin/main");
+        await eventually(async () => (await waiting()).length === 1, "the next one waits");
+        await end();
+        await eventually(async () => (await waiting()).length === 0, "none waits any more");
+        expect((await processesOf(runner, id)).map((each) => each.pid)).toContain(pid);
+      };
+      const process = await runner.spawn();
+      await isUsed(() => process.kill());
+      await runner.start();
+      await isUsed(async () => await runner.running?.stop());
+    },
+  );
 
   test("a runner killed at any moment of a life comes back to it", async () => {
     const repository = await git.createRepository("killed-often");

@@ -12,7 +12,7 @@ import { EnvironmentOpsService } from "../gen/supervisor/v1/environmentopts_pb.j
 import { connectSupervisor } from "../src/runner/supervisor/client.ts";
 import { writeSupervisorConfig } from "../src/runner/supervisor/config.ts";
 import { forwardOps } from "../src/runner/supervisor/forward.ts";
-import { launchSupervisor, SupervisorStartError } from "../src/runner/supervisor/launch.ts";
+import { launchSupervisor, SupervisorStartError, startWaiting } from "../src/runner/supervisor/launch.ts";
 import { environmentProcesses, isAlive, readProcess } from "../src/runner/supervisor/processes.ts";
 import { liveSupervisor } from "../src/runner/supervisor/record.ts";
 import { failure, gone, isRoot, testEnvironment, waitFor } from "./supervisor-harness.ts";
@@ -124,6 +124,40 @@ describe("a supervisor process", () => {
     expect(left).toBeGreaterThan(50);
     await startOne();
     expect(await files()).toBe(left);
+  });
+
+  test.runIf(isRoot)("waits for its environment when it is started ahead, and is as any other then", async () => {
+    const folder = await mkdtemp(join(tmpdir(), "berth-compiled-"));
+    onTestFinished(() => rm(folder, { recursive: true }));
+    await using environment = await testEnvironment();
+    const { config, configPath, client } = environment;
+    const waiting = startWaiting(folder);
+    const { record } = await launchSupervisor(configPath, config, folder, waiting);
+    expect(record.pid).toBe(waiting.pid);
+    expect(await client.health()).toMatchObject({ ...record, environmentId: config.environmentId });
+    const status = readFileSync(`/proc/${record.pid}/status`, "utf8");
+    expect(status).toContain(`\nUid:\t${Array(4).fill(config.uid).join("\t")}\n`);
+    expect(status).toMatch(/\nCapEff:\t0+\n/);
+    expect(readFileSync(`/proc/${record.pid}/environ`, "utf8")).not.toContain("BERTH_");
+    const { stdout } = await client.exec({
+      command: "id -u; id -G; echo $BERTH_ENVIRONMENT_ID; readlink /proc/self/fd/0",
+    });
+    expect(lines(stdout)).toEqual([`${config.uid}`, `${config.uid}`, config.environmentId, "/dev/null"]);
+    const found = await environmentProcesses({ environmentId: config.environmentId, uid: config.uid });
+    expect(found.map(({ pid }) => pid)).toContain(record.pid);
+  });
+
+  test("that waits ends with its starter, and one that is gone is not waited for", async () => {
+    const folder = await mkdtemp(join(tmpdir(), "berth-compiled-"));
+    onTestFinished(() => rm(folder, { recursive: true }));
+    const left = startWaiting(folder);
+    const ended = new Promise((resolve) => left.once("exit", resolve));
+    left.stdin?.destroy();
+    expect(await ended).toBe(0);
+    await using environment = await testEnvironment();
+    const { record } = await launchSupervisor(environment.configPath, environment.config, folder, left);
+    expect(record.pid).not.toBe(left.pid);
+    expect((await environment.client.health()).pid).toBe(record.pid);
   });
 
   test("limits how many processes there may be, and what it starts cannot raise that", async () => {

@@ -13,6 +13,7 @@ import type { ContainerRuntime } from "./containers/runtime.ts";
 import type { ControlPlane } from "./control-plane.ts";
 import type { SourceControl } from "./source-control.ts";
 import type { SshServer } from "./ssh/server.ts";
+import type { WaitingSupervisor } from "./waiting-supervisor.ts";
 
 /** The program that runs here. */
 export interface ProgramVersion {
@@ -35,6 +36,8 @@ export interface Host {
   sshServer: SshServer | undefined;
   /** Absent where limits cannot be enforced. */
   controlGroups: ControlGroups | undefined;
+  /** Absent where supervisors cannot be started before their environment is known. */
+  waitingSupervisor: WaitingSupervisor | undefined;
   guard: Guard;
   resolveContext: SourceControl["resolveContext"];
   controlPlane: ControlPlane;

@@ -176,6 +176,7 @@ export async function startSupervisor(
     paths.supervisorConfig,
     config,
     compiledFolder(host.config.dataDir),
+    user.own ? host.waitingSupervisor?.take() : undefined,
   );
   // It has started nothing yet, so all that it ever starts is limited.
   await host.controlGroups?.add(environmentId, record.pid);
@@ -207,6 +208,14 @@ export async function adoptSupervisor(
   return { process: { pid: found.pid, startTime: found.startTime, bootId: bootId() }, client };
 }
 
+function kill(supervisor: RecordedProcess): void {
+  try {
+    if (supervisor.bootId === bootId() && isAlive(supervisor)) process.kill(supervisor.pid, "SIGKILL");
+  } catch {
+    // Gone meanwhile.
+  }
+}
+
 /** Asks the supervisor to end what it runs; returns when it is gone, the time is over or the signal fires. */
 async function endGracefully(supervisor: RecordedProcess, signal: AbortSignal): Promise<void> {
   const deadline = Date.now() + SUPERVISOR_GRACE_MS;
@@ -221,20 +230,23 @@ async function endGracefully(supervisor: RecordedProcess, signal: AbortSignal): 
 }
 
 /**
- * Ends every process of an environment; with a supervisor to ask, gracefully first, then its container. Returns those
- * that could not be ended: empty on success.
+ * Ends every process of an environment, gracefully first if so asked and there is a supervisor to do it, then its
+ * container. Returns those that could not be ended: empty on success.
  */
 export async function stopProcesses(
   host: Host,
   environmentId: string,
   user: UnixUser | undefined,
   supervisor: RecordedProcess | undefined,
+  gracefully: boolean,
   endContainer: () => Promise<void>,
   signal: AbortSignal,
 ): Promise<ProcessEntry[]> {
-  if (supervisor) await endGracefully(supervisor, signal);
+  if (supervisor && gracefully) await endGracefully(supervisor, signal);
   await endContainer();
   const uid = await distinctUid(environmentId, user);
+  // One that has waited for its environment shows whose it is by its user alone.
+  if (uid === undefined && supervisor) kill(supervisor);
   const left = await killEnvironmentProcesses({ environmentId, uid, deadlineMs: KILL_DEADLINE_MS });
   if (left.length === 0) await host.controlGroups?.remove(environmentId);
   return left;

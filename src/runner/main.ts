@@ -18,11 +18,13 @@ import { type Host, hostFacts, programVersion, systemDetails } from "./host.ts";
 import { Link } from "./link.ts";
 import { lockDataDir } from "./lock.ts";
 import { prepareDataDir } from "./machine.ts";
+import { compiledFolder } from "./paths.ts";
 import { Reports } from "./reports.ts";
 import { startRunnerServer } from "./server.ts";
 import { sourceControl } from "./source-control.ts";
 import { findSshServer } from "./ssh/server.ts";
 import { gate } from "./supervisor/gate.ts";
+import { WaitingSupervisor } from "./waiting-supervisor.ts";
 
 /** What a runner needs to start. */
 export interface RunnerOptions {
@@ -89,6 +91,8 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
     schema: linuxHostSchema(`${publicApiUrl}/oauth/scm/callback`, facts),
     sshServer: await findSshServer(process.env.PATH ?? ""),
     controlGroups: await ControlGroups.open(),
+    // The users of environments tell whose a supervisor is.
+    waitingSupervisor: process.getuid?.() === 0 ? new WaitingSupervisor(compiledFolder(config.dataDir)) : undefined,
     isDraining: () => link?.draining ?? false,
     reservedUids: (id) => environments.reservedUids(id),
     startGate: gate(MACHINES_AT_ONCE, MACHINES_WAITING),
@@ -127,7 +131,10 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
   const calls = new Calls(host);
   const running = new Link({
     ...{ host, credentials, environments, reports, automations, calls, status },
-    registered: registered.resolve,
+    registered() {
+      host.waitingSupervisor?.prepare();
+      registered.resolve();
+    },
   });
   link = running;
 
@@ -138,6 +145,7 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
     await environments.close();
     engines.close();
     await server.close(CLOSE_MS);
+    host.waitingSupervisor?.close();
     await unlock();
     return end === "foreign" ? "refused" : end;
   };

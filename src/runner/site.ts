@@ -197,14 +197,7 @@ export class EnvironmentSite {
     this.supervision.drop();
     this.container.drop();
     const endContainer = () => this.#endContainer(gracefully);
-    const left = await stopProcesses(
-      this.host,
-      this.id,
-      user,
-      gracefully ? supervisor : undefined,
-      endContainer,
-      signal,
-    );
+    const left = await stopProcesses(this.host, this.id, user, supervisor, gracefully, endContainer, signal);
     if (left.length > 0) throw new Error(`${left.length} processes cannot be ended`);
     await this.endStrayGit();
   }

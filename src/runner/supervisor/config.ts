@@ -29,6 +29,9 @@ export interface SupervisorConfig {
 /** File below `root` that is there where the dev container has to have a container of its own. */
 export const CONTAINED = "container/contained";
 
+/** What a supervisor is started with when the path of its configuration comes later, as a line of its input. */
+export const WAIT = "--wait";
+
 /** A configuration the supervisor cannot start with; exit code 2. */
 export class SupervisorConfigError extends Error {}
 

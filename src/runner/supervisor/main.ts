@@ -1,4 +1,4 @@
-import { accessSync, constants, existsSync, mkdirSync, rmSync, statSync } from "node:fs";
+import { accessSync, constants, existsSync, mkdirSync, readSync, rmSync, statSync } from "node:fs";
 import { createServer } from "node:http";
 import { flushCompileCache } from "node:module";
 import { join } from "node:path";
@@ -6,7 +6,7 @@ import { ActivityTracker } from "./activity.ts";
 import { AutomationEngine } from "./automation/engine.ts";
 import { AutomationLink } from "./automation/link.ts";
 import { TIMES } from "./automation/parts.ts";
-import { CONTAINED, readSupervisorConfig, type SupervisorConfig, SupervisorConfigError } from "./config.ts";
+import { CONTAINED, readSupervisorConfig, type SupervisorConfig, SupervisorConfigError, WAIT } from "./config.ts";
 import { connectHandler } from "./connect-handler.ts";
 import { Execs } from "./exec.ts";
 import { ExecJournal } from "./exec-journal.ts";
@@ -32,6 +32,25 @@ const ANSWER_MS = 2000;
 // Longer than the runner waits for its caller.
 const STALL_MS = 120_000;
 const PRUNE_MS = 60 * 60 * 1000;
+const STDIN = 0;
+const NEWLINE = 10;
+const MAX_PATH_BYTES = 4096;
+
+/**
+ * Path of the configuration. One that waits for it, and does nothing else, reads it as a line; it ends with its starter
+ * if that one never says it.
+ */
+function configPath(argument: string | undefined): string | undefined {
+  if (argument !== WAIT) return argument;
+  const input = Buffer.alloc(MAX_PATH_BYTES);
+  let size = 0;
+  while (!input.subarray(0, size).includes(NEWLINE)) {
+    const count = size < input.length ? readSync(STDIN, input, size, input.length - size, null) : 0;
+    if (count === 0) process.exit(0);
+    size += count;
+  }
+  return input.toString("utf8", 0, input.indexOf(NEWLINE));
+}
 
 /** As root, the file that names the user to become must not be in that user's hands. */
 function trustedConfig(path: string | undefined): SupervisorConfig {
@@ -182,7 +201,7 @@ process.on("SIGHUP", () => undefined);
 process.stdout.on("error", () => undefined);
 process.stderr.on("error", () => undefined);
 try {
-  const given = trustedConfig(process.argv[2]);
+  const given = trustedConfig(configPath(process.argv[2]));
   const config = { ...given, shell: usableShell(given) };
   process.umask(0o022);
   process.chdir("/");
