@@ -283,7 +283,9 @@ describe("desired state", () => {
     const environment = await newEnvironment(classId);
     const desired = await process.desired(environment.id);
     expect(desired.spec).toMatchObject({ desiredPhase: EnvironmentPhase.RUNNING, machine: { class: classId } });
-    expect(steps(process).slice(0, 4)).toEqual(["snapshotBegin", "upsert", "snapshotEnd", "bookmark"]);
+    // The runner and its organization's policies.
+    const begun = ["snapshotBegin", "upsert", "upsert", "snapshotEnd", "bookmark"];
+    expect(steps(process).slice(0, 5)).toEqual(begun);
     const upsert = process.seen.findLast((event) => event.case === "upsert");
     expect(
       upsert?.case === "upsert" && upsert.value.object.case === "environment" && upsert.value.object.value,

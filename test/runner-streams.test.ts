@@ -40,6 +40,7 @@ beforeAll(async () => {
       log: pino({ level: "silent" }),
     },
     ...{ publicUrl: () => "http://127.0.0.1", portDomain: undefined, signInUrl: "http://127.0.0.1", recheckMs: 20 },
+    isSharingOff: () => false,
   });
   baseUrl = `http://127.0.0.1:${server.port}/environments/${config.environmentId}/ops`;
 });

@@ -1,4 +1,5 @@
-import { clone, create, toJson } from "@bufbuild/protobuf";
+import { clone, create, equals, toJson } from "@bufbuild/protobuf";
+import { type DeliveredPolicies, DeliveredPoliciesSchema } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { CodexOpenAIModel, CodexReasoningEffort, CodexServiceTier } from "../../gen/gitpod/v1/agent_pb.js";
 import { AdmissionLevel, KernelControlsAction, VetoFileSurface } from "../../gen/gitpod/v1/environment_pb.js";
 import {
@@ -376,6 +377,19 @@ export function policyReferences(
     ),
   };
 }
+
+/** What runners have to know of policies. */
+export const deliveredPolicies = ({
+  portSharingDisabled,
+  webBrowserDisabled,
+  agentPolicy,
+  securityAgentPolicy,
+}: OrganizationPolicies): DeliveredPolicies =>
+  create(DeliveredPoliciesSchema, { portSharingDisabled, webBrowserDisabled, agentPolicy, securityAgentPolicy });
+
+/** Whether a change of policies is one for runners to hear of. */
+export const concernsRunners = (before: OrganizationPolicies, next: OrganizationPolicies): boolean =>
+  !equals(DeliveredPoliciesSchema, deliveredPolicies(before), deliveredPolicies(next));
 
 /** Policies as a caller may read them: security agents are for admins, who always get a whole message to change. */
 export function visiblePolicies(policies: OrganizationPolicies, isAdmin: boolean): OrganizationPolicies {

@@ -37,6 +37,7 @@ import { forgetSsh, keepSsh, sshUrl } from "./ssh-steps.ts";
 import {
   acknowledgement,
   courseOf,
+  enabledAgents,
   enabledRules,
   environmentUrl,
   type Refusal,
@@ -341,16 +342,17 @@ export class ManagedEnvironment {
   }
 
   #refusal({ environmentClass }: DesiredEnvironment, spec: EnvironmentSpec): Refusal | undefined {
-    const { config, schema } = this.#host;
+    const { config, schema, policies } = this.#host;
     const invalid = initializerProblem(spec.content?.initializer, config.scm.schemes);
     const problem = classSettings(schema, environmentClass).problem ?? invalid;
     if (problem) return { code: AckCode.INVALID_RESOURCE, message: problem };
-    const rules = enabledRules(spec.kernelControlsConfig);
-    if (rules.length === 0 || config.allowUnenforced) return undefined;
-    return {
-      code: AckCode.FAILED_PRECONDITION,
-      message: `this runner cannot enforce the kernel control ${rules.join(", ")}`,
-    };
+    const [rules, agents] = [enabledRules(spec.kernelControlsConfig), enabledAgents(policies)];
+    const unenforced = [
+      ...(rules.length > 0 ? [`cannot enforce the kernel control ${rules.join(", ")}`] : []),
+      ...(agents.length > 0 ? [`cannot run the security agent ${agents.join(", ")}`] : []),
+    ];
+    if (unenforced.length === 0 || config.allowUnenforced) return undefined;
+    return { code: AckCode.FAILED_PRECONDITION, message: `this runner ${unenforced.join(" and ")}` };
   }
 
   async #keepRunning(

@@ -3,6 +3,7 @@ import { availableParallelism, release, type as systemType, totalmem } from "nod
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import type { Logger } from "pino";
+import type { DeliveredPolicies } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import type { RunnerConfigurationSchema } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import type { RunnerHostConfig } from "../config.ts";
 import type { HostFacts } from "../domain/environment-class.ts";
@@ -38,6 +39,8 @@ export interface Host {
   controlGroups: ControlGroups | undefined;
   /** Absent where supervisors cannot be started before their environment is known. */
   waitingSupervisor: WaitingSupervisor | undefined;
+  /** What the organization limits its members to, as far as the runner has heard. */
+  policies: DeliveredPolicies;
   guard: Guard;
   resolveContext: SourceControl["resolveContext"];
   controlPlane: ControlPlane;

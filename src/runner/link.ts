@@ -287,6 +287,9 @@ export class Link {
   async #upsert(object: Upsert["object"]): Promise<void> {
     const { environments } = this.#deps;
     switch (object.case) {
+      case "organizationPolicies":
+        this.#deps.host.policies = object.value;
+        return;
       case "environment":
         return environments.upsert(object.value);
       case "service":

@@ -23,7 +23,7 @@ import {
 } from "./machine.ts";
 import { allOf, SideWork } from "./side-work.ts";
 import { type EnvironmentSite, textOf } from "./site.ts";
-import { enabledRules, startedStatus } from "./status.ts";
+import { enabledAgents, enabledRules, startedStatus } from "./status.ts";
 import { isWornOut, LOST_TOO_OFTEN, recentRestarts } from "./supervision.ts";
 import { ANOTHER_SERVES, SupervisorStartError } from "./supervisor/launch.ts";
 import type { SupervisorState } from "./supervisor/private-http.ts";
@@ -203,12 +203,13 @@ export async function writeEnvironmentVariables(site: EnvironmentSite, user: Uni
 
 /** Everything about the machine that people should know. */
 export function machineWarnings({ host, ssh }: EnvironmentSite, user: UnixUser, spec: EnvironmentSpec): string {
-  const rules = enabledRules(spec.kernelControlsConfig);
+  const [rules, agents] = [enabledRules(spec.kernelControlsConfig), enabledAgents(host.policies)];
   const warnings = [
     user.own ? "" : "no isolation between environments: the runner does not run as root",
     user.unlisted ? "the user of the environment has no name on this host: no account could be made" : "",
     host.controlGroups ? "" : "CPU and memory limits are not enforced on this host",
     rules.length > 0 ? `kernel controls are not enforced: ${rules.join(", ")}` : "",
+    agents.length > 0 ? `security agents do not run here: ${agents.join(", ")}` : "",
     spec.sshPublicKeys.length > 0 ? ssh.problem : "",
   ];
   return warnings.filter(Boolean).join("; ");

@@ -1,6 +1,10 @@
 import { hostname } from "node:os";
+import { create } from "@bufbuild/protobuf";
 import type { Logger } from "pino";
-import { DeregisterRequest_Reason as Reason } from "../../gen/berth/runner/v1/runner_control_pb.js";
+import {
+  DeliveredPoliciesSchema,
+  DeregisterRequest_Reason as Reason,
+} from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { RunnerCapability, RunnerPhase } from "../../gen/gitpod/v1/runner_pb.js";
 import type { RunnerHostConfig } from "../config.ts";
 import { linuxHostSchema } from "../domain/environment-class.ts";
@@ -95,6 +99,7 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
     waitingSupervisor: process.getuid?.() === 0 ? new WaitingSupervisor(compiledFolder(config.dataDir)) : undefined,
     isDraining: () => link?.draining ?? false,
     reservedUids: (id) => environments.reservedUids(id),
+    policies: create(DeliveredPoliciesSchema),
     startGate: gate(MACHINES_AT_ONCE, MACHINES_WAITING),
   };
   const reports: Reports = new Reports(log, (id, outcome, status) => environments.judged(id, outcome, status));
@@ -111,6 +116,7 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
     publicUrl: () => config.publicUrl,
     portDomain: config.portDomain,
     signInUrl: publicApiUrl,
+    isSharingOff: () => host.policies.portSharingDisabled,
     connected: () => link?.connected ?? false,
   }).catch(async (error: unknown) => {
     await environments.close();

@@ -29,6 +29,8 @@ export interface ServerDeps extends LogServerDeps {
   portDomain: string | undefined;
   /** Base URL of the control plane for browsers. */
   signInUrl: string;
+  /** The organization shares no ports. */
+  isSharingOff(): boolean;
   /** The link to the control plane is in force. */
   connected(): boolean;
   log: Logger;

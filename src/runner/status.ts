@@ -1,4 +1,5 @@
 import { clone, create } from "@bufbuild/protobuf";
+import type { DeliveredPolicies } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import {
   EnvironmentStatus_RunnerACK_StatusCode as AckCode,
   EnvironmentStatus_ContentPhase as ContentPhase,
@@ -49,6 +50,13 @@ export function enabledRules(controls: KernelControlsConfig | undefined): string
     ["veto.file.block_devices", file?.blockDevices?.enabled],
   ];
   return rules.filter(([, enabled]) => enabled).map(([name]) => name);
+}
+
+/** Names of the security agents that policies ask for. */
+export function enabledAgents({ securityAgentPolicy }: DeliveredPolicies): string[] {
+  const { crowdstrike, customAgents = [] } = securityAgentPolicy ?? {};
+  const custom = customAgents.filter(({ enabled }) => enabled).map(({ name }) => name);
+  return [...(crowdstrike?.enabled ? ["CrowdStrike"] : []), ...custom];
 }
 
 /**

@@ -25,6 +25,7 @@ import { insertAssignment } from "./assignment-rows.ts";
 import type { Sql, Tx } from "./db.ts";
 import { syncBuiltInGroups } from "./groups.ts";
 import { type Actor, type Attribution, record } from "./record.ts";
+import { policiesRevised } from "./runners.ts";
 
 /** Makes ids; later ones sort after earlier ones. */
 type NewId = () => string;
@@ -196,4 +197,5 @@ export async function forgetAllowedGroup(
     ...{ operation: ResourceOperation.UPDATE, at: by.at },
     audit: { id: by.newId(), actor: by.actor, action: "Policy scm_tools_allowed_group_id cleared with its group" },
   });
+  await policiesRevised(tx, organizationId, by.at);
 }

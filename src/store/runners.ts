@@ -1,12 +1,12 @@
 import { create, fromBinary, toBinary } from "@bufbuild/protobuf";
 import { timestampFromDate } from "@bufbuild/protobuf/wkt";
-import type { ObjectKind } from "../../gen/berth/runner/v1/runner_control_pb.js";
+import { ObjectKind } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import type { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import {
   type RunnerConfigurationSchema as ConfigurationSchema,
   RunnerConfigurationSchemaSchema,
-  type RunnerKind,
+  RunnerKind,
   type RunnerProvider,
 } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import {
@@ -233,6 +233,22 @@ export function revised(
     insert into runner_revisions (runner_id, revision, object_kind, object_id, removed, created_at)
     select id, head_revision, ${kind}, ${objectId}, ${removed}, ${at} from head
   )`;
+}
+
+/** Tells every runner of an organization that its policies have changed; their ids. */
+export async function policiesRevised(tx: Tx, organizationId: string, at: Date): Promise<string[]> {
+  const rows = await tx<{ id: string }[]>`
+    with held as (
+      select id from runners where organization_id = ${organizationId} and deleted_at is null
+        and kind <> ${RunnerKind.LOCAL_CONFIGURATION} order by id for no key update
+    ), head as (
+      update runners r set head_revision = head_revision + 1 from held where r.id = held.id returning r.id, r.head_revision
+    ), revision as (
+      insert into runner_revisions (runner_id, revision, object_kind, object_id, removed, created_at)
+      select id, head_revision, ${ObjectKind.ORGANIZATION_POLICIES}, ${organizationId}, false, ${at} from head
+    )
+    select id from head`;
+  return rows.map((row) => row.id);
 }
 
 /** Tells a runner of a change that the transaction has already made. */

@@ -21,6 +21,8 @@ export interface PortDeps {
   domain: string | undefined;
   /** Base URL of the control plane for browsers, where people sign in. */
   signInUrl: string;
+  /** The organization shares no ports. */
+  isSharingOff(): boolean;
 }
 
 const KINDS = [Kind.PORT_ACCESS, Kind.ENVIRONMENT_ACCESS];
@@ -38,6 +40,7 @@ interface Refused {
 
 const NOT_LISTED = { status: 404, text: "no such port" };
 const NOT_RUNNING = { status: 502, text: "the environment is not running" };
+const SHARING_OFF = { status: 403, text: "sharing ports is switched off in this organization" };
 const NOBODY_LISTENS = { status: 502, text: "nothing of this environment listens on the port" };
 const NO_ANSWER = { status: 502, text: "the service does not answer" };
 const UNCHECKED = { status: 502, text: "the token cannot be checked at the moment" };
@@ -85,7 +88,9 @@ export function portServer(deps: PortDeps) {
   function portOf({ environmentId, port }: PortRoute): OpenPort | Refused {
     const environment = environments.get(environmentId);
     if (!environment) return NOT_LISTED;
-    return environment.openPort(port) ?? (environment.operations ? NOT_LISTED : NOT_RUNNING);
+    const opened = environment.openPort(port);
+    if (opened && deps.isSharingOff()) return SHARING_OFF;
+    return opened ?? (environment.operations ? NOT_LISTED : NOT_RUNNING);
   }
 
   async function pass(route: PortRoute, credential: Presented | undefined): Promise<Passage | Refused> {

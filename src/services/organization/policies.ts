@@ -5,6 +5,7 @@ import { type App, attribution, transact } from "../../app.ts";
 import { denied, refuseProblems } from "../../domain/errors.ts";
 import {
   changedPolicies,
+  concernsRunners,
   policyReferences,
   updatedPolicies,
   visiblePolicies,
@@ -14,6 +15,7 @@ import { principal } from "../../rpc/authenticate.ts";
 import { switchOffLocalRunners } from "../../store/local-runners.ts";
 import { holdPolicies, missingReferences, readPolicies, setPolicies } from "../../store/organizations.ts";
 import { record } from "../../store/record.ts";
+import { policiesRevised } from "../../store/runners.ts";
 
 async function updatePolicies(app: App, caller: Caller, request: UpdateOrganizationPoliciesRequest): Promise<void> {
   const organizationId = ownOrganization(caller, request.organizationId);
@@ -33,6 +35,8 @@ async function updatePolicies(app: App, caller: Caller, request: UpdateOrganizat
     });
     if (before.allowLocalRunners && !next.allowLocalRunners)
       await switchOffLocalRunners(tx, organizationId, by, touched);
+    if (!concernsRunners(before, next)) return;
+    for (const runnerId of await policiesRevised(tx, organizationId, by.at)) touched(runnerId);
   });
 }
 

@@ -13,10 +13,12 @@ import {
 import { ServiceSchema, TaskExecutionSchema } from "../../../gen/gitpod/v1/environment_automation_pb.js";
 import type { App } from "../../app.ts";
 import { environmentMessage } from "../../domain/environment.ts";
+import { deliveredPolicies } from "../../domain/organization-policies.ts";
 import { runnerExecutions } from "../../store/automation/executions.ts";
 import { runnerServices } from "../../store/automation/services.ts";
 import { classesById } from "../../store/environment-classes.ts";
 import { deletedAmongHeld, runnerEnvironments } from "../../store/environments.ts";
+import { readPolicies } from "../../store/organizations.ts";
 import { getOwnRunner, readRevisions, runnerMessage, type StoredRunner } from "../../store/runners.ts";
 
 const REVISION_PAGE = 200;
@@ -96,6 +98,11 @@ const upsert = (object: Upsert["object"], revision: number) =>
 const runnerUpsert = (runner: StoredRunner, revision: number) =>
   upsert({ case: "runner", value: runnerMessage(runner) }, revision);
 
+async function policiesUpsert(app: App, runner: StoredRunner, revision: number): Promise<WatchResponse> {
+  const { policies } = await readPolicies(app.db.point, runner.organizationId);
+  return upsert({ case: "organizationPolicies", value: deliveredPolicies(policies) }, revision);
+}
+
 function removal(kind: ObjectKind, id: string, revision: number): WatchResponse {
   const value = { $typeName: "berth.runner.v1.Remove" as const, revision: BigInt(revision), kind, id };
   return step({ case: "remove", value });
@@ -109,6 +116,7 @@ async function* snapshot(app: App, runner: StoredRunner): AsyncGenerator<WatchRe
     value: { $typeName: "berth.runner.v1.SnapshotBegin", revision, controlPlaneId: app.controlPlaneId },
   });
   yield runnerUpsert(runner, 0);
+  yield await policiesUpsert(app, runner, 0);
   for (const { page, read } of KINDS) {
     for (let after = FIRST; ; ) {
       const found = await read(app, runner.id, undefined, after);
@@ -152,11 +160,13 @@ async function deltas(app: App, runner: StoredRunner, after: number): Promise<Ch
   const current = changes.some(({ kind }) => kind === ObjectKind.RUNNER)
     ? await getOwnRunner(app.db.point, runner.id)
     : runner;
-  const messages = changes.map(({ kind, objectId, revision }) => {
-    if (kind === ObjectKind.RUNNER) return runnerUpsert(current, revision);
+  const messages: WatchResponse[] = [];
+  for (const { kind, objectId, revision } of changes) {
     const object = objects.get(`${kind} ${objectId}`);
-    return object ? upsert(object, revision) : removal(kind, objectId, revision);
-  });
+    if (kind === ObjectKind.RUNNER) messages.push(runnerUpsert(current, revision));
+    else if (kind === ObjectKind.ORGANIZATION_POLICIES) messages.push(await policiesUpsert(app, runner, revision));
+    else messages.push(object ? upsert(object, revision) : removal(kind, objectId, revision));
+  }
   const revision = read.revisions.at(-1)?.revision ?? after;
   return { messages, revision, more: read.revisions.length === REVISION_PAGE };
 }

@@ -11,6 +11,7 @@ import type { Message } from "@bufbuild/protobuf";
 import type { ParseContextURLResponse, Runner, RunnerStatus } from "../../../gitpod/v1/runner_pb.js";
 import type { EnvironmentClass, HostAuthenticationTokenSource, RunnerConfigurationSchema } from "../../../gitpod/v1/runner_configuration_pb.js";
 import type { Any, Duration, Timestamp } from "@bufbuild/protobuf/wkt";
+import type { AgentPolicy, SecurityAgentPolicy } from "../../../gitpod/v1/organization_pb.js";
 import type { Environment, EnvironmentStatus } from "../../../gitpod/v1/environment_pb.js";
 import type { Service, ServiceStatus, TaskExecution, TaskExecutionStatus } from "../../../gitpod/v1/environment_automation_pb.js";
 import type { Subject } from "../../../gitpod/v1/identity_pb.js";
@@ -419,6 +420,14 @@ export declare type Upsert = Message<"berth.runner.v1.Upsert"> & {
      */
     value: DesiredTaskExecution;
     case: "taskExecution";
+  } | {
+    /**
+     * Policies of the runner's organization as they are.
+     *
+     * @generated from field: berth.runner.v1.DeliveredPolicies organization_policies = 6;
+     */
+    value: DeliveredPolicies;
+    case: "organizationPolicies";
   } | { case: undefined; value?: undefined };
 };
 
@@ -427,6 +436,48 @@ export declare type Upsert = Message<"berth.runner.v1.Upsert"> & {
  * Use `create(UpsertSchema)` to create a new message.
  */
 export declare const UpsertSchema: GenMessage<Upsert>;
+
+/**
+ * What an organization limits its members to, as far as runners have to know. Within a snapshot it comes before all
+ * environments, and a change of it before those of environments that follow.
+ *
+ * @generated from message berth.runner.v1.DeliveredPolicies
+ */
+export declare type DeliveredPolicies = Message<"berth.runner.v1.DeliveredPolicies"> & {
+  /**
+   * No port is served to anybody, whatever its admission says.
+   *
+   * @generated from field: bool port_sharing_disabled = 1;
+   */
+  portSharingDisabled: boolean;
+
+  /**
+   * Environments offer no browser.
+   *
+   * @generated from field: bool web_browser_disabled = 2;
+   */
+  webBrowserDisabled: boolean;
+
+  /**
+   * What agents may do in environments.
+   *
+   * @generated from field: gitpod.v1.AgentPolicy agent_policy = 3;
+   */
+  agentPolicy?: AgentPolicy | undefined;
+
+  /**
+   * What has to watch every environment; a runner that cannot run an enabled agent refuses to start environments.
+   *
+   * @generated from field: gitpod.v1.SecurityAgentPolicy security_agent_policy = 4;
+   */
+  securityAgentPolicy?: SecurityAgentPolicy | undefined;
+};
+
+/**
+ * Describes the message berth.runner.v1.DeliveredPolicies.
+ * Use `create(DeliveredPoliciesSchema)` to create a new message.
+ */
+export declare const DeliveredPoliciesSchema: GenMessage<DeliveredPolicies>;
 
 /**
  * An environment as its runner should realise it.
@@ -1738,6 +1789,13 @@ export enum ObjectKind {
    * @generated from enum value: OBJECT_KIND_TASK_EXECUTION = 4;
    */
   TASK_EXECUTION = 4,
+
+  /**
+   * Policies of its organization.
+   *
+   * @generated from enum value: OBJECT_KIND_ORGANIZATION_POLICIES = 5;
+   */
+  ORGANIZATION_POLICIES = 5,
 }
 
 /**
