@@ -1,6 +1,6 @@
 import { randomUUID } from "node:crypto";
 import { existsSync } from "node:fs";
-import { mkdir, mkdtemp, readFile, rm, stat, writeFile } from "node:fs/promises";
+import { mkdir, mkdtemp, readFile, rm, stat } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
@@ -16,7 +16,7 @@ import {
   type TaskExecutionStatus,
 } from "../gen/gitpod/v1/environment_automation_pb.js";
 import { AutomationEngine } from "../src/runner/supervisor/automation/engine.ts";
-import { type News, TIMES } from "../src/runner/supervisor/automation/parts.ts";
+import { CommandProblem, type News, TIMES } from "../src/runner/supervisor/automation/parts.ts";
 import { eventually } from "./harness/wait.ts";
 
 // What takes too long, or too much, for a whole installation: the engine of the supervisor, with short deadlines.
@@ -26,11 +26,12 @@ const MIB = 1024 * 1024;
 
 let folder: string;
 let engine: AutomationEngine;
-/** Without whatever engine the machine may have. */
-const path = () => `${join(folder, "programs")}:/usr/bin:/bin`;
 const services = new Map<string, ServiceStatus[]>();
 const executions = new Map<string, TaskExecutionStatus>();
 const troubles: unknown[] = [];
+/** Runs that a container was wanted for, and those that were taken back. */
+const asked: string[] = [];
+const removed: string[] = [];
 
 function heard(news: News): void {
   if (news.kind === "execution") executions.set(news.id, news.status);
@@ -44,12 +45,22 @@ beforeEach(async () => {
     {
       state: join(folder, "state"),
       logs: join(folder, "logs"),
-      variables: (more) => ({ PATH: path(), HOME: join(folder, "home"), ...more }),
+      variables: (more) => ({ PATH: "/usr/bin:/bin", HOME: join(folder, "home"), ...more }),
       folder: () => join(folder, "home"),
       isContained: () => false,
       secrets: async () => new Map(),
       logUrl: (path) => `http://runner/${path}/logs`,
-      runnerName: () => "test",
+      containers: {
+        async start(run, image, { signal }) {
+          asked.push(run);
+          if (image !== "slow") throw new CommandProblem("no engine");
+          return await new Promise((_resolve, reject) =>
+            signal.addEventListener("abort", () => reject(new Error("late"))),
+          );
+        },
+        exec: async () => undefined,
+        remove: (run) => void removed.push(run),
+      },
       times: { ...TIMES, serviceStopMs: 400, taskStopMs: 400, readyPauseMs: 20, shownRunningMs: 20, outputMs: 50 },
       unforeseen: (error) => troubles.push(error),
     },
@@ -63,6 +74,7 @@ afterEach(async () => {
   await engine.close();
   await rm(folder, { recursive: true, force: true, maxRetries: 5 });
   expect(troubles.splice(0)).toEqual([]);
+  for (const list of [asked, removed]) list.splice(0);
   services.clear();
   executions.clear();
 });
@@ -146,23 +158,37 @@ describe("what does not end", () => {
   });
 });
 
-test("AUT-35 where there is an engine, people hear that it is not used, and nothing runs", async () => {
-  const programs = join(folder, "programs");
-  await mkdir(programs);
-  const spec = {
+describe("in a container", () => {
+  const inContainer = (image: string) => ({
     ...{
       commands: { start: "touch ran" },
-      runsOn: { target: { case: "docker" as const, value: { image: "alpine" } } },
+      runsOn: { target: { case: "docker" as const, value: { image } } },
     },
-  };
-  const none = want(randomUUID(), RUNNING, spec);
-  await serviceIs(none, FAILED);
-  expect(services.get(none)?.at(-1)?.failureMessage).toContain("none found on runner test");
-  await writeFile(join(programs, "podman"), "");
-  const some = want(randomUUID(), RUNNING, spec);
-  await serviceIs(some, FAILED);
-  expect(services.get(some)?.at(-1)?.failureMessage).toContain("podman is not used by this version");
-  expect(existsSync(join(folder, "home/ran"))).toBe(false);
+  });
+
+  test("AUT-35 what keeps it from starting is told, and nothing runs", async () => {
+    const id = want(randomUUID(), RUNNING, inContainer("none"));
+    await serviceIs(id, FAILED);
+    expect(services.get(id)?.at(-1)?.failureMessage).toBe("no engine");
+    expect(existsSync(join(folder, "home/ran"))).toBe(false);
+    expect(removed).toContain(asked.at(-1));
+    await eventually(() => engine.containerRuns().length === 0, "nothing is kept of it");
+  });
+
+  test("one that is stopped while its image is on its way has stopped, and is not waited for", async () => {
+    const id = want(randomUUID(), RUNNING, inContainer("slow"));
+    await eventually(() => asked.length > 0, "it was asked for");
+    expect(engine.containerRuns()).toEqual(asked);
+    want(id, STOPPED, inContainer("slow"));
+    await serviceIs(id, STOPPED);
+    expect(removed).toContain(asked[0]);
+    const { runsOn } = inContainer("slow");
+    const value = { id: randomUUID(), spec: { command: "touch ran", runsOn } };
+    run([[{ id: randomUUID(), label: "t", step: { case: "task", value } }]]);
+    await eventually(() => asked.length > 1, "the task's was asked for");
+    await engine.close();
+    expect(removed).toContain(asked[1]);
+  });
 });
 
 describe("much at once", () => {

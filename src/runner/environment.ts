@@ -125,7 +125,7 @@ export class ManagedEnvironment {
       () => this.publish(),
       () => this.wake(),
     );
-    this.automations = relayFor(host, id, events.automations);
+    this.automations = relayFor(this.#site, events.automations);
     this.#mayRun = this.#site.machinePhase !== MachinePhase.STOPPED;
     this.log.live = record !== undefined && this.#mayRun;
     this.#ended = this.#work();
@@ -138,6 +138,11 @@ export class ManagedEnvironment {
 
   get log(): EnvironmentLog {
     return this.#site.log;
+  }
+
+  /** Its supervisor is there, or will be: it knows which containers are in use. */
+  get isUp(): boolean {
+    return this.#site.machinePhase === MachinePhase.RUNNING;
   }
 
   /** User id that its files belong to, if that is not the runner's. */
@@ -381,6 +386,7 @@ export class ManagedEnvironment {
       meanwhile: async (ends: AbortSignal) => void (refusal || (await this.#keepFiles(spec, ends))),
     };
     if (!(await keepMachine(site, desired, spec, work, signal))) return undefined;
+    site.containers.open();
     this.automations.connect(site.supervision.client, site.passed);
     if (!refusal) {
       if (!(await this.#keepFiles(spec, signal))) return undefined;
@@ -483,10 +489,11 @@ export class ManagedEnvironment {
   }
 }
 
-function relayFor(host: Host, environmentId: string, reports: AutomationReports): AutomationRelay {
+function relayFor(site: EnvironmentSite, reports: AutomationReports): AutomationRelay {
+  const { host, id: environmentId } = site;
   return new AutomationRelay({
     reports,
-    runnerName: host.config.name,
+    containers: site.containers,
     logDays: host.config.logDays,
     logBase: () => environmentUrl(host.config.publicUrl, environmentId),
     async secrets(secretIds) {

@@ -12,6 +12,8 @@ import {
   EnvironmentStatus_Machine_Phase as MachinePhase,
 } from "../../gen/gitpod/v1/environment_pb.js";
 import type { AutomationReports } from "./automations/reports.ts";
+import type { ContainerEngine } from "./containers/engine.ts";
+import { removeStrayRuns } from "./containers/environment-containers.ts";
 import { removeStrays } from "./devcontainer/belongings.ts";
 import { type EnvironmentEvents, ManagedEnvironment } from "./environment.ts";
 import { removeTree } from "./files.ts";
@@ -64,9 +66,8 @@ export class Environments {
     const names = await readdir(environmentsFolder(host.config.dataDir));
     for (const id of names.filter((name) => UUID.test(name))) await environments.#open(id);
     await environments.#sweep();
-    await environments.#removeStrayContainers().catch((error: unknown) => {
-      host.log.warn({ error: String(error) }, "containers of former environments could not be removed");
-    });
+    host.engines.onAppear((engine) => void environments.#removeStrayContainers(engine));
+    if (host.engines.present) await environments.#removeStrayContainers(host.engines.present);
     await environments.#removeStrayUsers().catch((error: unknown) => {
       host.log.warn({ error: String(error) }, "accounts of former environments could not be removed");
     });
@@ -82,11 +83,16 @@ export class Environments {
   }
 
   /** What a runner that was ended, or an engine that did not answer, has left of environments that are gone. */
-  async #removeStrayContainers(): Promise<void> {
-    const engine = await this.#host.engines.find();
+  async #removeStrayContainers(engine: ContainerEngine): Promise<void> {
     const images = [...this.#managed.values()].flatMap(({ containerImage }) => containerImage ?? []);
     const { dataDir } = this.#host.config;
-    if (engine) await removeStrays(engine, dataDir, { environmentIds: new Set(this.#managed.keys()), images });
+    try {
+      await removeStrays(engine, dataDir, { environmentIds: new Set(this.#managed.keys()), images });
+      // Those of environments that run are known to their supervisors.
+      await removeStrayRuns(engine, dataDir, (id) => this.#managed.get(id)?.isUp ?? false);
+    } catch (error) {
+      this.#host.log.warn({ error: String(error) }, "containers of former environments could not be removed");
+    }
   }
 
   get ids(): string[] {

@@ -28,6 +28,8 @@ export interface EnvironmentPaths {
   sshConfig: string;
   sshSession: string;
   /** The runner's own. */
+  /** A folder for each container, which only the environment's user fills. */
+  containers: string;
   bin: string;
   record: string;
   log: string;
@@ -46,6 +48,9 @@ export const trashFolder = (dataDir: string) => join(dataDir, "trash");
 /** Code of the product as Node.js has compiled it; nothing is lost with it. */
 export const compiledFolder = (dataDir: string) => join(dataDir, "compiled");
 
+/** What the program of a container engine keeps. */
+export const engineFolder = (dataDir: string) => join(dataDir, "engine");
+
 export function environmentPaths(dataDir: string, environmentId: string): EnvironmentPaths {
   const root = join(environmentsFolder(dataDir), environmentId);
   const run = join(root, "run");
@@ -63,6 +68,7 @@ export function environmentPaths(dataDir: string, environmentId: string): Enviro
     sshLog: join(root, "logs", "sshd.log"),
     sshConfig: join(root, "sshd_config"),
     sshSession: join(root, "ssh-session"),
+    containers: join(root, "containers"),
     bin: join(root, "bin"),
     record: join(root, "state.json"),
     log: join(root, "environment.log"),

@@ -6,6 +6,7 @@ import {
   EnvironmentStatus_Machine_Phase as MachinePhase,
 } from "../../gen/gitpod/v1/environment_pb.js";
 import type { ClassSettings } from "./classes.ts";
+import { EnvironmentContainers } from "./containers/environment-containers.ts";
 import { removeContainer, stopContainer } from "./devcontainer/belongings.ts";
 import type { Run } from "./devcontainer/run.ts";
 import type { Host } from "./host.ts";
@@ -73,6 +74,8 @@ export class EnvironmentSite {
   /** Its commands that nobody waits for. */
   attached: Run | undefined;
   readonly ssh = newSshState();
+  /** Those of its services and tasks. */
+  readonly containers = new EnvironmentContainers(this);
   /** Lets the next pass begin at once. */
   readonly wake: () => void;
   readonly #changed: () => void;
@@ -198,6 +201,7 @@ export class EnvironmentSite {
     this.container.drop();
     const endContainer = () => this.#endContainer(gracefully);
     const left = await stopProcesses(this.host, this.id, user, supervisor, gracefully, endContainer, signal);
+    await this.containers.endAll();
     if (left.length > 0) throw new Error(`${left.length} processes cannot be ended`);
     await this.endStrayGit();
   }

@@ -5,8 +5,10 @@ import {
   type CreateServiceRequestSchema,
   type CreateTaskRequestSchema,
   type Service,
+  ServicePhase,
   type Task,
   type TaskExecution,
+  TaskExecutionPhase,
 } from "../../gen/gitpod/v1/environment_automation_pb.js";
 import {
   EnvironmentStatus_ContentPhase as ContentPhase,
@@ -20,6 +22,7 @@ import type { TriggerName } from "../../src/domain/automation.ts";
 import { type FakeRunner, runningStatus } from "./fake-runner.ts";
 import { liftQuotas, startTestPlane, type TestPlane, type TestUser } from "./plane.ts";
 import { connectRunner } from "./tenants.ts";
+import { eventually } from "./wait.ts";
 
 // A control plane with a member and a runner, on which that member has environments with services and tasks.
 
@@ -133,6 +136,29 @@ export const readTask = async (client: BerthClient, id: string): Promise<Task> =
   (await client.environmentAutomation.getTask({ id })).task!;
 export const readExecution = async (client: BerthClient, id: string): Promise<TaskExecution> =>
   (await client.environmentAutomation.getTaskExecution({ id })).taskExecution!;
+
+const DEADLINE_MS = 60_000;
+const STEP_MS = 50;
+
+/** The service once it is in a phase. */
+export function serviceReaches(client: BerthClient, id: string, phase: ServicePhase): Promise<Service> {
+  const look = async () => {
+    const service = await readService(client, id);
+    if (service.status?.phase === phase) return service;
+    throw new Error(`it is ${ServicePhase[service.status?.phase ?? 0]}: ${service.status?.failureMessage}`);
+  };
+  return eventually(look, `the service is ${ServicePhase[phase]}`, DEADLINE_MS, STEP_MS);
+}
+
+/** The execution once it is in a phase. */
+export function executionReaches(client: BerthClient, id: string, phase: TaskExecutionPhase): Promise<TaskExecution> {
+  const look = async () => {
+    const execution = await readExecution(client, id);
+    if (execution.status?.phase === phase) return execution;
+    throw new Error(`it is ${TaskExecutionPhase[execution.status?.phase ?? 0]}: ${execution.status?.failureMessage}`);
+  };
+  return eventually(look, `the execution is ${TaskExecutionPhase[phase]}`, DEADLINE_MS, STEP_MS);
+}
 
 export async function startTask(client: BerthClient, { id }: { id: string }): Promise<TaskExecution> {
   return (await client.environmentAutomation.startTask({ id })).taskExecution!;

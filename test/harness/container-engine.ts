@@ -108,6 +108,8 @@ export async function startContainerEngine(): Promise<TestEngine> {
     ...{ dockerHost, dataRoot, docker, start, image: "berth.test/tools:1", bareImage: "berth.test/bare:1" },
     kill: () => end("SIGKILL"),
     async [Symbol.asyncDispose]() {
+      // Only an engine can end what one that was killed has left running.
+      if (daemon?.exitCode !== null || daemon.signalCode !== null) await start().catch(() => undefined);
       const left = await docker("ps", "--all", "--quiet").catch(() => "");
       if (left) await docker("rm", "--force", "--volumes", ...left.split("\n")).catch(() => undefined);
       await end("SIGTERM");

@@ -6,19 +6,24 @@ import {
   TaskExecutionSchema,
   TaskExecutionStatusSchema,
 } from "../../../gen/gitpod/v1/environment_automation_pb.js";
-import type { ToRunner, ToSupervisor } from "../supervisor/automation/link.ts";
+import {
+  ContainerProblem,
+  type EnvironmentContainers,
+  type StartedContainer,
+} from "../containers/environment-containers.ts";
+import type { ToRunner, ToSupervisor } from "../supervisor/automation/talk.ts";
 import type { AutomationChannel, SupervisorClient } from "../supervisor/client.ts";
 import type { AutomationReports } from "./reports.ts";
 
 /** What a relay works with. */
 export interface RelayDeps {
   reports: AutomationReports;
-  runnerName: string;
   logDays: number;
   /** Address of the environment's logs, without a slash at the end. */
   logBase(): string;
   /** Values of secrets for the environment; those that it may not have are absent. */
   secrets(ids: readonly string[]): Promise<Record<string, string>>;
+  containers: Pick<EnvironmentContainers, "start" | "exec" | "remove" | "keepOnly">;
   failed(error: unknown): void;
 }
 
@@ -86,8 +91,8 @@ export class AutomationRelay {
   }
 
   #facts(): ToSupervisor {
-    const { runnerName, logDays, logBase } = this.#deps;
-    return { type: "facts", runnerName, logDays, logBase: logBase(), isReady: this.#isReady };
+    const { logDays, logBase } = this.#deps;
+    return { type: "facts", logDays, logBase: logBase(), isReady: this.#isReady };
   }
 
   async #talk(client: SupervisorClient): Promise<void> {
@@ -133,7 +138,40 @@ export class AutomationRelay {
             channel.send({ type: "secrets", ask });
           },
         );
+        return;
       }
+      case "container-start": {
+        const { ask, run, image } = message;
+        const onOutput = (text: string) => channel.send({ type: "container-output", ask, text });
+        void this.#answer(ask, channel, () => this.#deps.containers.start(run, image, onOutput));
+        return;
+      }
+      case "container-exec": {
+        const { ask, run, part, mark } = message;
+        void this.#answer(ask, channel, () => this.#deps.containers.exec(run, part, mark).then(() => undefined));
+        return;
+      }
+      case "container-remove":
+        this.#deps.containers.remove(message.run).catch(failed);
+        return;
+      case "containers":
+        this.#deps.containers.keepOnly(message.runs).catch(failed);
+    }
+  }
+
+  /** Tells what became of a container; what only the runner's operator can do something about stays in its log. */
+  async #answer(
+    ask: number,
+    channel: AutomationChannel,
+    work: () => Promise<StartedContainer | undefined>,
+  ): Promise<void> {
+    const none = { type: "container", ask, pid: 0, shared: "" } as const;
+    try {
+      channel.send({ ...none, ...(await work()), problem: "" });
+    } catch (error) {
+      const isPlain = error instanceof ContainerProblem;
+      if (!isPlain) this.#deps.failed(error);
+      channel.send({ ...none, problem: isPlain ? error.message : "the runner could not start the container" });
     }
   }
 

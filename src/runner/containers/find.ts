@@ -1,6 +1,6 @@
 import { availableParallelism, release } from "node:os";
-import { join } from "node:path";
 import type { Logger } from "pino";
+import { engineFolder } from "../paths.ts";
 import { ContainerEngine, type EngineChoice, EngineError, type EngineName, runEngine } from "./engine.ts";
 
 // Engines are looked for when they are needed: one that comes up later, or goes, is noticed without a restart.
@@ -83,7 +83,7 @@ export class EngineAccess {
   ) {
     this.#choice = choice;
     this.#dockerHost = dockerHost;
-    this.#folder = join(dataDir, "engine");
+    this.#folder = engineFolder(dataDir);
     this.#log = log;
   }
 
@@ -103,7 +103,7 @@ export class EngineAccess {
         "the container engine does not answer; it is looked for again",
       );
     if (choice !== "none") {
-      access.#timer = setInterval(() => void access.find(), LOOK_MS);
+      access.#timer = setInterval(() => void access.findNow(), LOOK_MS);
       access.#timer.unref();
     }
     return access;
@@ -124,11 +124,17 @@ export class EngineAccess {
     this.#listeners.add(listener);
   }
 
-  /** The engine that answers now. */
+  /** The engine that answers, as was seen not long ago. */
   async find(): Promise<ContainerEngine | undefined> {
+    const { engine } = this.#found;
+    return engine && Date.now() - this.#lookedAt < FRESH_MS ? engine : await this.findNow();
+  }
+
+  /** The engine that answers now. */
+  async findNow(): Promise<ContainerEngine | undefined> {
     if (this.#choice === "none") {
       this.#found = { problem: "BERTH_RUNNER_CONTAINER_ENGINE is none" };
-    } else if (Date.now() - this.#lookedAt >= FRESH_MS || !this.#found.engine) {
+    } else {
       this.#look ??= this.#search().finally(() => {
         this.#look = undefined;
       });

@@ -1,12 +1,9 @@
 import type { ContainerEngine } from "../containers/engine.ts";
+import { ENVIRONMENT_LABEL, labelsOf as labelsFor } from "../containers/labels.ts";
 import type { SupervisorClient } from "../supervisor/client.ts";
 
 // What a container engine has of an environment's dev container: how it is told from everything else, and taken away.
 
-/** Tells the container of an environment, and the images made for it, from all others. */
-const ENVIRONMENT_LABEL = "berth.environment";
-const RUNNER_LABEL = "berth.runner";
-const PURPOSE = { "berth.purpose": "devcontainer" };
 export const IMAGE_LABEL = "berth.image";
 
 const STOP_SECONDS = 20;
@@ -31,15 +28,9 @@ export interface ContainerProgress {
 
 export const containerName = (environmentId: string) => `berth-${environmentId}`;
 
-/**
- * Labels of everything that an engine has of an environment's dev container; without one, of all environments of the
- * runner, which is told by its data folder: another one on the same host has another.
- */
-export const labelsOf = (dataDir: string, environmentId?: string): Record<string, string> => ({
-  ...PURPOSE,
-  [RUNNER_LABEL]: dataDir,
-  ...(environmentId !== undefined && { [ENVIRONMENT_LABEL]: environmentId }),
-});
+/** Labels of everything that an engine has of the dev container of an environment, or of all of them. */
+export const labelsOf = (dataDir: string, environmentId?: string): Record<string, string> =>
+  labelsFor("devcontainer", dataDir, environmentId);
 
 /** Asks what runs in the container to end, then ends it. One that does not exist, or does not run, is fine. */
 export async function stopContainer(engine: ContainerEngine, environmentId: string, isGraceful: boolean) {

@@ -132,7 +132,7 @@ export class ContainerWork implements ContainerProgress {
     const user = userOf(site);
     const controller = new AbortController();
     const shared = await sharedFolder(site);
-    const logins = await loginFolder(site);
+    const logins = await loginFolder(site.paths, userOf(site));
     if (!site.sections.isOpen("devcontainer")) site.sections.open("devcontainer");
     site.log.write("Preparing the image of the dev container");
     const work = {

@@ -2,7 +2,8 @@ import { join } from "node:path";
 import { runCommand } from "../commands.ts";
 import { makeFolder, writeAtomically } from "../files.ts";
 import { commandUser } from "../machine.ts";
-import { type EnvironmentSite, userOf } from "../site.ts";
+import type { EnvironmentPaths } from "../paths.ts";
+import type { UnixUser } from "../users.ts";
 
 // Images are fetched with the logins of the environment. Its user may write anything into that file, such as the name of a
 // program to be run for a login: nothing but the logins themselves is taken over.
@@ -30,13 +31,13 @@ export function loginsOf(text: string): string | undefined {
 }
 
 /** A folder of the runner's with the logins of an environment, for an engine; undefined if it has none. */
-export async function loginFolder(site: EnvironmentSite): Promise<string | undefined> {
-  const { stdout } = await runCommand("sh", ["-c", READ, "sh", site.paths.home, String(MAX_BYTES)], {
-    ...{ user: commandUser(userOf(site)), timeoutMs: READ_MS, maxOutput: MAX_BYTES },
+export async function loginFolder(paths: EnvironmentPaths, user: UnixUser): Promise<string | undefined> {
+  const { stdout } = await runCommand("sh", ["-c", READ, "sh", paths.home, String(MAX_BYTES)], {
+    ...{ user: commandUser(user), timeoutMs: READ_MS, maxOutput: MAX_BYTES },
   });
   const logins = loginsOf(stdout);
   if (logins === undefined) return undefined;
-  const folder = join(site.paths.root, "logins");
+  const folder = join(paths.root, "logins");
   await makeFolder(folder, 0o700);
   await writeAtomically(join(folder, "config.json"), logins);
   return folder;

@@ -4,7 +4,8 @@ import { type Client, Code, ConnectError, createClient, type Interceptor } from 
 import { createConnectTransport } from "@connectrpc/connect-node";
 import { EnvironmentOpsService } from "../../../gen/supervisor/v1/environmentopts_pb.js";
 import type { ActivitySource } from "./activity.ts";
-import { linesOf, type ToRunner, type ToSupervisor } from "./automation/link.ts";
+import { linesOf } from "./automation/link.ts";
+import type { ToRunner, ToSupervisor } from "./automation/talk.ts";
 import { errnoOf } from "./errors.ts";
 import { MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES } from "./ops.ts";
 import type { SupervisorState } from "./private-http.ts";

@@ -105,7 +105,7 @@ async function serve(config: SupervisorConfig, { run, logs }: ReturnType<typeof 
       isContained: () => existsSync(join(root, CONTAINED)),
       secrets: (ids) => automations.secrets(ids),
       logUrl: (path) => `${automations.facts.logBase}/${path}/logs`,
-      runnerName: () => automations.facts.runnerName,
+      containers: automations.containers,
       times: TIMES,
       unforeseen: (error) => log.write("error", "an automation is in trouble", { error: String(error) }),
     },

@@ -1,4 +1,4 @@
-import { mkdirSync, rmSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import type { ServiceStatus, TaskExecutionSpec_Step } from "../../../../gen/gitpod/v1/environment_automation_pb.js";
 import { ENDED } from "../../../domain/automation-execution.ts";
@@ -8,6 +8,7 @@ import { pruneLogs } from "./log-folders.ts";
 import { keyOf, type News, type Surroundings } from "./parts.ts";
 import { Records } from "./records.ts";
 import { ServiceMachine, type ServiceRecord, type ServiceWish } from "./service.ts";
+import { CONTAINER_FILE } from "./start.ts";
 import { type TaskRecord, TaskRun } from "./task-run.ts";
 
 // Runs the services and executions of one environment: takes what is wanted of each, and tells how each fares.
@@ -119,6 +120,12 @@ export class AutomationEngine {
     const prune = () => pruneLogs(this.#around.logs, days());
     prune();
     setInterval(prune, PRUNE_MS).unref();
+  }
+
+  /** Runs that have, or wait for, a container. */
+  containerRuns(): string[] {
+    const folder = join(this.#around.state, "runs");
+    return readdirSync(folder).filter((name) => existsSync(join(folder, name, CONTAINER_FILE)));
   }
 
   service(id: string): ServiceMachine | undefined {

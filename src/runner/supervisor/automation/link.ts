@@ -1,37 +1,21 @@
 import type { IncomingMessage, ServerResponse } from "node:http";
-import { fromJson, type JsonValue, toJson } from "@bufbuild/protobuf";
+import { fromJson, toJson } from "@bufbuild/protobuf";
 import {
   ServiceSchema,
   ServiceStatusSchema,
   TaskExecutionSchema,
   TaskExecutionStatusSchema,
 } from "../../../../gen/gitpod/v1/environment_automation_pb.js";
+import { Asks } from "./asks.ts";
 import type { AutomationEngine } from "./engine.ts";
 import type { ExecutionWish } from "./execution.ts";
-import { CommandProblem, type News } from "./parts.ts";
+import { CommandProblem, type Containers, type News } from "./parts.ts";
 import type { ServiceWish } from "./service.ts";
+import type { ToRunner, ToSupervisor } from "./talk.ts";
 
-// The conversation between a runner and the supervisor of one environment about services and executions: lines of JSON
-// in both directions on one connection, which the runner opens. Whoever connects anew hears everything again.
-
-/** What a runner says. */
-export type ToSupervisor =
-  | { type: "facts"; logBase: string; runnerName: string; logDays: number; isReady: boolean }
-  | { type: "begin" }
-  | { type: "service"; service: JsonValue; startedBy: string }
-  | { type: "execution"; execution: JsonValue; firingId: string; startedBy: string }
-  /** Everything since `begin` is all that there is. */
-  | { type: "end" }
-  | { type: "remove"; id: string }
-  | { type: "secrets"; ask: number; values?: Record<string, string> };
-
-/** What a supervisor says. */
-export type ToRunner =
-  | { type: "service"; id: string; status: JsonValue }
-  | { type: "execution"; id: string; status: JsonValue; startedAt?: number; completedAt?: number }
-  | { type: "secrets"; ask: number; ids: string[] };
-
-const SECRETS_MS = 60_000;
+const NO_RUNNER = "runs_on.docker needs the runner, which cannot be reached at the moment";
+/** The runner gives up earlier, and says why. */
+const CONTAINER_MS = 30 * 60_000;
 const MAX_WISH_BYTES = 32 * 1024 * 1024;
 
 /** Cuts a stream into lines; throws when one is too long. */
@@ -47,21 +31,15 @@ export async function* linesOf(stream: AsyncIterable<Buffer>, maxBytes: number):
   }
 }
 
-interface Ask {
-  ids: readonly string[];
-  answer(values: ReadonlyMap<string, string> | undefined): void;
-}
-
 /** The supervisor's end. */
 export class AutomationLink {
-  readonly #asks = new Map<number, Ask>();
+  readonly #asks = new Asks((message) => this.#send(message));
   #engine: AutomationEngine | undefined;
   #response: ServerResponse | undefined;
-  #number = 0;
-  #facts = { logBase: "", runnerName: "", logDays: 30 };
+  #facts = { logBase: "", logDays: 30 };
 
   /** What the runner has said about itself. */
-  get facts(): { logBase: string; runnerName: string; logDays: number } {
+  get facts(): { logBase: string; logDays: number } {
     return this.#facts;
   }
 
@@ -83,24 +61,30 @@ export class AutomationLink {
   }
 
   /** Asks the runner for values, as soon as there is one; those that the environment may not have are absent. */
-  secrets(ids: readonly string[]): Promise<ReadonlyMap<string, string>> {
-    const ask = ++this.#number;
-    return new Promise((resolve, reject) => {
-      const late = () => {
-        this.#asks.delete(ask);
-        reject(new CommandProblem("the values of secrets cannot be had at the moment"));
-      };
-      const timer = setTimeout(late, SECRETS_MS);
-      const answer = (values: ReadonlyMap<string, string> | undefined) => {
-        clearTimeout(timer);
-        this.#asks.delete(ask);
-        if (values) resolve(values);
-        else late();
-      };
-      this.#asks.set(ask, { ids, answer });
-      this.#send({ type: "secrets", ask, ids: [...ids] });
-    });
+  async secrets(ids: readonly string[]): Promise<ReadonlyMap<string, string>> {
+    const problem = "the values of secrets cannot be had at the moment";
+    const { values } = await this.#asks.ask("secrets", (ask) => ({ type: "secrets", ask, ids: [...ids] }), { problem });
+    if (!values) throw new CommandProblem(problem);
+    return new Map(Object.entries(values));
   }
+
+  /** What the runner does about containers, as soon as there is one. */
+  readonly containers: Containers = {
+    start: async (run, image, { onOutput, signal }) => {
+      const answer = await this.#asks.ask("container", (ask) => ({ type: "container-start", ask, run, image }), {
+        ...{ problem: NO_RUNNER, withinMs: CONTAINER_MS, signal },
+        onOutput: (text) => onOutput(Buffer.from(text)),
+      });
+      if (answer.problem) throw new CommandProblem(answer.problem);
+      return answer;
+    },
+    exec: async (run, part, mark) => {
+      const message = { type: "container-exec", run, part, mark } as const;
+      const { problem } = await this.#asks.ask("container", (ask) => ({ ...message, ask }), { problem: NO_RUNNER });
+      if (problem) throw new CommandProblem(problem);
+    },
+    remove: (run) => this.#send({ type: "container-remove", run }),
+  };
 
   /** A runner connects; one that was there before has been replaced. */
   async serve(request: IncomingMessage, response: ServerResponse): Promise<void> {
@@ -108,8 +92,18 @@ export class AutomationLink {
     this.#response = response;
     response.writeHead(200, { "content-type": "application/x-ndjson" });
     response.flushHeaders();
-    for (const [ask, { ids }] of this.#asks) this.#send({ type: "secrets", ask, ids: [...ids] });
+    this.#send({ type: "containers", runs: this.#engine?.containerRuns() ?? [] });
+    this.#asks.connected();
     this.#engine?.tellAll();
+    try {
+      await this.#read(request, response);
+    } finally {
+      if (this.#response === response) this.#asks.disconnected();
+    }
+    response.end();
+  }
+
+  async #read(request: IncomingMessage, response: ServerResponse): Promise<void> {
     const wishes: { services: ServiceWish[]; executions: ExecutionWish[] } = { services: [], executions: [] };
     let isBeginning = false;
     for await (const line of linesOf(request, MAX_WISH_BYTES)) {
@@ -123,14 +117,13 @@ export class AutomationLink {
       else if (isBeginning && message.type === "execution") wishes.executions.push(executionWish(message));
       else this.#hear(message);
     }
-    response.end();
   }
 
   #hear(message: ToSupervisor): void {
     switch (message.type) {
       case "facts": {
-        const { logBase, runnerName, logDays } = message;
-        this.#facts = { logBase, runnerName, logDays };
+        const { logBase, logDays } = message;
+        this.#facts = { logBase, logDays };
         this.#engine?.setReady(message.isReady);
         return;
       }
@@ -143,10 +136,10 @@ export class AutomationLink {
       case "remove":
         this.#engine?.remove(message.id);
         return;
-      case "secrets": {
-        const { values } = message;
-        this.#asks.get(message.ask)?.answer(values && new Map(Object.entries(values)));
-      }
+      case "secrets":
+      case "container":
+      case "container-output":
+        this.#asks.hear(message);
     }
   }
 

@@ -21,3 +21,14 @@ function carries(pid: string, variable: string): boolean {
     return false;
   }
 }
+
+/** Kills every process that carries the mark. */
+export function killMarked(mark: string): void {
+  for (const { pid } of markedProcesses(mark)) {
+    try {
+      process.kill(pid, "SIGKILL");
+    } catch {
+      // Gone meanwhile.
+    }
+  }
+}

@@ -1,16 +1,26 @@
 import { createHash } from "node:crypto";
-import { existsSync } from "node:fs";
 import { constants } from "node:os";
-import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import type {
-  EnvironmentVariableItem,
-  RunsOn,
-  ServiceStatus,
-  TaskExecutionStatus,
-} from "../../../../gen/gitpod/v1/environment_automation_pb.js";
+import type { ServiceStatus, TaskExecutionStatus } from "../../../../gen/gitpod/v1/environment_automation_pb.js";
 import { parseOutput } from "./outputs.ts";
-import type { Command, Run, RunEnd } from "./run.ts";
+import type { Run, RunEnd } from "./run.ts";
+
+/** What a supervisor has to ask of the runner: its own user may not talk to a container engine. */
+export interface Containers {
+  /**
+   * Starts a container that waits for its command in a folder that both can see. Output of the engine that people want
+   * to see goes to `onOutput`. Rejects with a CommandProblem, also when the signal fires; nothing is left then.
+   */
+  start(
+    run: string,
+    image: string,
+    options: { onOutput: (chunk: Buffer) => void; signal: AbortSignal },
+  ): Promise<{ pid: number; shared: string }>;
+  /** Starts a shell in the container of `run` that waits for its command in `part` of the folder; it carries the mark. */
+  exec(run: string, part: string, mark: string): Promise<void>;
+  /** Kills and removes a container with its folder, or keeps one from being started. */
+  remove(run: string): void;
+}
 
 /** What services and executions of one environment work with. */
 export interface Surroundings {
@@ -26,10 +36,10 @@ export interface Surroundings {
   isContained(): boolean;
   /** Values of secrets by id; those that the environment may not have are absent. Rejects if nobody can tell. */
   secrets(ids: readonly string[]): Promise<ReadonlyMap<string, string>>;
+  /** What the runner does about containers. */
+  containers: Containers;
   /** Public address of a log below the environment's own, for example `services/<id>/<key>`. */
   logUrl(path: string): string;
-  /** Names the runner in messages for people. */
-  runnerName(): string;
   /** Seconds and so on that tests make shorter. */
   times: Times;
   unforeseen(error: unknown): void;
@@ -75,64 +85,6 @@ export function endText(what: string, { code }: RunEnd): string {
   if (code === undefined) return `${what}: process lost`;
   const signal = code > 128 ? SIGNAL_NAMES.get((code - 128) as number) : undefined;
   return signal ? `${what} was ended by ${signal} (exit code ${code})` : `${what} exited with code ${code}`;
-}
-
-/**
- * A command line as a person would have typed it at the prompt of a login shell. What its profile does to PATH, which many
- * replace, comes after what the environment says.
- */
-const shellFor = (text: string): readonly [string, ...string[]] => [
-  "/bin/sh",
-  "-c",
-  'exec "$(command -v bash || echo sh)" "$@"',
-  "sh",
-  "-l",
-  "-c",
-  `PATH=$BERTH_PATH:$PATH; unset BERTH_PATH; ${text}`,
-];
-
-/** Why nothing runs in a container: whoever has an engine has to hear that it is not used. */
-function engineProblem(around: Surroundings): string {
-  const folders = (around.variables({}).PATH ?? "").split(":");
-  const engine = ["docker", "podman"].find((name) => folders.some((folder) => existsSync(join(folder, name))));
-  const found = engine ? `${engine} is not used by this version of the runner` : "none found";
-  return `runs_on.docker needs a container engine; ${found} on runner ${around.runnerName()}`;
-}
-
-/** A command of an automation with all that it gets, or the problem that keeps it from running. */
-export async function commandOf(
-  around: Surroundings,
-  command: { text: string; env: readonly EnvironmentVariableItem[]; runsOn?: RunsOn | undefined },
-  own: Readonly<Record<string, string>>,
-): Promise<Command> {
-  if (command.runsOn?.target.case === "docker") throw new CommandProblem(engineProblem(around));
-  if (command.runsOn?.target.case !== "machine" && around.isContained()) {
-    throw new CommandProblem("this runner cannot run it in the dev container yet: set runs_on.machine");
-  }
-  const env = around.variables({ ...(await resolved(around, command.env)), ...own });
-  return {
-    argv: shellFor(command.text),
-    cwd: around.folder(),
-    env: { ...env, BERTH_PATH: env.PATH ?? "" },
-  };
-}
-
-/** Values of variables at this moment. */
-async function resolved(
-  around: Surroundings,
-  env: readonly EnvironmentVariableItem[],
-): Promise<Record<string, string>> {
-  const references = env.flatMap(({ name, source }) => {
-    const from = source.case === "valueFrom" ? source.value.source : undefined;
-    return from?.case === "secretRef" ? [{ name, id: from.value.id.toLowerCase() }] : [];
-  });
-  const values = references.length ? await around.secrets([...new Set(references.map(({ id }) => id))]) : new Map();
-  const missing = references.find(({ id }) => !values.has(id));
-  if (missing) throw new CommandProblem(`variable ${missing.name}: secret not available`);
-  const secret = new Map(references.map(({ name, id }) => [name, String(values.get(id))]));
-  return Object.fromEntries(
-    env.map(({ name, source }) => [name, secret.get(name) ?? (source.case === "value" ? source.value : "")]),
-  );
 }
 
 /** Asks a command to end, then kills what is left; true if it ended by itself in time. */

@@ -1,6 +1,6 @@
 import { execFile, spawn } from "node:child_process";
 import { closeSync, constants, existsSync, openSync, watch } from "node:fs";
-import { mkdir, rm, writeFile } from "node:fs/promises";
+import { mkdir } from "node:fs/promises";
 import { Socket } from "node:net";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
@@ -9,11 +9,12 @@ import { readSmallFile, writeFileAtomically } from "../config.ts";
 import { childStdio } from "../descriptors.ts";
 import { bootId, isAlive, type ProcessRef, readProcess, sessionMembers } from "../processes.ts";
 import { markedProcesses } from "./marked.ts";
+import { BEGUN_FILE, DRAINED_FILE, GIVEN_PIPE, hostShim, OUTPUT_PIPE } from "./shim.ts";
 
-// A command that outlives the supervisor. A small shell around it leads its session, keeps the pipe of its output open
-// and writes its exit code down, so that whoever comes after a dead supervisor finds out how it went and reads on.
+// A command that outlives the supervisor. The shell around it and this file tell each other by files: a folder remembers
+// who it is, and another one, which may be shared with a container, holds the pipe of its output and its exit code.
 
-/** What to run. */
+/** What to run on the host. */
 export interface Command {
   argv: readonly [string, ...string[]];
   cwd: string;
@@ -25,17 +26,11 @@ export interface RunEnd {
   code: number | undefined;
 }
 
-// Arguments: the folder, then the command. The signals reach the command as well; the shell has to survive them. Once the
-// code is written it stays for a while, so that what is still in the pipe is not lost with the last who holds it open.
-// A subshell runs the command, because some shells write which signal ended it to where its output goes.
-const SHIM = `dir=$1; shift
-trap : TERM INT HUP QUIT USR1 USR2 PIPE
-exec 3<>"$dir/pipe" || exit 1
-(exec "$@" </dev/null >"$dir/pipe" 2>&1 3<&-)
-code=$?
-printf '%s\\n' "$code" >"$dir/exit.new" && mv -f "$dir/exit.new" "$dir/exit"
-n=0
-while [ -d "$dir" ] && [ ! -e "$dir/drained" ] && [ "$n" -lt 300 ]; do sleep 0.1; n=$((n+1)); done`;
+/** What the command says about itself; BERTH_OUTPUT names it. */
+export const OUTPUT_FILE = "output";
+
+/** All that there is in a shared folder. */
+export const SHARED_FILES = [OUTPUT_PIPE, GIVEN_PIPE, OUTPUT_FILE, BEGUN_FILE, DRAINED_FILE, "exit", "exit.new"];
 
 const LOOK_MS = 500;
 const QUIET_MS = 40;
@@ -47,13 +42,23 @@ const MAX_RECORD_BYTES = 4096;
 
 const isNumber = (value: unknown): value is number => typeof value === "number" && Number.isSafeInteger(value);
 
-/** The process that a folder tells of, if it is from this boot. */
-function recorded(folder: string): ProcessRef | undefined {
+interface Recorded {
+  /** Absent if it is from another boot, or was never written down. */
+  leader: ProcessRef | undefined;
+  shared: string;
+}
+
+/** What a folder tells of a command. */
+function recorded(folder: string): Recorded {
   try {
-    const { pid, startTime, boot } = JSON.parse(readSmallFile(join(folder, "run.json"), MAX_RECORD_BYTES));
-    return boot === bootId() && isNumber(pid) && isNumber(startTime) ? { pid, startTime } : undefined;
+    const { pid, startTime, boot, shared } = JSON.parse(readSmallFile(join(folder, "run.json"), MAX_RECORD_BYTES));
+    const isPresent = boot === bootId() && isNumber(pid) && isNumber(startTime);
+    return {
+      leader: isPresent ? { pid, startTime } : undefined,
+      shared: typeof shared === "string" ? shared : folder,
+    };
   } catch {
-    return undefined;
+    return { leader: undefined, shared: folder };
   }
 }
 
@@ -66,9 +71,15 @@ function exitCode(folder: string): number | undefined {
   }
 }
 
+/** Where a command that has been written down keeps its pipe and its exit code. */
+export const sharedFolder = (folder: string): string => recorded(folder).shared;
+
 /** One command from its start, or from when it was found, to its end. */
 export class Run {
+  /** What is remembered of it; the supervisor's alone. */
   readonly folder: string;
+  /** Pipe, output file and exit code. */
+  readonly shared: string;
   readonly leader: ProcessRef;
   /** Marks every process of it, wherever it moves. */
   readonly mark: string;
@@ -77,11 +88,15 @@ export class Run {
   #lastDataAt = Date.now();
   #isOver = false;
 
-  private constructor(folder: string, mark: string, leader: ProcessRef, onData: (chunk: Buffer) => void) {
+  private constructor(
+    { folder, shared, mark, leader }: Pick<Run, "folder" | "shared" | "mark" | "leader">,
+    onData: (chunk: Buffer) => void,
+  ) {
     this.folder = folder;
+    this.shared = shared;
     this.mark = mark;
     this.leader = leader;
-    this.#output = readPipe(join(folder, "pipe"));
+    this.#output = readPipe(join(shared, OUTPUT_PIPE));
     this.#output.on("data", (chunk: Buffer) => {
       this.#lastDataAt = Date.now();
       if (!this.#isOver) onData(chunk);
@@ -89,16 +104,12 @@ export class Run {
     this.ended = this.#watch();
   }
 
-  /** Starts a command; its folder must not exist. Throws if it cannot be started. */
+  /** Starts a command on the host; its folder must not exist. Throws if it cannot be started. */
   static async start(folder: string, mark: string, command: Command, onData: (chunk: Buffer) => void): Promise<Run> {
-    await mkdir(folder, { recursive: true, mode: 0o700 });
-    await promisify(execFile)("mkfifo", ["-m", "0600", join(folder, "pipe")], {
-      env: { PATH: command.env.PATH ?? "" },
-    });
-    await writeFile(join(folder, "output"), "", { flag: "a", mode: 0o600 });
-    const child = spawn("/bin/sh", ["-c", SHIM, "berth-shim", folder, ...command.argv], {
+    await makePipes(folder, [OUTPUT_PIPE], command.env.PATH);
+    const child = spawn("/bin/sh", hostShim(folder, command.argv), {
       cwd: command.cwd,
-      env: { ...command.env, BERTH_OUTPUT: join(folder, "output"), BERTH_RUN: mark },
+      env: { ...command.env, BERTH_OUTPUT: join(folder, OUTPUT_FILE), BERTH_RUN: mark },
       detached: true,
       stdio: childStdio(["ignore", "ignore", "ignore"]),
     });
@@ -110,22 +121,34 @@ export class Run {
     child.unref();
     const found = readProcess(child.pid ?? 0);
     const leader = { pid: child.pid ?? 0, startTime: found?.startTime ?? 0 };
-    writeFileAtomically(join(folder, "run.json"), JSON.stringify({ ...leader, boot: bootId() }));
-    return new Run(folder, mark, leader, onData);
+    return Run.begin({ folder, shared: folder, mark, leader }, onData);
+  }
+
+  /** Writes a command down whose shell has been started, and follows it. */
+  static begin(run: Pick<Run, "folder" | "shared" | "mark" | "leader">, onData: (chunk: Buffer) => void): Run {
+    const { folder, shared, leader } = run;
+    const place = shared === folder ? {} : { shared };
+    writeFileAtomically(join(folder, "run.json"), JSON.stringify({ ...leader, boot: bootId(), ...place }));
+    return new Run(run, onData);
   }
 
   /** Takes up a command that was started before; if it has ended, only its end is known. Undefined if it is lost. */
   static adopt(folder: string, mark: string, onData: (chunk: Buffer) => void): Run | RunEnd | undefined {
-    const leader = recorded(folder);
-    if (leader && isAlive(leader) && existsSync(join(folder, "pipe"))) return new Run(folder, mark, leader, onData);
-    const code = exitCode(folder);
+    const { leader, shared } = recorded(folder);
+    const isPresent = leader && isAlive(leader) && existsSync(join(shared, OUTPUT_PIPE));
+    if (isPresent && (shared === folder || existsSync(join(shared, BEGUN_FILE)))) {
+      return new Run({ folder, shared, mark, leader }, onData);
+    }
+    // Nobody will give it its command any more.
+    if (isPresent) sendSignal(leader.pid, "SIGKILL");
+    const code = exitCode(shared);
     return code === undefined ? undefined : { code };
   }
 
   /** What the command has written to its output file; empty if that cannot be read. */
   output(): string {
     try {
-      return readSmallFile(join(this.folder, "output"), 1024 * 1024);
+      return readSmallFile(join(this.shared, OUTPUT_FILE), 1024 * 1024);
     } catch {
       return "";
     }
@@ -150,18 +173,18 @@ export class Run {
 
   async #watch(): Promise<RunEnd> {
     const { promise: news, resolve } = Promise.withResolvers<void>();
-    const hasEnded = () => existsSync(join(this.folder, "exit")) || !isAlive(this.leader);
+    const hasEnded = () => existsSync(join(this.shared, "exit")) || !isAlive(this.leader);
     const look = () => {
       if (hasEnded()) resolve();
     };
-    const watcher = watch(this.folder, look);
+    const watcher = watch(this.shared, look);
     watcher.on("error", () => undefined);
     const timer = setInterval(look, LOOK_MS);
     look();
     await news;
     clearInterval(timer);
     watcher.close();
-    const code = exitCode(this.folder);
+    const code = exitCode(this.shared);
     await this.#drain();
     return { code };
   }
@@ -172,7 +195,7 @@ export class Run {
     this.#lastDataAt = Date.now();
     while (Date.now() < until && Date.now() - this.#lastDataAt < QUIET_MS) await delay(QUIET_MS / 2);
     this.#isOver = true;
-    await writeFile(join(this.folder, "drained"), "").catch(() => undefined);
+    touch(join(this.shared, DRAINED_FILE));
     void this.#readOn();
   }
 
@@ -183,8 +206,23 @@ export class Run {
   }
 }
 
-/** Removes the folder of a command that is over. */
-export const forgetRun = (folder: string): Promise<void> => rm(folder, { recursive: true, force: true });
+/** Makes a folder with pipes of these names, and with an empty file for what a command says about itself. */
+export async function makePipes(folder: string, names: readonly string[], path = ""): Promise<void> {
+  await mkdir(folder, { recursive: true, mode: 0o700 });
+  const pipes = names.map((name) => join(folder, name));
+  await promisify(execFile)("mkfifo", ["-m", "0600", ...pipes], { env: { PATH: path } });
+  touch(join(folder, OUTPUT_FILE));
+}
+
+/** Makes an empty file, through no link; where that is not possible there is none. */
+function touch(path: string): void {
+  const { O_WRONLY, O_CREAT, O_NOFOLLOW, O_NONBLOCK } = constants;
+  try {
+    closeSync(openSync(path, O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK, 0o600));
+  } catch {
+    // A command that has no output file says nothing; one whose end is not marked is left alone a little later.
+  }
+}
 
 function sendSignal(pid: number, name: NodeJS.Signals): void {
   try {

@@ -1,4 +1,3 @@
-import { type ChildProcess, spawn } from "node:child_process";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { create, fromBinary, toBinary } from "@bufbuild/protobuf";
@@ -11,19 +10,18 @@ import {
   type ServiceStatus,
   ServiceStatusSchema,
 } from "../../../../gen/gitpod/v1/environment_automation_pb.js";
-import { childStdio } from "../descriptors.ts";
-import { readProcess } from "../processes.ts";
 import { LineLog, lineBatches } from "./line-log.ts";
 import { newLogFolder } from "./log-folders.ts";
-import { markedProcesses } from "./marked.ts";
-import { CommandProblem, commandOf, endRun, endText, keyOf, outputOf, Signal, type Surroundings } from "./parts.ts";
+import { killMarked } from "./marked.ts";
+import { CommandProblem, endRun, endText, keyOf, outputOf, Signal, type Surroundings } from "./parts.ts";
 import type { Records } from "./records.ts";
-import { forgetRun, Run, type RunEnd } from "./run.ts";
+import { Run, type RunEnd } from "./run.ts";
+import { type AutomationCommand, forgetRun, type RunPlace, type Target } from "./start.ts";
+import { targetOf } from "./targets.ts";
 
 const { STARTING, RUNNING, STOPPING, STOPPED, FAILED, DELETED } = ServicePhase;
 
 const SESSIONS_KEPT = 5;
-const READY_OUTPUT_BYTES = 16 * 1024;
 const UP: ReadonlySet<ServicePhase> = new Set([STARTING, RUNNING, STOPPING]);
 
 /** What is remembered of a service: the session that was started last, and how it fares. */
@@ -146,7 +144,8 @@ export class ServiceMachine {
 
   #forget(): void {
     // What went on in the background after the start command had ended.
-    if (this.#record) for (const { pid } of markedProcesses(this.#mark(this.#record, "start"))) kill(pid);
+    if (this.#record) killMarked(this.#place(this.#record, "start").mark);
+    if (this.#record) this.#forgetRuns(this.#record);
     this.#records.remove(this.id);
     this.#record = undefined;
     for (const listener of this.#listeners) listener();
@@ -174,22 +173,29 @@ export class ServiceMachine {
     return keyOf(this.id, record.session);
   }
 
-  #runFolder(record: ServiceRecord, part: "start" | "stop"): string {
-    return join(this.#around.state, "runs", `${this.#key(record)}-${part}`);
+  #place(record: ServiceRecord, part: "start" | "ready" | "stop"): RunPlace {
+    const mark = `${this.#key(record)}-${part}`;
+    return { folder: join(this.#around.state, "runs", mark), mark };
   }
 
-  #mark(record: ServiceRecord, part: string): string {
-    return `${this.#key(record)}-${part}`;
+  #forgetRuns(record: ServiceRecord): void {
+    for (const part of ["start", "stop"] as const) {
+      const { folder } = this.#place(record, part);
+      void forgetRun(this.#around, folder).catch((error: unknown) => this.#around.unforeseen(error));
+    }
   }
 
   #log(record: ServiceRecord): LineLog {
     return new LineLog(newLogFolder(join(this.#around.logs, "services", this.id), this.#key(record), SESSIONS_KEPT));
   }
 
-  async #command(record: ServiceRecord, text: string) {
-    const { env, runsOn } = specOf(record);
+  #target(record: ServiceRecord): Target {
+    return targetOf(this.#around, specOf(record).runsOn);
+  }
+
+  #command(record: ServiceRecord, text: string): AutomationCommand {
     const own = { BERTH_AUTOMATION: record.reference, BERTH_SESSION: record.session };
-    return commandOf(this.#around, { text, env, runsOn }, own);
+    return { text, env: specOf(record).env, own };
   }
 
   async #run({ service }: ServiceWish): Promise<void> {
@@ -211,17 +217,43 @@ export class ServiceMachine {
     try {
       this.#records.write(this.id, record);
       this.#emit();
-      const command = await this.#command(record, spec.commands?.start ?? "");
       const lines = lineBatches((batch) => log.write(batch));
-      const run = await Run.start(this.#runFolder(record, "start"), this.#mark(record, "start"), command, lines.write);
+      const run = await this.#startMain(record, lines.write).catch((error: unknown) => {
+        lines.end();
+        throw error;
+      });
+      if (!run) return this.#finish({ code: 0 });
       void run.ended.then(lines.end);
       const started = this.#set({ spawnedAt: Date.now() });
       if (!spec.commands?.ready) this.#set({ phase: RUNNING, runningAt: Date.now() });
       await this.#follow(this.#record ?? started, run, log);
     } catch (error) {
-      this.#set({ phase: FAILED, failureMessage: problemOf("the start command cannot be started", error) });
+      this.#finish({ code: undefined }, problemOf("the start command cannot be started", error));
     } finally {
       log.end();
+    }
+  }
+
+  /** Undefined if it is not wanted any more before it runs: an image may take its time to come. */
+  async #startMain(record: ServiceRecord, take: (chunk: Buffer) => void): Promise<Run | undefined> {
+    const command = this.#command(record, specOf(record).commands?.start ?? "");
+    const [asked, begun] = [new AbortController(), Promise.withResolvers<void>()];
+    const watch = async () => {
+      for (let isOver = false; !isOver; ) {
+        const news = this.#news.takeBack();
+        if (this.#stopReason) return asked.abort();
+        isOver = await Promise.race([news.then(() => false), begun.promise.then(() => true)]);
+      }
+    };
+    const watching = watch();
+    try {
+      return await this.#target(record).start(this.#place(record, "start"), command, take, asked.signal);
+    } catch (error) {
+      if (asked.signal.aborted) return undefined;
+      throw error;
+    } finally {
+      begun.resolve();
+      await watching;
     }
   }
 
@@ -229,7 +261,8 @@ export class ServiceMachine {
   async #resume(record: ServiceRecord): Promise<void> {
     const log = this.#log(record);
     const lines = lineBatches((batch) => log.write(batch));
-    const found = Run.adopt(this.#runFolder(record, "start"), this.#mark(record, "start"), lines.write);
+    const { folder, mark } = this.#place(record, "start");
+    const found = Run.adopt(folder, mark, lines.write);
     this.#emit();
     try {
       if (found instanceof Run) {
@@ -303,7 +336,7 @@ export class ServiceMachine {
     const record = this.#record as ServiceRecord;
     const failureMessage = verdict ?? (end.code === 0 ? "" : endText("the start command", end));
     this.#set({ phase: failureMessage ? FAILED : STOPPED, failureMessage, verdict: undefined });
-    for (const part of ["start", "stop"] as const) void forgetRun(this.#runFolder(record, part));
+    this.#forgetRuns(record);
   }
 
   /** Resolves with "ready", or with why it never will be; never after the signal. */
@@ -311,8 +344,8 @@ export class ServiceMachine {
     const { commands, readinessTimeout } = specOf(record);
     const limitMs = readinessTimeout ? durationMs(readinessTimeout) : 0;
     const until = limitMs > 0 ? record.spawnedAt + limitMs : Number.POSITIVE_INFINITY;
-    const mark = this.#mark(record, "ready");
-    for (const { pid } of markedProcesses(mark)) kill(pid);
+    const { mark } = this.#place(record, "ready");
+    killMarked(mark);
     for (let last = ""; ; ) {
       const attempt = await this.#attempt(record, commands?.ready ?? "", mark, until, signal);
       if (signal.aborted) return await new Promise<never>(() => undefined);
@@ -329,20 +362,9 @@ export class ServiceMachine {
   }
 
   async #attempt(record: ServiceRecord, text: string, mark: string, until: number, signal: AbortSignal) {
-    let output = "";
     try {
-      const { argv, cwd, env } = await this.#command(record, text);
-      const [file, ...args] = argv;
-      const child = spawn(file, args, {
-        ...{ cwd, env: { ...env, BERTH_RUN: mark }, detached: true },
-        stdio: childStdio(["ignore", "pipe", "pipe"]),
-      });
-      const take = (chunk: Buffer) => {
-        output = (output + chunk.toString()).slice(-READY_OUTPUT_BYTES);
-      };
-      child.stdout?.on("data", take);
-      child.stderr?.on("data", take);
-      return { code: await exitOf(child, mark, until, signal), text: output };
+      const main = this.#place(record, "start");
+      return await this.#target(record).attempt(main, mark, this.#command(record, text), { until, signal });
     } catch (error) {
       return { code: 1, text: problemOf("the ready command cannot be started", error) };
     }
@@ -367,13 +389,18 @@ export class ServiceMachine {
   /** Runs the stop command, or finds it running; undefined if it went well. */
   async #stopByCommand(record: ServiceRecord, text: string, run: Run, log: LineLog): Promise<string | undefined> {
     const { serviceStopMs } = this.#around.times;
-    const [folder, mark] = [this.#runFolder(record, "stop"), this.#mark(record, "stop")];
+    const place = this.#place(record, "stop");
     const lines = lineBatches((batch) => log.write(batch));
     let verdict: string | undefined;
     try {
       const stop =
-        Run.adopt(folder, mark, lines.write) ??
-        (await Run.start(folder, mark, await this.#command(record, text), lines.write));
+        Run.adopt(place.folder, place.mark, lines.write) ??
+        (await this.#target(record).startBeside(
+          this.#place(record, "start"),
+          place,
+          this.#command(record, text),
+          lines.write,
+        ));
       const late = new AbortController();
       const timeout = delay(serviceStopMs, undefined, { signal: late.signal }).catch(() => undefined);
       const end = stop instanceof Run ? await Promise.race([stop.ended, timeout]) : stop;
@@ -391,7 +418,8 @@ export class ServiceMachine {
   }
 
   async #killStop(record: ServiceRecord): Promise<void> {
-    const found = Run.adopt(this.#runFolder(record, "stop"), this.#mark(record, "stop"), () => undefined);
+    const { folder, mark } = this.#place(record, "stop");
+    const found = Run.adopt(folder, mark, () => undefined);
     if (found instanceof Run) await found.kill();
   }
 }
@@ -406,35 +434,4 @@ export function problemOf(what: string, error: unknown): string {
   if (error instanceof CommandProblem) return error.message;
   const reason = error instanceof Error && "code" in error ? String(error.code) : "unexpected";
   return `${what} (${reason})`;
-}
-
-/** Exit code of a child that must not outlive a moment or a signal; 128 and more if it had to be killed. */
-async function exitOf(child: ChildProcess, mark: string, until: number, signal: AbortSignal): Promise<number> {
-  const exit = new Promise<number>((resolve, reject) => {
-    child.once("error", reject);
-    child.once("exit", (code) => resolve(code ?? 128));
-  });
-  const end = () => {
-    for (const { pid } of markedProcesses(mark)) kill(pid);
-    if (child.pid && readProcess(child.pid)) kill(child.pid);
-  };
-  const timer = Number.isFinite(until) ? setTimeout(end, Math.max(0, until - Date.now())) : undefined;
-  signal.addEventListener("abort", end, { once: true });
-  if (signal.aborted) end();
-  try {
-    return await exit;
-  } finally {
-    clearTimeout(timer);
-    signal.removeEventListener("abort", end);
-    child.stdout?.destroy();
-    child.stderr?.destroy();
-  }
-}
-
-function kill(pid: number): void {
-  try {
-    process.kill(pid, "SIGKILL");
-  } catch {
-    // Gone meanwhile.
-  }
 }

@@ -2,10 +2,12 @@ import { join } from "node:path";
 import type { TaskExecutionSpec_Task } from "../../../../gen/gitpod/v1/environment_automation_pb.js";
 import { TaskExecutionPhase } from "../../../../gen/gitpod/v1/environment_automation_pb.js";
 import { lineBatches } from "./line-log.ts";
-import { commandOf, endRun, endText, outputOf, type Surroundings } from "./parts.ts";
+import { endRun, endText, outputOf, type Surroundings } from "./parts.ts";
 import type { Records } from "./records.ts";
-import { forgetRun, Run, type RunEnd } from "./run.ts";
+import { Run, type RunEnd } from "./run.ts";
 import { problemOf } from "./service.ts";
+import { forgetRun } from "./start.ts";
+import { targetOf } from "./targets.ts";
 
 const { RUNNING, SUCCEEDED, FAILED, STOPPED } = TaskExecutionPhase;
 
@@ -90,10 +92,23 @@ export class TaskRun {
     this.#records.write(this.key, this.#record);
     const spec = task.spec;
     const own = { BERTH_AUTOMATION: reference, BERTH_EXECUTION_ID: executionId };
-    const text = spec?.command ?? "";
-    const command = await commandOf(this.#around, { text, env: spec?.env ?? [], runsOn: spec?.runsOn }, own);
-    const run = await Run.start(this.#folder, this.key, command, take);
-    return this.#follow(run, finish);
+    const target = targetOf(this.#around, spec?.runsOn);
+    const asked = new AbortController();
+    void this.#stop.promise.then(() => asked.abort());
+    try {
+      const place = { folder: this.#folder, mark: this.key };
+      const run = await target.start(
+        place,
+        { text: spec?.command ?? "", env: spec?.env ?? [], own },
+        take,
+        asked.signal,
+      );
+      return await this.#follow(run, finish);
+    } catch (error) {
+      finish();
+      if (asked.signal.aborted) return this.#end(STOPPED, "");
+      throw error;
+    }
   }
 
   async #follow(run: Run, finish: () => void): Promise<TaskRecord> {
@@ -129,7 +144,7 @@ export class TaskRun {
 
   #end(phase: TaskExecutionPhase, failureMessage: string): TaskRecord {
     this.#set({ phase, failureMessage });
-    void forgetRun(this.#folder);
+    void forgetRun(this.#around, this.#folder).catch((error: unknown) => this.#around.unforeseen(error));
     return this.#record;
   }
 
