@@ -114,16 +114,17 @@ const RETRY_MS = 10;
 /**
  * Runs a transaction and, once it has committed, wakes whoever waits for its events and for changes of these runners.
  * A transaction that lost against another one (deadlock, serialization) runs again a few times, then ABORTED: `work`
- * must have no effects outside of it.
+ * must have no effects outside of it. For `crowd` see `Db.begin`.
  */
 export async function transact<T>(
   app: App,
   work: (tx: Tx, touched: (runnerId: string) => void) => Promise<T>,
+  crowd?: string,
 ): Promise<T> {
   for (let attempt = 1; ; attempt++) {
     const runners = new Set<string>();
     try {
-      const result = await app.db.begin((tx) => work(tx, (runnerId) => runners.add(runnerId)));
+      const result = await app.db.begin((tx) => work(tx, (runnerId) => runners.add(runnerId)), crowd);
       app.hub.wake(Topic.EVENTS, ...[...runners].map(runnerTopic));
       return result as T;
     } catch (error) {

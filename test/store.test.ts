@@ -56,6 +56,34 @@ describe("migrations", () => {
 });
 
 describe("transactions", () => {
+  test("those that wait for one lock leave connections to the others, and are all served", async () => {
+    await using plane = await startTestPlane();
+    const { db } = plane.plane.app;
+    const held = Promise.withResolvers<void>();
+    const isHeld = Promise.withResolvers<void>();
+    const holder = db.begin(async (tx) => {
+      await tx`select pg_advisory_xact_lock(1)`;
+      isHeld.resolve();
+      await held.promise;
+    }, "crowd");
+    await isHeld.promise;
+    const served: number[] = [];
+    const crowd = Array.from({ length: 50 }, (_each, index) =>
+      db.begin(async (tx) => {
+        await tx`select pg_advisory_xact_lock(1)`;
+        served.push(index);
+      }, "crowd"),
+    );
+    const others = Array.from({ length: 20 }, (_each, index) =>
+      db.begin(async (tx) => (await tx<{ n: number }[]>`select ${index}::int as n`)[0]?.n),
+    );
+    expect(await Promise.all(others)).toEqual(Array.from({ length: 20 }, (_each, index) => index));
+    expect(served).toEqual([]);
+    held.resolve();
+    await Promise.all([holder, ...crowd]);
+    expect(served.toSorted((a, b) => a - b)).toEqual(Array.from({ length: 50 }, (_each, index) => index));
+  });
+
   test("one that loses a deadlock runs again; one that always loses is ABORTED; a broken connection is UNAVAILABLE", async () => {
     await using plane = await startTestPlane();
     const { app } = plane.plane;

@@ -23,8 +23,12 @@ export interface Db {
   readonly point: Sql;
   readonly write: Sql;
   readonly list: Sql;
-  /** Runs `work` in a transaction of its own. Throws what `work` throws, after a rollback. */
-  begin<T>(work: (tx: Tx) => Promise<T>): Promise<T>;
+  /**
+   * Runs `work` in a transaction of its own. Throws what `work` throws, after a rollback. Transactions of one `crowd`
+   * wait for each other under the same lock: they get half of the connections at most, and longer to wait for one, so
+   * that nobody else has to wait behind all of them.
+   */
+  begin<T>(work: (tx: Tx) => Promise<T>, crowd?: string): Promise<T>;
   /**
    * Listens on a channel until it is ended, over lost connections too. `restarted` is called whenever listening begins:
    * what was notified before is lost. Rejects if the first attempt fails.
@@ -54,6 +58,8 @@ const RETIRE_S = 2;
 const RELISTEN_MS = 500;
 const SESSIONS = 8;
 const SESSION_WAIT_MS = 10_000;
+const CROWD_SESSIONS = SESSIONS / 2;
+const CROWD_WAIT_MS = 30_000;
 const NOOP = () => undefined;
 
 /** Elements of a one-dimensional array as Postgres writes it. */
@@ -241,11 +247,18 @@ class Session {
 const lost = () => Object.assign(new Error("the connection of the transaction is lost"), { code: "CONNECTION_CLOSED" });
 const closed = () => Object.assign(new Error("the database has been closed"), { code: "CONNECTION_ENDED" });
 
+/** Somebody who waits for a connection. */
+interface Waiter {
+  crowd: string | undefined;
+  start(): void;
+}
+
 /** The connections of transactions. */
 class Sessions {
   readonly #open: Open;
   readonly #idle: Session[] = [];
-  readonly #waiting: (() => void)[] = [];
+  readonly #waiting: Waiter[] = [];
+  readonly #busyCrowds = new Map<string, number>();
   #busy = 0;
   #ended = false;
 
@@ -253,8 +266,8 @@ class Sessions {
     this.#open = open;
   }
 
-  async begin<T>(work: (tx: Tx) => Promise<T>): Promise<T> {
-    await this.#turn();
+  async begin<T>(work: (tx: Tx) => Promise<T>, crowd?: string): Promise<T> {
+    await this.#turn(crowd);
     let session: Session | undefined;
     try {
       session = await this.#begun();
@@ -262,25 +275,48 @@ class Sessions {
     } finally {
       if (session && !session.isLost && !this.#ended) this.#idle.push(session);
       else void session?.end();
-      this.#busy--;
-      this.#waiting.shift()?.();
+      this.#count(crowd, -1);
+      this.#startNext();
     }
   }
 
   /** Waits until fewer than the allowed number of transactions run, in the order of asking. */
-  async #turn(): Promise<void> {
+  async #turn(crowd: string | undefined): Promise<void> {
     if (this.#ended) throw closed();
-    if (this.#busy >= SESSIONS || this.#waiting.length) {
-      const { promise, resolve, reject } = Promise.withResolvers<void>();
-      const timer = setTimeout(() => {
-        this.#waiting.splice(this.#waiting.indexOf(resolve), 1);
-        reject(new Refusal("unavailable", "the database is too busy, try again"));
-      }, SESSION_WAIT_MS);
-      this.#waiting.push(resolve);
-      await promise;
-      clearTimeout(timer);
+    const { promise, resolve, reject } = Promise.withResolvers<void>();
+    const waiter = { crowd, start: resolve };
+    this.#waiting.push(waiter);
+    const refuse = () => {
+      this.#waiting.splice(this.#waiting.indexOf(waiter), 1);
+      reject(new Refusal("unavailable", "the database is too busy, try again"));
+    };
+    const timer = setTimeout(refuse, crowd === undefined ? SESSION_WAIT_MS : CROWD_WAIT_MS);
+    this.#startNext();
+    await promise;
+    clearTimeout(timer);
+  }
+
+  /** Starts those that have waited longest and may. */
+  #startNext(): void {
+    for (;;) {
+      const index = this.#busy < SESSIONS ? this.#waiting.findIndex(({ crowd }) => this.#hasRoomFor(crowd)) : -1;
+      if (index < 0) return;
+      const [waiter] = this.#waiting.splice(index, 1);
+      this.#count(waiter?.crowd, 1);
+      waiter?.start();
     }
-    this.#busy++;
+  }
+
+  #hasRoomFor(crowd: string | undefined): boolean {
+    return crowd === undefined || (this.#busyCrowds.get(crowd) ?? 0) < CROWD_SESSIONS;
+  }
+
+  #count(crowd: string | undefined, change: 1 | -1): void {
+    this.#busy += change;
+    if (crowd === undefined) return;
+    const busy = (this.#busyCrowds.get(crowd) ?? 0) + change;
+    if (busy > 0) this.#busyCrowds.set(crowd, busy);
+    else this.#busyCrowds.delete(crowd);
   }
 
   /** A session in a new transaction. Idle ones may have died unnoticed; nothing is lost by trying the next. */
@@ -389,7 +425,7 @@ export function openDb(url: string): Db {
     get list() {
       return list.sql;
     },
-    begin: (work) => sessions.begin(work),
+    begin: (work, crowd) => sessions.begin(work, crowd),
     async listen(channel, handlers) {
       const listener = new Listener(channel);
       const open = (heard: (payload: string) => void, onclose: () => void) =>
