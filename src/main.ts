@@ -1,6 +1,7 @@
 #!/usr/bin/env node
 import { ExitCode, exitCodeOf, Failure } from "./cli/exit.ts";
 import { UsageError } from "./cli/usage.ts";
+import { keepYoungObjectsSmall } from "./cli/young-objects.ts";
 import { ConfigError } from "./config.ts";
 
 const USAGE = `berth: a control plane for development environments
@@ -34,6 +35,7 @@ async function main(args: readonly string[]): Promise<ExitCode> {
   if (rest.length > 0 || !["server", "runner", "help", "--help", "-h"].includes(command)) {
     throw new UsageError(`unknown arguments: ${args.join(" ")}\n\n${USAGE}`);
   }
+  if (command === "server") keepYoungObjectsSmall();
   if (command === "server") return (await import("./cli/server.ts")).runServer(process.env);
   if (command === "runner") return (await import("./cli/runner.ts")).runRunner(process.env);
   process.stdout.write(USAGE);

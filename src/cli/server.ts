@@ -6,6 +6,7 @@ import { type RunningRunner, startRunner } from "../runner/main.ts";
 import { ExitCode } from "./exit.ts";
 import { say, sayFirstToken } from "./output.ts";
 import { firstSignal } from "./signals.ts";
+import { letYoungObjectsGrow } from "./young-objects.ts";
 
 const HOW_TO_GO_ON =
   "Serving without it; start again with BERTH_RUNNER_EXCHANGE_TOKEN, which `berth admin runner token --runner ...` prints";
@@ -56,6 +57,7 @@ export async function runServer(env: NodeJS.ProcessEnv): Promise<ExitCode> {
     void runner?.finished.then((reason) => {
       if (reason !== "stopped") log.error(`the embedded runner has ended: ${reason}. ${HOW_TO_GO_ON}`);
     });
+    letYoungObjectsGrow();
     await stopAsked;
     log.info("draining");
   } finally {
