@@ -28,6 +28,7 @@ import {
   sweepUp,
   usableClass,
 } from "./harness/environments.ts";
+import { startImageRegistry } from "./harness/image-registry.ts";
 import { type Installation, startInstallation } from "./harness/installation.ts";
 import { eventually } from "./harness/wait.ts";
 
@@ -185,7 +186,7 @@ describe.skipIf(missing)(`automations in containers${missing ? ` (${missing})` :
           expect(await told("ready-told")).toBe(`${service.spec?.session} ${(await sh("id -u")).trim()}`);
           await api().stopService({ id: serviceId });
           expect((await serviceIs(serviceId, STOPPED)).status?.failureMessage).toBe("");
-          await sh("ls stop-told");
+          expect(await sh("ls stop-told")).toBe("stop-told\n");
           expect(await linesOf(service.status?.logUrl)).toEqual(["hello", "stopping whole", ""]);
           await isCleanedUp(id, keyIn(service));
         } finally {
@@ -239,6 +240,42 @@ describe.skipIf(missing)(`automations in containers${missing ? ` (${missing})` :
         expect((await linesOf(status?.logUrl)).join("\n")).toContain("refused");
         const serviceId = await started("shell-less", { start: "true" }, inContainer([], engine.bareImage));
         expect((await serviceIs(serviceId, FAILED)).status?.failureMessage).toContain("it has no shell (sh)");
+      },
+      TIMEOUT_MS,
+    );
+
+    test(
+      "an image is fetched with the logins of the environment, in the sight of people, and once",
+      async () => {
+        await using registry = await startImageRegistry(engine);
+        const spec = inContainer([], registry.image);
+        const refused = await executionIs(await run("logged-out", "true", spec), Phase.FAILED);
+        expect(refused.status?.failureMessage).toContain("cannot be fetched");
+        const auth = Buffer.from(registry.credentials).toString("base64");
+        // A program that a configuration names is not run for a login: that would be as the runner.
+        const config = { auths: { [registry.host]: { auth } }, credsStore: "nothing" };
+        await (await inside()).exec({
+          command: `mkdir -p ~/.docker; echo '${JSON.stringify(config)}' > ~/.docker/config.json`,
+        });
+        const first = await executionIs(await run("fetched", "echo inside", spec), Phase.SUCCEEDED);
+        const told = await linesOf(first.status?.logUrl);
+        expect(told.slice(-2)).toEqual(["inside", ""]);
+        expect(told.join("\n")).toMatch(/private\/tools[\s\S]*Downloaded newer image/);
+        expect(told.join("\n")).not.toContain("registry-pass");
+        const second = await executionIs(await run("present", "echo inside", spec), Phase.SUCCEEDED);
+        expect(await linesOf(second.status?.logUrl)).toEqual(["inside", ""]);
+      },
+      TIMEOUT_MS,
+    );
+
+    test(
+      "AUT-39 a service that is deleted with force is gone, and so is its container",
+      async () => {
+        const serviceId = await started("forced", { start: "trap '' TERM; while :; do sleep 1; done" });
+        const service = await serviceIs(serviceId, RUNNING);
+        expect((await containersOf(id)).filter((name) => name.includes(keyIn(service)))).toHaveLength(1);
+        await api().deleteService({ id: serviceId, force: true });
+        await isCleanedUp(id, keyIn(service));
       },
       TIMEOUT_MS,
     );
