@@ -47,7 +47,7 @@ beforeEach(async () => {
       logs: join(folder, "logs"),
       variables: (more) => ({ PATH: "/usr/bin:/bin", HOME: join(folder, "home"), ...more }),
       folder: () => join(folder, "home"),
-      isContained: () => false,
+      entrance: () => undefined,
       secrets: async () => new Map(),
       logUrl: (path) => `http://runner/${path}/logs`,
       containers: {

@@ -177,6 +177,11 @@ export class ContainerEngine {
     this.#userNamespace = options.userNamespace;
   }
 
+  /** Variables that lead other programs to it. */
+  get environment(): Readonly<Record<string, string>> {
+    return this.#env;
+  }
+
   /** Whether an image is there already, under exactly this reference. */
   async hasImage(image: string): Promise<boolean> {
     const { code } = await this.#run(["image", "inspect", "--format", "{{.Id}}", checkedImage(image)]);
@@ -246,11 +251,11 @@ export class ContainerEngine {
     await this.#unlessGone(["image", "rm", checkedImage(image)], START_MS);
   }
 
-  /** Names of the images that carry all of these labels. */
+  /** Names of the images that carry all of these labels; short ids of those that have none. */
   async images(labels: Readonly<Record<string, string>>): Promise<string[]> {
-    const format = ["--format", "{{.Repository}}:{{.Tag}}"];
-    const names = await this.#ask(["images", ...format, ...labelFilters(labels)]);
-    return names.split("\n").filter(isImageReference);
+    const format = ["--format", "{{.Repository}}:{{.Tag}} {{.ID}}"];
+    const lines = (await this.#ask(["images", ...format, ...labelFilters(labels)])).split("\n");
+    return lines.flatMap((line) => line.split(" ").find(isImageReference) ?? []);
   }
 
   /** Starts a container that has ended. */

@@ -12,6 +12,8 @@ import { exists, makeFolder, removeTree } from "../files.ts";
 /** Commands that run the program inside of a container, as words without the program's arguments. */
 export interface ContainerRuntime {
   supervisor: readonly string[];
+  /** Runs a command in a container, from outside of it. */
+  enter: readonly string[];
   program: readonly string[];
 }
 
@@ -175,6 +177,8 @@ export async function prepareRuntime(dataDir: string): Promise<ContainerRuntime>
     join(folder, "node"),
   ];
   return {
+    // The signal by which Node is told to be debugged would let anybody of its user in.
+    enter: [...node, "--disable-sigusr1", join(source, "supervisor", `enter.${SUFFIX}`)],
     supervisor: [...node, join(source, "supervisor", `main.${SUFFIX}`)],
     program: [...node, join(source, "..", `main.${SUFFIX}`)],
   };

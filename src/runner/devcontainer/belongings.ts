@@ -42,6 +42,15 @@ export async function stopContainer(engine: ContainerEngine, environmentId: stri
 /** Engines may say where they have looked for an image. */
 const plainName = (image: string) => image.replace(/^localhost\//, "");
 
+/** Removes images with these labels but those that are kept, and what these are made of. */
+async function removeImages(engine: ContainerEngine, labels: Record<string, string>, kept: readonly string[]) {
+  const images = (await engine.images(labels)).filter((each) => !kept.includes(plainName(each)));
+  const isNamed = (image: string) => image.includes(":");
+  for (const image of images.filter(isNamed)) await engine.removeImage(image);
+  // The rest goes with the last image that is made of it, or has been left by a build.
+  for (const image of images.filter((each) => !isNamed(each))) await engine.removeImage(image).catch(() => undefined);
+}
+
 /** Removes the container of an environment and its images but one; what is not there is fine. */
 export async function removeContainer(
   engine: ContainerEngine,
@@ -50,8 +59,7 @@ export async function removeContainer(
   keptImage?: string,
 ): Promise<void> {
   await engine.remove(containerName(environmentId));
-  const images = await engine.images(labelsOf(dataDir, environmentId));
-  for (const image of images.filter((each) => plainName(each) !== keptImage)) await engine.removeImage(image);
+  await removeImages(engine, labelsOf(dataDir, environmentId), keptImage === undefined ? [] : [keptImage]);
 }
 
 /** Removes containers and images of a runner that belong to none of these environments. */
@@ -63,7 +71,5 @@ export async function removeStrays(
   for (const { name, labels } of await engine.list(labelsOf(dataDir))) {
     if (!known.environmentIds.has(labels[ENVIRONMENT_LABEL] ?? "")) await engine.remove(name);
   }
-  for (const image of await engine.images(labelsOf(dataDir))) {
-    if (!known.images.includes(plainName(image))) await engine.removeImage(image);
-  }
+  await removeImages(engine, labelsOf(dataDir), known.images);
 }

@@ -1,7 +1,10 @@
+import { rm } from "node:fs/promises";
+import { join } from "node:path";
 import type { ContainerEngine } from "../containers/engine.ts";
 import { redact } from "../redact.ts";
 import { type EnvironmentSite, textOf, userOf } from "../site.ts";
 import type { SupervisorClient } from "../supervisor/client.ts";
+import { ENTRANCE } from "../supervisor/config.ts";
 import { type ContainerProgress, labelsOf, removeContainer } from "./belongings.ts";
 import { sharedFolder, startContainer } from "./container.ts";
 import { type DevContainerImage, makeImage } from "./image.ts";
@@ -142,6 +145,7 @@ export class ContainerWork implements ContainerProgress {
         timeoutMs: IMAGE_MS,
         signal: controller.signal,
       },
+      scratch: join(site.paths.root, "features"),
       place: { folder: site.folder, user, shared, home: site.paths.home },
       onLines: (lines: string[]) => site.log.write(lines.join("\n")),
       ...(logins && { loginFolder: logins }),
@@ -174,6 +178,7 @@ export class ContainerWork implements ContainerProgress {
 /** Takes the container of an environment away, and forgets it: its operations are the host's again. */
 export async function discardContainer(site: EnvironmentSite): Promise<void> {
   site.container.drop();
+  await rm(join(site.paths.root, ENTRANCE), { force: true });
   if (site.record.container) {
     await site.edit((record) => {
       delete record.container;

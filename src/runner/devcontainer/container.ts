@@ -10,7 +10,7 @@ import { CONTAINER_SOCKET, supervisorSocket } from "../paths.ts";
 import type { ContainerFacts } from "../record.ts";
 import { type EnvironmentSite, userOf } from "../site.ts";
 import { connectSupervisor, type SupervisorClient } from "../supervisor/client.ts";
-import { parseSupervisorConfig } from "../supervisor/config.ts";
+import { ENTRANCE, parseSupervisorConfig } from "../supervisor/config.ts";
 import { MAX_PROCESSES } from "../supervisor/process-limit.ts";
 import { bootId, readProcess } from "../supervisor/processes.ts";
 import { containerName, IMAGE_LABEL, labelsOf } from "./belongings.ts";
@@ -76,6 +76,8 @@ async function writeEntry(site: EnvironmentSite, facts: ContainerFacts, runtime:
   };
   await writeAtomically(config.envFile, JSON.stringify(variables), user);
   await writeProgram(join(bin, "berth"), `#!/bin/sh\nexec ${runtime.program.map(shellQuoted).join(" ")} "$@"\n`);
+  const enter = [...runtime.enter, await supervisorSocket(paths, CONTAINER_SOCKET), id];
+  await writeProgram(join(paths.root, ENTRANCE), `#!/bin/sh\nexec ${enter.map(shellQuoted).join(" ")} "$@"\n`);
   await writeProgram(join(paths.container, "entry"), entryScript(runtime.supervisor, join(folder, "supervisor.json")));
 }
 

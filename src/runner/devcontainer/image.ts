@@ -3,6 +3,7 @@ import { shellQuoted } from "../commands.ts";
 import { type ContainerEngine, EngineError, type EngineWork, type ImageFacts } from "../containers/engine.ts";
 import type { UnixUser } from "../users.ts";
 import { type ContextPlace, openContext } from "./context.ts";
+import { addFeatures } from "./features.ts";
 import { type ContainerPlan, filled, type ImageSource, imageMetadata, remoteUser } from "./plan.ts";
 
 // The image of a dev container: fetched or built, then given an account of the environment's user. Nobody can guess its
@@ -21,6 +22,8 @@ export interface DevContainerImage {
 export interface ImageWork extends EngineWork {
   engine: ContainerEngine;
   place: ContextPlace & { home: string };
+  /** Folder of the runner's own that may be made and is removed again. */
+  scratch: string;
   labels: Readonly<Record<string, string>>;
 }
 
@@ -125,23 +128,27 @@ export async function makeImage(work: ImageWork, plan: ContainerPlan): Promise<D
   const { engine, place } = work;
   const name = `${REPOSITORY}:${randomBytes(NAME_BYTES).toString("hex")}`;
   const base = `${name}-base`;
+  const featured = `${name}-features`;
   const { source } = plan;
   try {
     if (source.kind === "build") await buildBase(work, source, base);
     else await fetchBase(work, source.image, base);
-    const facts = await engine.imageFacts(base);
+    const hasFeatures = Object.keys(plan.features).length > 0;
+    if (hasFeatures) await addFeatures(work, plan, base, featured);
+    const top = hasFeatures ? featured : base;
+    const facts = await engine.imageFacts(top);
     if (!facts) throw new Error("the image of the dev container is gone");
     const userName = remoteUser(
       [plan.user, imageMetadata(facts.labels["devcontainer.metadata"]).user, facts.user],
       place.user.name,
     );
     const script = accountScript(place.user, userName, place.home);
-    const warnings = [await addAccount(work, base, name, script)];
+    const warnings = [await addAccount(work, top, name, script)];
     const variables = variablesOf(plan, facts, place.folder);
     const isTooMuch = JSON.stringify(variables).length > MAX_VARIABLES_CHARACTERS;
     if (isTooMuch) warnings.push("the variables of the dev container are too long and were left out");
     return { image: name, userName, variables: isTooMuch ? {} : variables, warnings: warnings.filter(Boolean) };
   } finally {
-    await engine.removeImage(base).catch(() => undefined);
+    for (const each of [base, featured]) await engine.removeImage(each).catch(() => undefined);
   }
 }

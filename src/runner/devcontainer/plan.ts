@@ -12,6 +12,10 @@ export type ImageSource =
 /** A dev container as it can be had here. */
 export interface ContainerPlan {
   source: ImageSource;
+  /** Features with their options, by reference. */
+  features: Record<string, unknown>;
+  /** Order in which features are installed, as far as the file says. */
+  featureOrder: string[];
   /** Who works in it; empty if the image says so. */
   user: string;
   /** Variables as the file has them. */
@@ -40,6 +44,7 @@ const VARIABLE = /^[A-Za-z_][A-Za-z0-9_]*$/;
 const STAGE = /^[A-Za-z0-9][\w.-]{0,127}$/;
 const USER = /^[a-z_][a-z0-9_-]{0,31}$/;
 const MAX_PATH = 4096;
+const MAX_FEATURES = 50;
 
 const isRecord = (value: unknown): value is Content =>
   typeof value === "object" && value !== null && !Array.isArray(value);
@@ -123,9 +128,6 @@ function sourceOf(content: Content, file: string, folder: string, preset: string
   if (content.dockerComposeFile !== undefined) {
     throw new Error("dev containers of several containers (dockerComposeFile) are not supported by this runner");
   }
-  if (isRecord(content.features) && Object.keys(content.features).length > 0) {
-    throw new Error("features of dev containers are not supported by this runner: put them into an image");
-  }
   const build = buildOf(content, file, folder);
   if (build) return build;
   const image = filled(optionalText(content, "image"), { folder }) || preset;
@@ -133,6 +135,27 @@ function sourceOf(content: Content, file: string, folder: string, preset: string
     throw new Error("the dev container names neither an image nor a Dockerfile, and there is no default image");
   if (!isImageReference(image)) throw new Error("image is not an image reference");
   return { kind: "image", image };
+}
+
+function featuresOf({ features }: Content): Record<string, unknown> {
+  if (features === undefined || features === null) return {};
+  if (!isRecord(features)) throw new Error("features is not an object");
+  const references = Object.keys(features);
+  if (references.length > MAX_FEATURES) throw new Error(`there are more than ${MAX_FEATURES} features`);
+  for (const reference of references) {
+    // A path would be one on the host, and an address one that the runner reaches.
+    if (!isImageReference(reference)) throw new Error("features have to come from a container registry");
+    const options = Object.values(Object(features[reference]));
+    const isPlain = options.every((value) => typeof value === "string" || typeof value === "boolean");
+    if (!isPlain) throw new Error("options of features are texts or true and false");
+  }
+  return { ...features };
+}
+
+function featureOrderOf({ overrideFeatureInstallOrder: order }: Content): string[] {
+  if (order === undefined || order === null) return [];
+  if (Array.isArray(order) && order.every((each) => typeof each === "string" && isImageReference(each))) return order;
+  throw new Error("overrideFeatureInstallOrder is not a list of features");
 }
 
 /**
@@ -143,6 +166,8 @@ export function containerPlan(content: Content, file: string, folder: string, pr
   const nested = isRecord(content.build) ? content.build : {};
   return {
     source: sourceOf(content, file, folder, preset),
+    features: featuresOf(content),
+    featureOrder: featureOrderOf(content),
     user: optionalText(content, "remoteUser") || optionalText(content, "containerUser"),
     containerVariables: variables(content, "containerEnv"),
     remoteVariables: variables(content, "remoteEnv"),

@@ -28,6 +28,8 @@ export interface SupervisorConfig {
 
 /** File below `root` that is there where the dev container has to have a container of its own. */
 export const CONTAINED = "container/contained";
+/** Program below `root` that runs a command in that container. */
+export const ENTRANCE = "container/enter";
 
 /** What a supervisor is started with when the path of its configuration comes later, as a line of its input. */
 export const WAIT = "--wait";

@@ -6,8 +6,16 @@ import { ActivityTracker } from "./activity.ts";
 import { AutomationEngine } from "./automation/engine.ts";
 import { AutomationLink } from "./automation/link.ts";
 import { TIMES } from "./automation/parts.ts";
-import { CONTAINED, readSupervisorConfig, type SupervisorConfig, SupervisorConfigError, WAIT } from "./config.ts";
+import {
+  CONTAINED,
+  ENTRANCE,
+  readSupervisorConfig,
+  type SupervisorConfig,
+  SupervisorConfigError,
+  WAIT,
+} from "./config.ts";
 import { connectHandler } from "./connect-handler.ts";
+import { serveContainedRun } from "./contained-run.ts";
 import { Execs } from "./exec.ts";
 import { ExecJournal } from "./exec-journal.ts";
 import { BoundedLog } from "./log.ts";
@@ -72,6 +80,13 @@ function usableShell({ shell }: SupervisorConfig): string {
   }
 }
 
+/** How commands get into the dev container; undefined where it is the host, empty while there is no container. */
+function entranceOf(root: string): string | undefined {
+  if (!existsSync(join(root, CONTAINED))) return undefined;
+  const path = join(root, ENTRANCE);
+  return existsSync(path) ? path : "";
+}
+
 /** Where it keeps its state, and where it writes logs. */
 function foldersOf({ root, part = "" }: SupervisorConfig): { run: string; logs: string } {
   const [run, logs] = [join(root, "run", part), join(root, "logs", part)];
@@ -102,7 +117,7 @@ async function serve(config: SupervisorConfig, { run, logs }: ReturnType<typeof 
       logs: join(logs, "automations"),
       variables: (more) => environment.read(more),
       folder: () => workspaceFolder,
-      isContained: () => existsSync(join(root, CONTAINED)),
+      entrance: () => entranceOf(root),
       secrets: (ids) => automations.secrets(ids),
       logUrl: (path) => `${automations.facts.logBase}/${path}/logs`,
       containers: automations.containers,
@@ -137,6 +152,9 @@ async function serve(config: SupervisorConfig, { run, logs }: ReturnType<typeof 
       if (path === workspaceFolder) return;
       workspaceFolder = path;
       watches.moved();
+    },
+    run: (request, response) => {
+      serveContainedRun(request, response, (more) => environment.read(more)).catch(() => response.destroy());
     },
     automations: (request, response) => {
       automations.serve(request, response).catch(() => response.destroy());

@@ -21,17 +21,18 @@ export const UNATTENDED = "berth-unattended";
 const MAX_BODY_BYTES = 8192;
 
 export const isControl = (request: IncomingMessage) =>
-  request.url === "/healthz" || request.url === "/workspace-folder" || request.url === "/automations";
+  ["/healthz", "/workspace-folder", "/automations", "/run"].includes(request.url ?? "");
 
 /**
  * For the runner only, on the supervisor's socket: `GET /healthz` answers SupervisorState as JSON,
  * `PUT /workspace-folder` takes the absolute path of the primary checkout as its body, `POST /automations` opens the
- * conversation about services and executions.
+ * conversation about services and executions, `POST /run` runs a command in a container.
  */
 export function controlHandler(supervisor: {
   health(): SupervisorState;
   setWorkspaceFolder(path: string): void;
   automations(request: IncomingMessage, response: ServerResponse): void;
+  run(request: IncomingMessage, response: ServerResponse): void;
 }): (request: IncomingMessage, response: ServerResponse) => void {
   return (request, response) => {
     const answer = (status: number, body = "") => {
@@ -39,8 +40,9 @@ export function controlHandler(supervisor: {
       response.end(body);
     };
     if (request.url === "/healthz") return answer(200, JSON.stringify(supervisor.health()));
-    if (request.url === "/automations") {
-      return request.method === "POST" ? supervisor.automations(request, response) : answer(405);
+    if (request.url === "/automations" || request.url === "/run") {
+      if (request.method !== "POST") return answer(405);
+      return request.url === "/run" ? supervisor.run(request, response) : supervisor.automations(request, response);
     }
     if (request.method !== "PUT") return answer(405);
     let body = "";

@@ -32,8 +32,8 @@ export interface Surroundings {
   variables(more: Readonly<Record<string, string>>): Record<string, string>;
   /** Where commands start. */
   folder(): string;
-  /** The environment's dev container runs in a container. */
-  isContained(): boolean;
+  /** Program that runs a command in the dev container; undefined where that is the host, empty while there is none. */
+  entrance(): string | undefined;
   /** Values of secrets by id; those that the environment may not have are absent. Rejects if nobody can tell. */
   secrets(ids: readonly string[]): Promise<ReadonlyMap<string, string>>;
   /** What the runner does about containers. */

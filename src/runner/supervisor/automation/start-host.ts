@@ -2,7 +2,7 @@ import { type ChildProcess, spawn } from "node:child_process";
 import { childStdio } from "../descriptors.ts";
 import { readProcess } from "../processes.ts";
 import { killMarked } from "./marked.ts";
-import type { Surroundings } from "./parts.ts";
+import { CommandProblem, type Surroundings } from "./parts.ts";
 import { type Command, Run } from "./run.ts";
 import {
   type Attempt,
@@ -28,12 +28,18 @@ const shellFor = (text: string): readonly [string, ...string[]] => [
   `PATH=$BERTH_PATH:$PATH; unset BERTH_PATH; ${text}`,
 ];
 
-/** The host itself, in the checkout, with the variables of the environment. */
+/**
+ * The host itself, in the checkout, with the variables of the environment; or the dev container, which a command gets into
+ * by a program on the host that is to all others the command itself.
+ */
 export class HostTarget implements Target {
   readonly #around: Surroundings;
+  /** That program; empty while there is no container. */
+  readonly #entrance: string | undefined;
 
-  constructor(around: Surroundings) {
+  constructor(around: Surroundings, entrance: string | undefined) {
     this.#around = around;
+    this.#entrance = entrance;
   }
 
   async start({ folder, mark }: RunPlace, command: AutomationCommand, take: TakeOutput): Promise<Run> {
@@ -63,12 +69,19 @@ export class HostTarget implements Target {
   }
 
   async #prepared({ text, env, own }: AutomationCommand): Promise<Command> {
-    const variables = this.#around.variables({ ...(await resolvedVariables(this.#around, env)), ...own });
-    return {
-      argv: shellFor(text),
-      cwd: this.#around.folder(),
-      env: { ...variables, BERTH_PATH: variables.PATH ?? "" },
-    };
+    const more = { ...(await resolvedVariables(this.#around, env)), ...own };
+    const [argv, cwd] = [shellFor(text), this.#around.folder()];
+    if (this.#entrance !== undefined) return { argv: [this.#entrance, ...argv], cwd, env: this.#entering(more) };
+    const variables = this.#around.variables(more);
+    return { argv, cwd, env: { ...variables, BERTH_PATH: variables.PATH ?? "" } };
+  }
+
+  /** Variables of that program, which takes those for the command by a prefix and obeys none of them. */
+  #entering(more: Readonly<Record<string, string>>): Record<string, string> {
+    if (this.#entrance === "") throw new CommandProblem("the dev container does not run");
+    const { PATH = "", BERTH_ENVIRONMENT_ID = "" } = this.#around.variables({});
+    const passed = Object.entries(more).map(([name, value]) => [`BERTH_WITH_${name}`, value]);
+    return { PATH, BERTH_ENVIRONMENT_ID, ...Object.fromEntries(passed) };
   }
 }
 
