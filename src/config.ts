@@ -66,6 +66,8 @@ export interface RunnerHostConfig {
   port: number;
   publicUrl: string;
   dataDir: string;
+  /** Folders besides `dataDir` that environments must not see. */
+  hiddenFolders: readonly string[];
   maxEnvironments: number;
   /** Days for which logs of services and executions are kept. */
   logDays: number;
@@ -74,6 +76,8 @@ export interface RunnerHostConfig {
   /** Ports that SSH servers of environments may have, both ends included. */
   sshPorts: { from: number; to: number };
   allowUnenforced: boolean;
+  /** Whether bubblewrap keeps environments apart: where it works, never, or else the runner does not start. */
+  sandbox: "auto" | "off" | "require";
   hostDevcontainer: "run" | "skip" | "fail";
   /** Engine for containers; `auto` is docker, else podman. */
   containerEngine: "auto" | "docker" | "podman" | "none";
@@ -186,11 +190,13 @@ function runnerHost(read: Reader, home: string): RunnerHostConfig {
     port,
     publicUrl: read.url("BERTH_RUNNER_PUBLIC_URL", `http://127.0.0.1:${port}`),
     dataDir: resolve(read.text("BERTH_RUNNER_DATA_DIR", join(home, "runner"))),
+    hiddenFolders: [home],
     maxEnvironments: read.integer("BERTH_RUNNER_MAX_ENVIRONMENTS", 10, 1, 10_000),
     logDays: read.integer("BERTH_RUNNER_LOG_DAYS", 30, 1, 3650),
     portDomain: portDomain(read),
     sshPorts: sshPorts(read),
     allowUnenforced: read.flag("BERTH_RUNNER_ALLOW_UNENFORCED", false),
+    sandbox: read.oneOf("BERTH_RUNNER_SANDBOX", ["auto", "off", "require"], "auto"),
     hostDevcontainer: read.oneOf("BERTH_RUNNER_HOST_DEVCONTAINER", ["run", "skip", "fail"], "run"),
     containerEngine: read.oneOf("BERTH_RUNNER_CONTAINER_ENGINE", ["auto", "docker", "podman", "none"], "auto"),
     dockerHost: read.optional("DOCKER_HOST"),

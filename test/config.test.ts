@@ -331,6 +331,12 @@ const VARIABLES: Record<string, Variable> = {
     good: ["auto", "docker", "podman", "none"].map((engine) => [engine, engine]),
     bad: ["on", "Docker", "containerd"],
   },
+  BERTH_RUNNER_SANDBOX: {
+    read: (config) => config.runner.sandbox,
+    unset: "auto",
+    good: ["auto", "off", "require"].map((mode) => [mode, mode]),
+    bad: ["on", "Auto"],
+  },
 };
 
 /** Variables of a runner that runs alone; all others it shares with the embedded one. */

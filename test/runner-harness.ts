@@ -63,7 +63,8 @@ import { TokenKind, tokenText } from "../src/domain/tokens.ts";
 import { type RunningRunner, startRunner } from "../src/runner/main.ts";
 import { environmentPaths } from "../src/runner/paths.ts";
 import { readRecord } from "../src/runner/record.ts";
-import { killEnvironmentProcesses } from "../src/runner/supervisor/processes.ts";
+import { removeScratch } from "../src/runner/sandbox/sandbox.ts";
+import { killEnvironmentProcesses, type ProcessRef, terminateSession } from "../src/runner/supervisor/processes.ts";
 import { removeUser } from "../src/runner/users.ts";
 import { eventually } from "./harness/wait.ts";
 
@@ -602,6 +603,8 @@ export class TestRunner implements AsyncDisposable {
       maxEnvironments: 10,
       logDays: 30,
       allowUnenforced: false,
+      sandbox: "auto",
+      hiddenFolders: [],
       hostDevcontainer: "run",
       containerEngine: "none",
       sshPorts: { from: 22_000, to: 22_999 },
@@ -689,9 +692,11 @@ export class TestRunner implements AsyncDisposable {
     return fetch(`${this.baseUrl}/environments/${id}/logs${query}`, { ...init, headers });
   }
 
-  async record(
-    id: string,
-  ): Promise<{ user?: { name: string; uid: number; own: boolean }; supervisor?: { pid: number } }> {
+  async record(id: string): Promise<{
+    user?: { name: string; uid: number; own: boolean };
+    supervisor?: { pid: number };
+    ssh?: { process?: ProcessRef };
+  }> {
     return JSON.parse(await readFile(this.folder(id, "state.json"), "utf8"));
   }
 
@@ -713,7 +718,9 @@ async function cleanUp(dataDir: string): Promise<void> {
       const record = await readRecord({ ...environmentPaths(dataDir, id), root, record: join(root, "state.json") });
       const uid = record?.user?.own ? record.user.uid : undefined;
       await killEnvironmentProcesses({ environmentId: id, uid });
+      if (record?.ssh?.process) await terminateSession(record.ssh.process, 0);
       await removeUser(id, record?.user);
+      await removeScratch(environmentPaths(dataDir, id));
     }
   }
 }

@@ -220,7 +220,7 @@ describe("files", () => {
     const outside = join(runner.dataDir, "..", "outside");
     await mkdir(outside);
     await writeFile(join(outside, "victim"), "victim", { mode: 0o600 });
-    await runner.exec(id, `ln -s ${outside} ~/door; mkdir -p ~/folder/inner; ln -s ${outside}/victim ~/disguise`);
+    await runner.exec(id, `ln -s /usr ~/door; mkdir -p ~/folder/inner; ln -s ${outside}/victim ~/disguise`);
     await runner.exec(
       id,
       `cd ../../secrets; ln -s ${outside}/victim env; rm -f env; mkdir env; rm -rf files; ln -s ${outside} files`,

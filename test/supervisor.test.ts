@@ -132,7 +132,7 @@ describe("a supervisor process", () => {
     await using environment = await testEnvironment();
     const { config, configPath, client } = environment;
     const waiting = startWaiting(folder);
-    const { record } = await launchSupervisor(configPath, config, folder, waiting);
+    const { record } = await launchSupervisor(configPath, config, folder, { waiting });
     expect(record.pid).toBe(waiting.pid);
     expect(await client.health()).toMatchObject({ ...record, environmentId: config.environmentId });
     const status = readFileSync(`/proc/${record.pid}/status`, "utf8");
@@ -155,7 +155,9 @@ describe("a supervisor process", () => {
     left.stdin?.destroy();
     expect(await ended).toBe(0);
     await using environment = await testEnvironment();
-    const { record } = await launchSupervisor(environment.configPath, environment.config, folder, left);
+    const { record } = await launchSupervisor(environment.configPath, environment.config, folder, {
+      waiting: left,
+    });
     expect(record.pid).not.toBe(left.pid);
     expect((await environment.client.health()).pid).toBe(record.pid);
   });

@@ -1,14 +1,15 @@
 import { type ChildProcess, spawn } from "node:child_process";
 import { constants, homedir } from "node:os";
 import { Readable } from "node:stream";
+import { invocation, type RunAs } from "./supervisor/namespaces.ts";
 import { type ProcessRef, readProcess, terminateSession } from "./supervisor/processes.ts";
 
 /** How a command is run. Nothing of the runner's own environment reaches it but PATH. */
 export interface CommandOptions {
   cwd?: string;
   env?: Readonly<Record<string, string>>;
-  /** User it runs as; the runner's own if left out. */
-  user?: { uid: number; gid: number } | undefined;
+  /** User it runs as, and where; as the runner itself if left out. */
+  user?: RunAs | undefined;
   /** The whole session is terminated after this time. */
   timeoutMs: number;
   signal?: AbortSignal;
@@ -104,12 +105,12 @@ export async function runCommand(
 ): Promise<CommandResult> {
   const { cwd, env, user, timeoutMs, signal, maxOutput = DEFAULT_MAX_OUTPUT, onOutput, onStart, input } = options;
   signal?.throwIfAborted();
-  const child = spawn(file, args, {
-    cwd: cwd ?? "/",
+  const { descriptors, ...started } = invocation(file, args, { cwd: cwd ?? "/", ...user });
+  const child = spawn(started.file, started.args, {
+    ...{ cwd: started.cwd, uid: started.uid, gid: started.gid },
     env: { PATH: commandPath(), LANG: "C.UTF-8", LC_ALL: "C.UTF-8", ...env },
     detached: true,
-    stdio: [input === undefined ? "ignore" : "pipe", "pipe", "pipe"],
-    ...(user && { uid: user.uid, gid: user.gid }),
+    stdio: [input === undefined ? "ignore" : "pipe", "pipe", "pipe", ...descriptors],
   });
   const ended = ending(child);
   if (input !== undefined) feed(child, input);

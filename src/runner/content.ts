@@ -18,7 +18,7 @@ import type { ContentFacts } from "./record.ts";
 import { fetchSubmodules } from "./submodules.ts";
 import { freshGitStatus, gitStatus } from "./supervisor/git-status.ts";
 import { bootId, type ProcessRef } from "./supervisor/processes.ts";
-import type { UnixUser } from "./users.ts";
+import type { Inhabitant } from "./users.ts";
 import {
   CONFIGURE_GIT,
   EVERYTHING,
@@ -45,7 +45,7 @@ export interface Workspace {
   host: Host;
   environmentId: string;
   paths: EnvironmentPaths;
-  user: UnixUser;
+  user: Inhabitant;
   /** Settings that let git sign in to hosts. */
   helpers: readonly string[];
   /** A line for the log. */
@@ -376,7 +376,7 @@ export async function configureGit(
 export async function contentGitStatus(
   environmentId: string,
   paths: EnvironmentPaths,
-  user: UnixUser,
+  user: Inhabitant,
   { folder, checkouts }: ContentFacts,
   pristine?: string,
 ): Promise<EnvironmentGitStatus | undefined> {

@@ -240,6 +240,7 @@ export class ManagedEnvironment {
     this.#wake?.();
     await this.#ended;
     this.#site.letGo();
+    this.#site.supervision.leave();
   }
 
   async #work(): Promise<void> {

@@ -12,6 +12,7 @@ import type { ControlGroups } from "./cgroups.ts";
 import type { EngineAccess } from "./containers/find.ts";
 import type { ContainerRuntime } from "./containers/runtime.ts";
 import type { ControlPlane } from "./control-plane.ts";
+import type { Sandbox } from "./sandbox/sandbox.ts";
 import type { SourceControl } from "./source-control.ts";
 import type { SshServer } from "./ssh/server.ts";
 import type { WaitingSupervisor } from "./waiting-supervisor.ts";
@@ -35,6 +36,10 @@ export interface Host {
   containerRuntime(): Promise<ContainerRuntime>;
   /** Absent where nobody can log in with SSH. */
   sshServer: SshServer | undefined;
+  /** Absent where environments see the host's files as they are. */
+  sandbox: Sandbox | undefined;
+  /** Why; empty if there is one. */
+  sandboxProblem: string;
   /** Absent where limits cannot be enforced. */
   controlGroups: ControlGroups | undefined;
   /** Absent where supervisors cannot be started before their environment is known. */

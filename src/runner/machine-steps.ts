@@ -1,3 +1,4 @@
+import { once } from "node:events";
 import { create } from "@bufbuild/protobuf";
 import type { DesiredEnvironment } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { LogSectionOutcome } from "../../gen/gitpod/v1/environment_logs_pb.js";
@@ -28,7 +29,7 @@ import { isWornOut, LOST_TOO_OFTEN, recentRestarts } from "./supervision.ts";
 import { ANOTHER_SERVES, SupervisorStartError } from "./supervisor/launch.ts";
 import type { SupervisorState } from "./supervisor/private-http.ts";
 import { bootId, isAlive, userOf } from "./supervisor/processes.ts";
-import { distinctUid, ensureUser, type UnixUser } from "./users.ts";
+import { distinctUid, ensureUser, type Inhabitant, type UnixUser } from "./users.ts";
 
 // Steps that bring the machine of an environment up and keep it up.
 
@@ -88,8 +89,14 @@ export async function keepMachine(
       await endow(site, desired, user, token);
       signal.throwIfAborted();
       if (site.sections.isOpen("machine")) site.log.hold();
-      meanwhile = new SideWork((ends) => work.meanwhile(ends), signal);
-      await startMachine(site, spec, user, meanwhile, signal);
+      const view = Promise.withResolvers<void>();
+      // What it runs as the environment's user must see what that may see.
+      meanwhile = new SideWork(async (ends) => {
+        if (!ends.aborted) await Promise.race([view.promise, once(ends, "abort")]);
+        ends.throwIfAborted();
+        await work.meanwhile(ends);
+      }, signal);
+      await startMachine(site, spec, user, meanwhile, view.resolve, signal);
       return true;
     },
     signal,
@@ -114,8 +121,8 @@ async function attempt<T>(site: EnvironmentSite, work: () => Promise<T>, signal:
 }
 
 /** Makes the user and its folders. */
-async function prepareMachine(site: EnvironmentSite): Promise<UnixUser> {
-  const user = await keepUser(site);
+async function prepareMachine(site: EnvironmentSite): Promise<Inhabitant> {
+  const user: Inhabitant = { ...(await keepUser(site)), inside: site.supervision.inside };
   await makeFolders(site.paths, user);
   const hasLauncher = await writeLauncher(site.paths, user);
   if (site.machinePhase === MachinePhase.CREATING) {
@@ -149,8 +156,9 @@ async function endow(
 async function startMachine(
   site: EnvironmentSite,
   spec: EnvironmentSpec,
-  user: UnixUser,
+  user: Inhabitant,
   meanwhile: SideWork,
+  onView: () => void,
   signal: AbortSignal,
 ): Promise<void> {
   const { host, id, paths, folder, record } = site;
@@ -158,9 +166,15 @@ async function startMachine(
     const supervisor = await host.startGate(async () => {
       signal.throwIfAborted();
       const known = await adoptSupervisor(id, paths, user, folder, record.supervisor);
-      return known ?? (await startSupervisor(host, id, paths, user, folder));
+      if (known) return known;
+      if (!host.sandbox) onView();
+      return await startSupervisor(host, id, paths, user, folder, (namespaces) => {
+        site.supervision.enter(namespaces);
+        onView();
+      });
     });
     site.supervision.use(supervisor);
+    onView();
     site.log.release(() => {
       if (site.sections.isOpen("machine")) site.log.write("The supervisor answers");
       site.sections.end("machine", LogSectionOutcome.SUCCESS);
@@ -202,10 +216,11 @@ export async function writeEnvironmentVariables(site: EnvironmentSite, user: Uni
 }
 
 /** Everything about the machine that people should know. */
-export function machineWarnings({ host, ssh }: EnvironmentSite, user: UnixUser, spec: EnvironmentSpec): string {
+export function machineWarnings(site: EnvironmentSite, user: UnixUser, spec: EnvironmentSpec): string {
+  const { host, ssh } = site;
   const [rules, agents] = [enabledRules(spec.kernelControlsConfig), enabledAgents(host.policies)];
   const warnings = [
-    user.own ? "" : "no isolation between environments: the runner does not run as root",
+    isolationWarning(site, user),
     user.unlisted ? "the user of the environment has no name on this host: no account could be made" : "",
     host.controlGroups ? "" : "CPU and memory limits are not enforced on this host",
     rules.length > 0 ? `kernel controls are not enforced: ${rules.join(", ")}` : "",
@@ -213,6 +228,20 @@ export function machineWarnings({ host, ssh }: EnvironmentSite, user: UnixUser, 
     spec.sshPublicKeys.length > 0 ? ssh.problem : "",
   ];
   return warnings.filter(Boolean).join("; ");
+}
+
+/** What other environments can see or do, and why. */
+function isolationWarning({ host, record }: EnvironmentSite, user: UnixUser): string {
+  const started = "it was started without bubblewrap, until its next start";
+  const reason = record.supervisor?.apart ? "" : host.sandboxProblem || started;
+  if (!user.own && reason) return `no isolation between environments: the runner does not run as root, and ${reason}`;
+  if (!user.own) {
+    return "little isolation between environments: the runner does not run as root, so that their processes see each other's command lines, can end each other, and read what its user can read";
+  }
+  if (reason) return `files in /tmp and command lines are shared between environments: ${reason}`;
+  return host.sandbox?.hidesProcesses === false
+    ? "command lines are shared between environments: this host cannot hide processes"
+    : "";
 }
 
 /** Token of this start. Whatever keeps the control plane from giving one is tried again later. */

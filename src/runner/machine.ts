@@ -4,24 +4,34 @@ import { setTimeout as delay } from "node:timers/promises";
 import { gitAuthorities } from "../scm/git.ts";
 import type { Limits } from "./classes.ts";
 import { commandPath, runCommand } from "./commands.ts";
-import { exists, makeFolder, removeTree, writeAtomically } from "./files.ts";
+import { exists, makeFolder, type Owner, removeTree, writeAtomically } from "./files.ts";
 import type { Host } from "./host.ts";
 import {
   compiledFolder,
   type EnvironmentPaths,
+  environmentPaths,
   environmentsFolder,
   forgetSocket,
   quarantineFolder,
   supervisorSocket,
   trashFolder,
 } from "./paths.ts";
-import type { RecordedProcess } from "./record.ts";
+import type { RecordedProcess, RecordedSupervisor } from "./record.ts";
+import { makeScratch, removeScratch } from "./sandbox/sandbox.ts";
 import { connectSupervisor, type SupervisorClient } from "./supervisor/client.ts";
 import { CONTAINED, type SupervisorConfig } from "./supervisor/config.ts";
-import { launchSupervisor } from "./supervisor/launch.ts";
-import { bootId, isAlive, killEnvironmentProcesses, type ProcessEntry } from "./supervisor/processes.ts";
+import { type LaunchOptions, launchSupervisor, PROGRAM } from "./supervisor/launch.ts";
+import { hasOwnView, Namespaces, type RunAs } from "./supervisor/namespaces.ts";
+import {
+  bootId,
+  environmentProcesses,
+  isAlive,
+  killEnvironmentProcesses,
+  type ProcessEntry,
+  type ProcessRef,
+} from "./supervisor/processes.ts";
 import { liveSupervisor } from "./supervisor/record.ts";
-import { distinctUid, loginShell, removeUser, type UnixUser } from "./users.ts";
+import { distinctUid, type Inhabitant, loginShell, removeUser, type UnixUser } from "./users.ts";
 
 // The machine of an environment on a plain Linux host: a user, folders, and a supervisor process with all it starts.
 
@@ -30,19 +40,24 @@ import { distinctUid, loginShell, removeUser, type UnixUser } from "./users.ts";
 const SUPERVISOR_GRACE_MS = 150_000;
 const KILL_DEADLINE_MS = 60_000;
 const OWNER_DEADLINE_MS = 5 * 60_000;
+const COMPILE_MS = 60_000;
 const POLL_MS = 50;
 
 /** A supervisor that answers. */
 export interface Supervisor {
-  process: RecordedProcess;
+  process: RecordedSupervisor;
   client: SupervisorClient;
+  /** What it runs in, if that is not the host as it is. */
+  namespaces?: Namespaces | undefined;
 }
 
 const isRoot = () => process.getuid?.() === 0;
-const ownerOf = (user: UnixUser) => (user.own ? { uid: user.uid, gid: user.gid } : undefined);
 
-/** The user to run commands of an environment as; undefined if that is the runner's own. */
-export const commandUser = (user: UnixUser): { uid: number; gid: number } | undefined => ownerOf(user);
+/** Owner of files that are the environment's; undefined if that is the runner. */
+export const ownerOf = (user: UnixUser): Owner | undefined => (user.own ? { uid: user.uid, gid: user.gid } : undefined);
+
+/** How commands of an environment are run. */
+export const commandUser = (user: Inhabitant): RunAs => ({ ...ownerOf(user), inside: user.inside });
 
 /**
  * Makes the folders of the runner and returns the real path of the data folder. As root, users of environments pass
@@ -96,7 +111,11 @@ export async function makeFolders(paths: EnvironmentPaths, user: UnixUser): Prom
  * A hard link to somebody else's file stays theirs.
  */
 export async function changeOwner(paths: EnvironmentPaths, before: UnixUser, { uid, gid }: UnixUser): Promise<void> {
-  const folders = [paths.workspace, paths.home, paths.secrets, paths.logs, paths.run, paths.ssh];
+  const own = [paths.workspace, paths.home, paths.secrets, paths.logs, paths.run, paths.ssh];
+  const scratch = await Promise.all(
+    [paths.tmp, paths.varTmp, paths.shm].map(async (path) => ((await exists(path)) ? [path] : [])),
+  );
+  const folders = [...own, ...scratch.flat()];
   const args = ["-R", "-P", "-h", `--from=${before.uid}`, "--", `${uid}:${gid}`, ...folders];
   const { code, stderr } = await runCommand("chown", args, { timeoutMs: OWNER_DEADLINE_MS });
   if (code !== 0) throw new Error(`files could not be given to their user: ${stderr.slice(0, 300)}`);
@@ -153,18 +172,23 @@ export async function prepareGroup(host: Host, environmentId: string, limits: Li
   await host.controlGroups?.prepare(environmentId, limits);
 }
 
-/** Starts the supervisor, inside the limits that were set. */
+/**
+ * Starts the supervisor, inside the limits that were set and apart from other environments. `onView` is given what it
+ * runs in before it serves.
+ */
 export async function startSupervisor(
   host: Host,
   environmentId: string,
   paths: EnvironmentPaths,
-  user: UnixUser,
+  user: Inhabitant,
   workspaceFolder: string,
+  onView: (namespaces: Namespaces | undefined) => void,
 ): Promise<Supervisor> {
+  const socketPath = await supervisorSocket(paths);
   const config: SupervisorConfig = {
     environmentId,
     root: paths.root,
-    socketPath: await supervisorSocket(paths),
+    socketPath,
     workspaceFolder,
     ...ownerOf(user),
     userName: user.name,
@@ -172,15 +196,58 @@ export async function startSupervisor(
     envFile: paths.variables,
     version: host.program.version,
   };
-  const { record, client } = await launchSupervisor(
-    paths.supervisorConfig,
-    config,
-    compiledFolder(host.config.dataDir),
-    user.own ? host.waitingSupervisor?.take() : undefined,
-  );
+  let namespaces: Namespaces | undefined;
+  const { record, client } = await launchApart(host, paths, user, config, (process) => {
+    namespaces = Namespaces.of(process);
+    onView(namespaces);
+  });
   // It has started nothing yet, so all that it ever starts is limited.
   await host.controlGroups?.add(environmentId, record.pid);
-  return { process: { pid: record.pid, startTime: record.startTime, bootId: bootId() }, client };
+  const { pid, startTime } = record;
+  return { process: { pid, startTime, bootId: bootId(), apart: host.sandbox !== undefined }, client, namespaces };
+}
+
+/**
+ * Compiles what supervisors run, for those of an ordinary user: what one of them wrote would be run by the others, so
+ * that they can read the result only. Never throws.
+ */
+export async function compileAhead(host: Host): Promise<void> {
+  if (isRoot() || !host.sandbox) return;
+  const env = { NODE_COMPILE_CACHE: compiledFolder(host.config.dataDir) };
+  // Without a configuration it ends once everything is loaded.
+  await runCommand(process.execPath, [PROGRAM], { env, timeoutMs: COMPILE_MS }).catch(() => undefined);
+}
+
+/** Launches a supervisor apart from other environments, where that can be done. */
+async function launchApart(
+  host: Host,
+  paths: EnvironmentPaths,
+  user: Inhabitant,
+  config: SupervisorConfig,
+  onEntered: (process: ProcessRef) => void,
+) {
+  const compiled = compiledFolder(host.config.dataDir);
+  const launch = (more: LaunchOptions) =>
+    launchSupervisor(paths.supervisorConfig, config, compiled, { onEntered, ...more });
+  if (!host.sandbox) return await launch({ waiting: user.own ? host.waitingSupervisor?.take() : undefined });
+  await makeScratch(paths, ownerOf(user));
+  // A user namespace keeps those outside from looking at what an earlier supervisor has left in another one.
+  const left = user.own || user.inside ? undefined : await survivor(config.environmentId);
+  try {
+    return await launch({ enclosure: await host.sandbox.enclosure(paths, config.socketPath, user.inside ?? left) });
+  } finally {
+    left?.close();
+  }
+}
+
+/** Namespaces of the process that has run longest of those that an earlier supervisor has left. */
+async function survivor(environmentId: string): Promise<Namespaces | undefined> {
+  const left = (await environmentProcesses({ environmentId })).sort((a, b) => a.startTime - b.startTime);
+  for (const each of left) {
+    const namespaces = Namespaces.of(each);
+    if (namespaces) return namespaces;
+  }
+  return undefined;
 }
 
 /**
@@ -192,7 +259,7 @@ export async function adoptSupervisor(
   paths: EnvironmentPaths,
   user: UnixUser,
   workspaceFolder: string,
-  recorded: RecordedProcess | undefined,
+  recorded: RecordedSupervisor | undefined,
 ): Promise<Supervisor | undefined> {
   const known = recorded?.bootId === bootId() && isAlive(recorded) ? recorded : undefined;
   const found = known ?? liveSupervisor(paths.root, user.own ? user.uid : undefined);
@@ -205,7 +272,13 @@ export async function adoptSupervisor(
   } catch {
     return undefined;
   }
-  return { process: { pid: found.pid, startTime: found.startTime, bootId: bootId() }, client };
+  const namespaces = Namespaces.of(found);
+  // A view that its user has made must not be joined.
+  if (!namespaces && hasOwnView(found.pid)) return undefined;
+  // The runner may have a view of its own as well, and another one each time.
+  const apart = known ? known.apart : namespaces !== undefined;
+  const { pid, startTime } = found;
+  return { process: { pid, startTime, bootId: bootId(), apart }, client, namespaces };
 }
 
 function kill(supervisor: RecordedProcess): void {
@@ -248,7 +321,12 @@ export async function stopProcesses(
   // One that has waited for its environment shows whose it is by its user alone.
   if (uid === undefined && supervisor) kill(supervisor);
   const left = await killEnvironmentProcesses({ environmentId, uid, deadlineMs: KILL_DEADLINE_MS });
-  if (left.length === 0) await host.controlGroups?.remove(environmentId);
+  if (left.length > 0) return left;
+  await host.controlGroups?.remove(environmentId);
+  // What cannot be removed now is with the next start, or with the environment.
+  await removeScratch(environmentPaths(host.config.dataDir, environmentId)).catch((error: unknown) => {
+    host.log.warn({ environmentId, error: String(error) }, "temporary files of an environment could not be removed");
+  });
   return left;
 }
 

@@ -21,12 +21,13 @@ import { Environments } from "./environments.ts";
 import { type Host, hostFacts, programVersion, systemDetails } from "./host.ts";
 import { Link } from "./link.ts";
 import { lockDataDir } from "./lock.ts";
-import { prepareDataDir } from "./machine.ts";
+import { compileAhead, prepareDataDir } from "./machine.ts";
 import { compiledFolder } from "./paths.ts";
 import { Reports } from "./reports.ts";
+import { findSandbox } from "./sandbox/find.ts";
 import { startRunnerServer } from "./server.ts";
 import { sourceControl } from "./source-control.ts";
-import { findSshServer } from "./ssh/server.ts";
+import { findSshServer, programsOf } from "./ssh/server.ts";
 import { gate } from "./supervisor/gate.ts";
 import { WaitingSupervisor } from "./waiting-supervisor.ts";
 
@@ -64,7 +65,8 @@ const FIRST_SIGN_IN_MS = 20_000;
 
 /**
  * Starts the Linux-host runner. Resolves when it serves its port and has used its first credential, or has tried to
- * for 20 s; signing up goes on in the background. Throws if the data folder or the port cannot be used.
+ * for 20 s; signing up goes on in the background. Throws if the data folder or the port cannot be used,
+ * or environments cannot be kept apart as the configuration requires.
  */
 export async function startRunner(options: RunnerOptions): Promise<RunningRunner> {
   const dataDir = await prepareDataDir(options.config.dataDir);
@@ -87,21 +89,27 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
   const program = await programVersion();
   const controlPlane = connectControlPlane(apiUrl, () => credentials.accessToken);
   const guard = createGuard({ allowHosts: config.scm.allowHosts, schemes: config.scm.schemes });
+  const sshServer = await findSshServer(process.env.PATH ?? "");
+  const { sandbox, problem: sandboxProblem } = await findSandbox(config, programsOf(sshServer));
+  if (sandboxProblem) log.warn(`environments are not kept apart by bubblewrap: ${sandboxProblem}`);
   let link: Link | undefined;
   const host: Host = {
     ...{ config, publicApiUrl, program, controlPlane, log, ...sourceControl(controlPlane, guard, publicApiUrl) },
     engines,
     containerRuntime: once(() => prepareRuntime(config.dataDir)),
     schema: linuxHostSchema(`${publicApiUrl}/oauth/scm/callback`, facts),
-    sshServer: await findSshServer(process.env.PATH ?? ""),
+    sshServer,
+    ...{ sandbox, sandboxProblem },
     controlGroups: await ControlGroups.open(),
-    // The users of environments tell whose a supervisor is.
-    waitingSupervisor: process.getuid?.() === 0 ? new WaitingSupervisor(compiledFolder(config.dataDir)) : undefined,
+    // The users of environments tell whose a supervisor is; in a sandbox, it is started for one environment.
+    waitingSupervisor:
+      process.getuid?.() === 0 && !sandbox ? new WaitingSupervisor(compiledFolder(config.dataDir)) : undefined,
     isDraining: () => link?.draining ?? false,
     reservedUids: (id) => environments.reservedUids(id),
     policies: create(DeliveredPoliciesSchema),
     startGate: gate(MACHINES_AT_ONCE, MACHINES_WAITING),
   };
+  void compileAhead(host);
   const reports: Reports = new Reports(log, (id, outcome, status) => environments.judged(id, outcome, status));
   const automations = new AutomationReports(log, (id) => environments.removeAutomation(id));
   const environments: Environments = await Environments.open(

@@ -21,6 +21,11 @@ export interface EnvironmentPaths {
   logs: string;
   run: string;
   ssh: string;
+  /** Stand in for folders that everybody on the host shares, while the environment runs. */
+  tmp: string;
+  varTmp: string;
+  shmRoot: string;
+  shm: string;
   hostKey: string;
   authorizedKeys: string;
   sshLog: string;
@@ -54,6 +59,8 @@ export const engineFolder = (dataDir: string) => join(dataDir, "engine");
 export function environmentPaths(dataDir: string, environmentId: string): EnvironmentPaths {
   const root = join(environmentsFolder(dataDir), environmentId);
   const run = join(root, "run");
+  // Memory, which a folder on a disk is not.
+  const shmRoot = join("/dev/shm", `berth-${environmentId}`);
   return {
     root,
     workspace: join(root, "workspace"),
@@ -63,6 +70,10 @@ export function environmentPaths(dataDir: string, environmentId: string): Enviro
     logs: join(root, "logs"),
     run,
     ssh: join(root, "ssh"),
+    tmp: join(root, "tmp"),
+    varTmp: join(root, "var-tmp"),
+    shmRoot,
+    shm: join(shmRoot, "shm"),
     hostKey: join(root, "ssh", "host_key"),
     authorizedKeys: join(root, "ssh", "authorized_keys"),
     sshLog: join(root, "logs", "sshd.log"),

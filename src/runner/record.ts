@@ -15,6 +15,11 @@ export interface RecordedProcess extends ProcessRef {
   bootId: string;
 }
 
+/** A supervisor, and whether bubblewrap keeps it apart from other environments. */
+export interface RecordedSupervisor extends RecordedProcess {
+  apart: boolean;
+}
+
 /** A repository that lies in the workspace. */
 export interface Checkout {
   /** Relative to the workspace. */
@@ -79,7 +84,7 @@ export interface EnvironmentRecord {
   /** The parts of the status that the runner owns. */
   status: EnvironmentStatus;
   user?: UnixUser;
-  supervisor?: RecordedProcess;
+  supervisor?: RecordedSupervisor;
   content: ContentFacts;
   /** Machine session for which everything needed was ready once; empty if none. */
   gatesPassedSession: string;

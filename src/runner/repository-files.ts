@@ -15,7 +15,7 @@ import { type ContainerPlan, containerPlan } from "./devcontainer/plan.ts";
 import type { Run } from "./devcontainer/run.ts";
 import { parseJsonc } from "./jsonc.ts";
 import { commandUser } from "./machine.ts";
-import type { UnixUser } from "./users.ts";
+import type { Inhabitant } from "./users.ts";
 
 // Files of the checkout are read by a command that runs as the environment's user: a link there may point anywhere.
 
@@ -45,7 +45,7 @@ export interface FoundFile {
 /** Where the files of a repository are read, and as whom. */
 export interface Checkout {
   folder: string;
-  user: UnixUser;
+  user: Inhabitant;
 }
 
 async function find(checkout: Checkout, script: string, candidates: readonly string[]): Promise<FoundFile | undefined> {

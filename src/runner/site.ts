@@ -20,7 +20,7 @@ import { acknowledgement, type Refusal } from "./status.ts";
 import { Supervision } from "./supervision.ts";
 import { type SupervisorClient, withGitOf } from "./supervisor/client.ts";
 import { bootId, terminateSession } from "./supervisor/processes.ts";
-import type { UnixUser } from "./users.ts";
+import type { Inhabitant } from "./users.ts";
 
 const MESSAGE_CHARACTERS = 500;
 
@@ -29,9 +29,9 @@ export const textOf = (error: unknown): string =>
   redact(error instanceof Error ? error.message : String(error)).slice(0, MESSAGE_CHARACTERS);
 
 /** The user of an environment whose machine is up. */
-export function userOf({ record }: EnvironmentSite): UnixUser {
+export function userOf({ record, supervision }: EnvironmentSite): Inhabitant {
   if (!record.user) throw new Error("the machine has no user");
-  return record.user;
+  return { ...record.user, inside: supervision.inside };
 }
 
 /** What this process knows about the SSH server of an environment. */
@@ -192,7 +192,7 @@ export class EnvironmentSite {
 
   /** Ends every process; throws while one is left, so that it is tried again. */
   async endProcesses(gracefully: boolean, signal: AbortSignal): Promise<void> {
-    const { user, supervisor } = this.record;
+    const { user, supervisor, ssh } = this.record;
     const work = this.application?.work;
     this.letGo();
     // Nothing may be started while the rest ends.
@@ -203,6 +203,9 @@ export class EnvironmentSite {
     const left = await stopProcesses(this.host, this.id, user, supervisor, gracefully, endContainer, signal);
     await this.containers.endAll();
     if (left.length > 0) throw new Error(`${left.length} processes cannot be ended`);
+    // It writes its title over its variables, by which processes of an ordinary user's environments are found.
+    if (ssh?.process?.bootId === bootId()) await terminateSession(ssh.process, 0);
+    this.supervision.leave();
     await this.endStrayGit();
   }
 

@@ -7,7 +7,7 @@ import {
 } from "../../gen/gitpod/v1/environment_pb.js";
 import { commandPath } from "./commands.ts";
 import { readSmall, writeAtomically } from "./files.ts";
-import { commandUser } from "./machine.ts";
+import { commandUser, ownerOf } from "./machine.ts";
 import { machineWarnings } from "./machine-steps.ts";
 import { asUser, type Place, removeSecretFiles, VARIABLES_FILE, valueFile, writeSecretFile } from "./secrets/files.ts";
 import { type EnvironmentSite, newSshState, textOf, userOf } from "./site.ts";
@@ -97,7 +97,7 @@ function parsed(text: string): Record<string, string> {
 async function keepKeys(site: EnvironmentSite, spec: EnvironmentSpec): Promise<void> {
   const keys = authorizedKeys(spec.sshPublicKeys);
   if (keys === site.ssh.keys) return;
-  await writeAtomically(site.paths.authorizedKeys, keys, commandUser(userOf(site)));
+  await writeAtomically(site.paths.authorizedKeys, keys, ownerOf(userOf(site)));
   site.ssh.keys = keys;
 }
 
@@ -138,7 +138,7 @@ async function startServer(site: EnvironmentSite, server: SshServer, signal: Abo
   const { host, id, paths } = site;
   const user = userOf(site);
   const address = host.config.host;
-  const write = (path: string, text: string) => writeAtomically(path, text, commandUser(user));
+  const write = (path: string, text: string) => writeAtomically(path, text, ownerOf(user));
   await write(paths.sshSession, sessionScript(valueFile(paths, SESSION_FILE)));
   let launches = 0;
   for (const port of portsOf(site)) {

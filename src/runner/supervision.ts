@@ -1,5 +1,6 @@
 import type { Supervisor } from "./machine.ts";
 import type { SupervisorClient } from "./supervisor/client.ts";
+import type { Namespaces } from "./supervisor/namespaces.ts";
 import type { SupervisorState } from "./supervisor/private-http.ts";
 import { isAlive } from "./supervisor/processes.ts";
 
@@ -27,12 +28,26 @@ export class Supervision {
   #checkedAt = 0;
   #missed = 0;
   #lostSince: number | undefined;
+  #inside: Namespaces | undefined;
 
   get client(): SupervisorClient | undefined {
     return this.#supervisor?.client;
   }
 
+  /** What the environment's processes run in, also while there is no supervisor; undefined if the host as it is. */
+  get inside(): Namespaces | undefined {
+    return this.#inside;
+  }
+
+  /** What processes run in from now on. */
+  enter(namespaces: Namespaces | undefined): void {
+    if (namespaces === this.#inside) return;
+    this.#inside?.close();
+    this.#inside = namespaces;
+  }
+
   use(supervisor: Supervisor): void {
+    this.enter(supervisor.namespaces);
     this.#supervisor = supervisor;
     this.#checkedAt = Date.now();
     this.#missed = 0;
@@ -41,6 +56,12 @@ export class Supervision {
 
   drop(): void {
     this.#supervisor = undefined;
+  }
+
+  /** Nothing of the environment runs any more, or it is for another runner process to look after. */
+  leave(): void {
+    this.drop();
+    this.enter(undefined);
   }
 
   /** Tells it the folder that commands start in. One that cannot be told counts as gone, and the error is passed on. */

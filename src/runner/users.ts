@@ -4,6 +4,7 @@ import { access, readFile } from "node:fs/promises";
 import { userInfo } from "node:os";
 import { setTimeout as delay } from "node:timers/promises";
 import { runCommand } from "./commands.ts";
+import type { Namespaces } from "./supervisor/namespaces.ts";
 
 /** The Unix user that the processes of an environment run as. */
 export interface UnixUser {
@@ -14,6 +15,11 @@ export interface UnixUser {
   own: boolean;
   /** The system knows it by number only. */
   unlisted?: boolean;
+}
+
+/** The user, and what else its processes run in. */
+export interface Inhabitant extends UnixUser {
+  inside?: Namespaces | undefined;
 }
 
 // High enough to keep out of people's way, low enough for user namespaces.

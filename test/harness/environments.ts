@@ -2,7 +2,9 @@ import { readdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { type Environment, EnvironmentPhase } from "../../gen/gitpod/v1/environment_pb.js";
 import { type BerthClient, createOpsClient } from "../../src/client.ts";
+import { environmentPaths } from "../../src/runner/paths.ts";
 import { readRecord } from "../../src/runner/record.ts";
+import { removeScratch } from "../../src/runner/sandbox/sandbox.ts";
 import {
   environmentProcesses,
   killEnvironmentProcesses,
@@ -138,6 +140,7 @@ export async function sweepUp(runnerDataDir: string): Promise<void> {
       await killEnvironmentProcesses({ environmentId });
       if (user?.own) await killEnvironmentProcesses({ environmentId, uid: user.uid });
       await removeUser(environmentId, user);
+      await removeScratch(environmentPaths(runnerDataDir, environmentId));
     }
   }
 }

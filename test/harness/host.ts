@@ -37,6 +37,8 @@ export async function startHost(
     ...{
       logDays: 30,
       allowUnenforced: false,
+      sandbox: "auto" as const,
+      hiddenFolders: [],
       hostDevcontainer: "run",
       containerEngine: "none",
       sshPorts: { from: 22_000, to: 22_999 },

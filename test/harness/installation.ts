@@ -32,8 +32,8 @@ export interface Installation extends AsyncDisposable {
 }
 
 /** Starts `berth` in a fresh data directory; `env` are BERTH_* variables on top of free ports. */
-export async function startInstallation(env: Record<string, string> = {}): Promise<Installation> {
-  const dataDir = await mkdtemp(join(tmpdir(), "berth-"));
+export async function startInstallation(env: Record<string, string> = {}, around = tmpdir()): Promise<Installation> {
+  const dataDir = await mkdtemp(join(around, "berth-"));
   await chmod(dataDir, 0o711);
   const [port, runnerPort] = [await freePort(), await freePort()];
   const settings = {

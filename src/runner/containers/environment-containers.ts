@@ -6,7 +6,7 @@ import { CommandTimeout, runCommand } from "../commands.ts";
 import { loginFolder } from "../devcontainer/registry-logins.ts";
 import { exists, makeFolder } from "../files.ts";
 import type { Host } from "../host.ts";
-import { commandUser } from "../machine.ts";
+import { ownerOf } from "../machine.ts";
 import type { EnvironmentPaths } from "../paths.ts";
 import { containerShim, GIVEN_PIPE, OUTPUT_PIPE } from "../supervisor/automation/shim.ts";
 import { gate } from "../supervisor/gate.ts";
@@ -274,7 +274,7 @@ export class EnvironmentContainers {
   async #makeShared(run: string, user: UnixUser): Promise<void> {
     await this.#removeShared(run);
     const shared = this.#shared(run);
-    const asUser = commandUser(user);
+    const asUser = ownerOf(user);
     await makeFolder(this.#folder, asUser ? 0o711 : 0o700);
     await makeFolder(shared, 0o700, asUser);
     const pipes = [OUTPUT_PIPE, GIVEN_PIPE].map((name) => join(shared, name));
@@ -287,7 +287,7 @@ export class EnvironmentContainers {
     const shared = this.#shared(run);
     if (!RUN.test(run) || !(await exists(shared))) return;
     const { user } = this.#site.record;
-    const asUser = user && commandUser(user);
+    const asUser = user && ownerOf(user);
     await runCommand("find", [shared, "-mindepth", "1", "-delete"], { user: asUser, timeoutMs: QUICK_MS });
     await rmdir(shared);
   }

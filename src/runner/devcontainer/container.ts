@@ -134,7 +134,7 @@ async function supervisorIn(site: EnvironmentSite, { pid }: ContainerState): Pro
   } catch {
     return undefined;
   }
-  return { process: { pid, startTime: process.startTime, bootId: bootId() }, client };
+  return { process: { pid, startTime: process.startTime, bootId: bootId(), apart: true }, client };
 }
 
 /** The supervisor of the container as it is; undefined if there is none that answers. */

@@ -4,9 +4,9 @@ import { join } from "node:path";
 import { type Readable, Transform } from "node:stream";
 import { runCommand } from "../commands.ts";
 import { writeAtomically } from "../files.ts";
-import { commandUser } from "../machine.ts";
+import { commandUser, ownerOf } from "../machine.ts";
 import { processEnd } from "../supervisor/processes.ts";
-import type { UnixUser } from "../users.ts";
+import type { Inhabitant } from "../users.ts";
 import { dockerIgnore } from "./docker-ignore.ts";
 import type { ImageSource } from "./plan.ts";
 
@@ -46,7 +46,7 @@ export interface BuildContext {
 /** Whose checkout it is, and a folder of the runner's that this user can read. */
 export interface ContextPlace {
   folder: string;
-  user: UnixUser;
+  user: Inhabitant;
   shared: string;
 }
 
@@ -63,7 +63,7 @@ async function resolved({ folder, user }: ContextPlace, source: ImageSource & { 
 }
 
 /** Names of what belongs to the context, each ended by NUL; undefined if that is everything. */
-async function chosen(context: string, user: UnixUser): Promise<string | undefined> {
+async function chosen(context: string, user: Inhabitant): Promise<string | undefined> {
   const options = { user: commandUser(user), cwd: context, timeoutMs: LIST_MS };
   const { stdout: rules } = await runCommand("head", ["-c", String(MAX_DOCKERFILE_BYTES), "--", ".dockerignore"], {
     ...{ ...options, maxOutput: MAX_DOCKERFILE_BYTES },
@@ -83,7 +83,6 @@ export async function openContext(place: ContextPlace, source: ImageSource & { k
   const dockerfile = join(place.shared, DOCKERFILE);
   await writeAtomically(dockerfile, text);
   await chmod(dockerfile, 0o644);
-  const user = commandUser(place.user);
   const what = names === undefined ? ["."] : ["--no-recursion", "--null", "--verbatim-files-from", "--files-from=-"];
   const tar = spawn(
     "tar",
@@ -91,7 +90,12 @@ export async function openContext(place: ContextPlace, source: ImageSource & { k
       ...["--create", "--file=-", "--owner=0", "--group=0", "--numeric-owner", "--ignore-failed-read"],
       ...["--directory", context, ...what, "--directory", place.shared, DOCKERFILE],
     ],
-    { cwd: "/", env: { PATH: "/usr/bin:/bin", LC_ALL: "C.UTF-8" }, stdio: ["pipe", "pipe", "pipe"], ...user },
+    {
+      cwd: "/",
+      env: { PATH: "/usr/bin:/bin", LC_ALL: "C.UTF-8" },
+      stdio: ["pipe", "pipe", "pipe"],
+      ...ownerOf(place.user),
+    },
   );
   tar.stdin.on("error", () => undefined);
   tar.stdin.end(names ?? "");

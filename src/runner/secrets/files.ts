@@ -1,9 +1,9 @@
 import { join } from "node:path";
 import { runCommand } from "../commands.ts";
 import { writeAtomically } from "../files.ts";
-import { commandUser } from "../machine.ts";
+import { commandUser, ownerOf } from "../machine.ts";
 import type { EnvironmentPaths } from "../paths.ts";
-import type { UnixUser } from "../users.ts";
+import type { Inhabitant } from "../users.ts";
 
 // A value lies in one file in the environment's folder for secrets, mode 0600, and nowhere else: what stands at a path is
 // a link to it, so that a new value replaces the old one in place, and copies of a tree hold no value. That folder lies in
@@ -38,7 +38,7 @@ if [ "$(readlink -- "$name")" = "$3" ]; then rm -f -- "$name"; fi`;
 export interface Place {
   environmentId: string;
   paths: EnvironmentPaths;
-  user: UnixUser;
+  user: Inhabitant;
 }
 
 /** Name of the file with the variables, a JSON object that the supervisor reads before it starts a process. */
@@ -57,7 +57,7 @@ export async function asUser({ environmentId, paths, user }: Place, file: string
 
 /** Writes a file directly in the folder for secrets, which replaces the one that was there as a whole. */
 export async function writeSecretFile({ paths, user }: Place, name: string, content: string): Promise<void> {
-  await writeAtomically(join(paths.secrets, name), content, commandUser(user));
+  await writeAtomically(join(paths.secrets, name), content, ownerOf(user));
 }
 
 /** Removes files directly in the folder for secrets. */

@@ -1,6 +1,7 @@
 import { createConnection, createServer } from "node:net";
 import { setTimeout as delay } from "node:timers/promises";
 import type { RecordedProcess } from "../record.ts";
+import { invocation, type RunAs } from "../supervisor/namespaces.ts";
 import { bootId, isAlive, processEnd, readProcess, spawnSession, terminateSession } from "../supervisor/processes.ts";
 
 const READY_MS = 10_000;
@@ -39,7 +40,7 @@ export interface Launch {
   configFile: string;
   logFile: string;
   env: Record<string, string>;
-  user: { uid: number; gid: number } | undefined;
+  user: RunAs | undefined;
   address: string;
   port: number;
   /** Remembers the server before anything else is done, so that a later runner process finds it. */
@@ -48,8 +49,9 @@ export interface Launch {
 
 /** Starts an SSH server that outlives this process; false if it ended, as it does when it cannot have the port. */
 export async function launchSshd(launch: Launch, signal: AbortSignal): Promise<boolean> {
-  const args = ["-D", "-f", launch.configFile, "-E", launch.logFile];
-  const child = spawnSession(launch.program, args, { cwd: "/", env: launch.env, output: "ignore", ...launch.user });
+  const options = ["-D", "-f", launch.configFile, "-E", launch.logFile];
+  const { file, args, ...place } = invocation(launch.program, options, { cwd: "/", ...launch.user });
+  const child = spawnSession(file, args, { ...place, env: launch.env, output: "ignore" });
   const ended = processEnd(child).catch(() => undefined);
   child.unref();
   const found = child.pid === undefined ? undefined : readProcess(child.pid);

@@ -39,3 +39,7 @@ export async function findSshServer(path: string): Promise<SshServer | undefined
   const beside = join(dirname(dirname(await realpath(sshd))), "lib/openssh/sftp-server");
   return { sshd, keygen, sftpServer: await firstProgram([beside, ...SFTP_SERVERS]) };
 }
+
+/** Everything of it that is run. */
+export const programsOf = (server: SshServer | undefined): string[] =>
+  server ? [server.sshd, server.keygen, ...(server.sftpServer ? [server.sftpServer] : [])] : [];

@@ -1,18 +1,17 @@
 import { Code, ConnectError } from "@connectrpc/connect";
 import { errnoOf, failedPrecondition } from "./errors.ts";
+import { invocation, type RunAs } from "./namespaces.ts";
 import { readProcess, spawnSession, terminateSession } from "./processes.ts";
 
 // The repository belongs to the environment's user and its configuration may name commands. Git therefore runs with
 // that user's rights, with what it would start by itself switched off, and under a deadline.
 
 /** Where and as whom git runs. A runner that is root must name the environment's user. */
-export interface GitOptions {
+export interface GitOptions extends RunAs {
   /** Primary checkout, absolute. Repositories above it do not count. */
   directory: string;
   /** Variables of the environment's processes; git sees only PATH, HOME and the environment's id. */
   env: Record<string, string>;
-  uid?: number;
-  gid?: number;
   /** Milliseconds for each git command, default 20 s. */
   timeoutMs?: number;
 }
@@ -51,10 +50,15 @@ export async function git(
   args: readonly string[],
   onData: (chunk: Buffer) => void,
 ): Promise<GitEnd> {
-  const { directory, uid, gid, timeoutMs = TIMEOUT_MS } = options;
+  const { directory, uid, gid, inside, timeoutMs = TIMEOUT_MS } = options;
   const settings = QUIET.flatMap((setting) => ["-c", setting]);
   const env = gitEnvironment(options);
-  const child = spawnSession("git", [...settings, ...args], { cwd: directory, env, uid, gid });
+  const {
+    file,
+    args: words,
+    ...place
+  } = invocation("git", [...settings, ...args], { cwd: directory, uid, gid, inside });
+  const child = spawnSession(file, words, { ...place, env });
   const leader = child.pid === undefined ? undefined : readProcess(child.pid);
   let stderr = "";
   return await new Promise((resolve, reject) => {

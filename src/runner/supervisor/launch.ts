@@ -1,10 +1,11 @@
-import { type ChildProcess, spawn } from "node:child_process";
+import type { ChildProcess } from "node:child_process";
 import type { Socket } from "node:net";
 import { fileURLToPath } from "node:url";
 import { connectSupervisor, type SupervisorClient } from "./client.ts";
 import { type SupervisorConfig, WAIT, writeSupervisorConfig } from "./config.ts";
+import { type Enclosed, type Enclosure, spawnEnclosed } from "./enclosure.ts";
 import { withProcessLimit } from "./process-limit.ts";
-import { readProcess } from "./processes.ts";
+import { type ProcessRef, readProcess } from "./processes.ts";
 import type { SupervisorRecord } from "./record.ts";
 
 /** Exit code of a supervisor that finds another one at work. */
@@ -21,14 +22,20 @@ export class SupervisorStartError extends Error {
 }
 
 const START_DEADLINE_MS = 20_000;
-const PROGRAM = fileURLToPath(new URL(import.meta.url.endsWith(".ts") ? "./main.ts" : "./main.js", import.meta.url));
+/** What a supervisor runs. */
+export const PROGRAM = fileURLToPath(
+  new URL(import.meta.url.endsWith(".ts") ? "./main.ts" : "./main.js", import.meta.url),
+);
 
-function startProcess(argument: string, environmentId: string | undefined, compiledFolder?: string): ChildProcess {
+function startProcess(
+  argument: string,
+  environmentId: string | undefined,
+  compiledFolder?: string,
+  enclosure?: Enclosure,
+): Enclosed {
   const { file, args } = withProcessLimit([process.execPath, PROGRAM, argument]);
-  return spawn(file, args, {
-    cwd: "/",
-    detached: true,
-    stdio: [argument === WAIT ? "pipe" : "ignore", "pipe", "pipe"],
+  return spawnEnclosed(enclosure, file, args, {
+    stdin: argument === WAIT ? "pipe" : "ignore",
     env: {
       ...{ UV_THREADPOOL_SIZE: "16" },
       ...(environmentId && { BERTH_ENVIRONMENT_ID: environmentId }),
@@ -43,7 +50,7 @@ function startProcess(argument: string, environmentId: string | undefined, compi
  * must be one.
  */
 export function startWaiting(compiledFolder: string): ChildProcess {
-  const child = startProcess(WAIT, undefined, compiledFolder);
+  const { child } = startProcess(WAIT, undefined, compiledFolder);
   child.once("error", () => undefined);
   child.stdin?.on("error", () => undefined);
   child.unref();
@@ -51,16 +58,22 @@ export function startWaiting(compiledFolder: string): ChildProcess {
   return child;
 }
 
-/** Resolves once a supervisor serves; SupervisorStartError if it ends or is silent for 20 s. */
-async function serving(child: ChildProcess): Promise<void> {
+/** Resolves with its process once a supervisor serves; SupervisorStartError if it ends or is silent for 20 s. */
+async function serving({ child, pid, entered }: Enclosed): Promise<ProcessRef | undefined> {
   let errors = "";
+  let inner: number | undefined;
   child.stderr?.setEncoding("utf8").on("data", (chunk: string) => {
     errors = (errors + chunk).slice(0, 4096);
+  });
+  void pid.then((found) => {
+    inner = found;
   });
   for (const stream of [child.stdout, child.stderr]) (stream as Socket | null)?.ref();
   try {
     await new Promise<void>((resolve, reject) => {
       const late = () => {
+        // The one around it would leave it running.
+        if (inner !== undefined && inner !== child.pid) kill(inner);
         child.kill("SIGKILL");
         reject(new SupervisorStartError("the supervisor did not start in time", null));
       };
@@ -74,23 +87,44 @@ async function serving(child: ChildProcess): Promise<void> {
       child.once("close", (code) => settle(new SupervisorStartError(errors.trim() || "the supervisor ended", code)));
       child.stdout?.once("data", () => settle());
     });
+    // Long since, but it may not have been heard.
+    await entered;
+    return readProcess((await pid) ?? 0);
   } finally {
-    for (const stream of [child.stdin, child.stdout, child.stderr]) stream?.destroy();
+    for (const stream of child.stdio) stream?.destroy();
     child.unref();
   }
 }
 
-/** Has a waiting supervisor serve; false if it has died, so that another one must be started. */
-async function told(waiting: ChildProcess, configPath: string): Promise<boolean> {
-  if (waiting.exitCode !== null || waiting.signalCode !== null) return false;
-  waiting.stdin?.write(`${configPath}\n`);
+function kill(pid: number): void {
   try {
-    await serving(waiting);
-    return true;
+    process.kill(pid, "SIGKILL");
+  } catch {
+    // Gone meanwhile.
+  }
+}
+
+/** Has a waiting supervisor serve; undefined if it has died, so that another one must be started. */
+async function told(waiting: ChildProcess, configPath: string): Promise<ProcessRef | undefined> {
+  if (waiting.exitCode !== null || waiting.signalCode !== null) return undefined;
+  waiting.stdin?.write(`${configPath}\n`);
+  const pid = Promise.resolve(waiting.pid);
+  try {
+    return await serving({ child: waiting, pid, entered: pid });
   } catch (error) {
     if (error instanceof SupervisorStartError && error.code !== null) throw error;
-    return false;
+    return undefined;
   }
+}
+
+/** How a supervisor is started. */
+export interface LaunchOptions {
+  /** One that has loaded its program; it is what serves, if it still lives. */
+  waiting?: ChildProcess | undefined;
+  /** What it runs in, if one is started. */
+  enclosure?: Enclosure;
+  /** Hears of its process as soon as others may join it in the enclosure. */
+  onEntered?: (process: ProcessRef) => void;
 }
 
 /**
@@ -103,15 +137,18 @@ export async function launchSupervisor(
   configPath: string,
   config: SupervisorConfig,
   compiledFolder?: string,
-  waiting?: ChildProcess,
+  { waiting, enclosure, onEntered }: LaunchOptions = {},
 ): Promise<{ record: SupervisorRecord; client: SupervisorClient }> {
   writeSupervisorConfig(configPath, config);
-  let child = waiting;
-  if (!child || !(await told(child, configPath))) {
-    child = startProcess(configPath, config.environmentId, compiledFolder);
-    await serving(child);
+  let started = waiting && (await told(waiting, configPath));
+  if (!started) {
+    const enclosed = startProcess(configPath, config.environmentId, compiledFolder, enclosure);
+    void enclosed.entered.then((pid) => {
+      const present = readProcess(pid ?? 0);
+      if (present) onEntered?.(present);
+    });
+    started = await serving(enclosed);
   }
-  const started = child.pid === undefined ? undefined : readProcess(child.pid);
   if (!started) throw new SupervisorStartError("the supervisor ended at once", null);
   return {
     record: { pid: started.pid, startTime: started.startTime, version: config.version },

@@ -124,9 +124,21 @@ export function spawnSession(
   {
     output = "pipe",
     ...options
-  }: Pick<SpawnOptions, "cwd" | "uid" | "gid"> & { env: Record<string, string>; output?: "pipe" | "ignore" },
+  }: Pick<SpawnOptions, "uid" | "gid"> & {
+    cwd?: string;
+    env: Record<string, string>;
+    output?: "pipe" | "ignore";
+    /** Descriptors to be passed on, from the fourth on. */
+    descriptors?: readonly number[];
+  },
 ): ChildProcess {
-  return spawn(file, args, { ...options, detached: true, stdio: childStdio(["ignore", output, output]) });
+  const { descriptors = [], ...rest } = options;
+  const stdio = childStdio(["ignore", output, output]);
+  return spawn(file, args, {
+    ...rest,
+    detached: true,
+    stdio: [...stdio.slice(0, 3), ...descriptors, ...stdio.slice(3 + descriptors.length)],
+  });
 }
 
 /** How a process ended. */
