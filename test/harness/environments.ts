@@ -106,8 +106,9 @@ export async function supervisorOf(runnerDataDir: string, environmentId: string)
 /** Kills every process of an environment without warning: those with its mark, and those of its user. */
 export async function killProcessesOf(environmentId: string): Promise<void> {
   const uid = await userIdOf(environmentId);
-  await killEnvironmentProcesses({ environmentId });
+  // At once: a supervisor may show by its user alone whose it is, and would see the others die.
   if (uid !== undefined) await killEnvironmentProcesses({ environmentId, uid });
+  await killEnvironmentProcesses({ environmentId });
 }
 
 /** Waits until nothing of an environment is left on the host: no folder, no user, no process. */
