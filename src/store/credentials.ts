@@ -6,6 +6,7 @@ import type { Caller } from "../domain/principal.ts";
 import { TokenKind, tokenHash, tokenKind } from "../domain/tokens.ts";
 import { union } from "./conditions.ts";
 import type { Fragment, Sql } from "./db.ts";
+import { assemble, pieces, run, type Statement } from "./statement.ts";
 
 // Who calls is asked on every call, so each kind of token has a statement that looks only where its owners are.
 
@@ -57,10 +58,15 @@ export type Credential =
   | { state: "expired" | "unknown" };
 
 /**
- * A query for at most one row that a caller wants next, to be read along with the credential. Its columns must have names
- * that those of credentials have not; all of them are null if there is no row.
+ * A query for at most one row that a caller wants next, by the id of something, to be read along with the credential. Its
+ * columns must have names that those of credentials have not; all of them are null if there is no row.
  */
-export type Beside = (sql: Sql, caller: Caller) => Fragment;
+export type BesideQuery = (sql: Sql, caller: Caller, id: string) => Fragment;
+
+export interface Beside {
+  query: BesideQuery;
+  id: string;
+}
 
 /** Where the owners of credentials are, and what is told of them there; with columns in the same order for each kind. */
 const OWNERS: Record<Subject, (sql: Sql, now: Date) => { columns: Fragment; from: Fragment }> = {
@@ -141,24 +147,17 @@ function toCredential(row: CallerRow | undefined): Credential {
   return { state: "ok", stale: row.stale, caller: toCaller(row) };
 }
 
-interface Query {
-  hash: Uint8Array;
-  query: Fragment;
-}
-
 /** The query for a token of one of these kinds; undefined if the text is none. */
-function queryFor(sql: Sql, kinds: typeof API_KINDS, text: string, now: Date): Query | undefined {
+function queryFor(sql: Sql, kinds: typeof API_KINDS, text: string, hash: Uint8Array, now: Date): Fragment | undefined {
   const kind = tokenKind(text);
   const subjects = kind && kinds[kind];
-  if (!subjects) return undefined;
-  const hash = tokenHash(text);
-  return { hash, query: credentials(sql, subjects, sql`t.hash = ${hash} and t.kind = ${kind}`, now) };
+  return subjects && credentials(sql, subjects, sql`t.hash = ${hash} and t.kind = ${kind}`, now);
 }
 
 async function findCredential(sql: Sql, kinds: typeof API_KINDS, text: string, now: Date): Promise<Credential> {
-  const found = queryFor(sql, kinds, text, now);
-  if (!found) return { state: "unknown" };
-  const [row] = await sql<CallerRow[]>`${found.query}`;
+  const query = queryFor(pieces, kinds, text, tokenHash(text), now);
+  if (!query) return { state: "unknown" };
+  const [row] = await run<CallerRow>(sql, assemble(query));
   return toCredential(row);
 }
 
@@ -173,10 +172,44 @@ export const findCaller = (sql: Sql, text: string, now: Date): Promise<Credentia
 export const findSession = (sql: Sql, text: string, now: Date): Promise<Credential> =>
   findCredential(sql, COOKIE_KINDS, text, now);
 
-const KNOWN_CALLERS = 1000;
+const MAX_GUESSES = 1000;
 
 const isSame = (one: Caller, other: Caller) =>
   (Object.keys(one) as (keyof Caller)[]).every((name) => one[name] === other[name]);
+
+// Stand in statements for what differs from call to call.
+const NOW = new Date(0);
+const ID = new String("id") as string;
+
+function filledIn({ text, parameters }: Statement, now: Date, id = ""): Statement {
+  return { text, parameters: parameters.map((each) => (each === NOW ? now : each === ID ? id : each)) };
+}
+
+/** For whom a token stood last, with the statements that look it up again. */
+class Guess {
+  readonly caller: Caller;
+  readonly #lookUp: Fragment;
+  readonly #statement: Statement;
+  readonly #withBeside = new Map<BesideQuery, Statement>();
+
+  constructor(caller: Caller, lookUp: Fragment) {
+    this.caller = caller;
+    this.#lookUp = lookUp;
+    this.#statement = assemble(lookUp);
+  }
+
+  statement(beside: Beside | undefined, now: Date): Statement {
+    if (!beside) return filledIn(this.#statement, now);
+    const known = this.#withBeside.get(beside.query);
+    if (known) return filledIn(known, now, beside.id);
+    const query = beside.query(pieces, this.caller, ID);
+    const made = assemble(
+      pieces`select * from (${this.#lookUp}) credential left join lateral (${query}) beside on true`,
+    );
+    this.#withBeside.set(beside.query, made);
+    return filledIn(made, now, beside.id);
+  }
+}
 
 /**
  * Looks API credentials up together with what their callers want to read. Who may read what depends on the caller, so a
@@ -184,30 +217,31 @@ const isSame = (one: Caller, other: Caller) =>
  * the same moment, tells who the caller is, and if that is anybody or anything else, what was read is thrown away.
  */
 export class CallerGuesses {
-  readonly #last = new Map<string, Caller>();
+  readonly #guesses = new Map<string, Guess>();
 
   /** As `findCaller`; `wanted` is asked for what to read only where there is a guess to read it for. */
   async find(sql: Sql, text: string, now: Date, wanted: () => Promise<Beside | undefined>): Promise<Credential> {
-    const found = queryFor(sql, API_KINDS, text, now);
-    if (!found) return { state: "unknown" };
-    const key = Buffer.from(found.hash).toString("latin1");
-    const guess = this.#last.get(key);
-    const beside = guess && (await wanted());
-    const query =
-      guess && beside
-        ? sql`select * from (${found.query}) credential left join lateral (${beside(sql, guess)}) beside on true`
-        : found.query;
-    const [row] = await sql<CallerRow[]>`${query}`;
+    const hash = tokenHash(text);
+    const key = Buffer.from(hash).toString("latin1");
+    const guess = this.#guesses.get(key);
+    if (!guess) return this.#findFirst(sql, text, hash, now, key);
+    const beside = await wanted();
+    const [row] = await run<CallerRow>(sql, guess.statement(beside, now));
     const credential = toCredential(row);
-    this.#remember(key, credential);
-    if (credential.state !== "ok" || !guess || !beside || !isSame(guess, credential.caller)) return credential;
-    return { ...credential, beside: row };
+    const isRight = credential.state === "ok" && isSame(guess.caller, credential.caller);
+    this.#guesses.delete(key);
+    if (isRight) this.#guesses.set(key, guess);
+    return isRight && beside ? { ...credential, beside: row } : credential;
   }
 
-  #remember(key: string, credential: Credential): void {
-    this.#last.delete(key);
-    if (credential.state === "ok") this.#last.set(key, credential.caller);
-    if (this.#last.size > KNOWN_CALLERS) this.#last.delete(this.#last.keys().next().value ?? "");
+  async #findFirst(sql: Sql, text: string, hash: Uint8Array, now: Date, key: string): Promise<Credential> {
+    const query = queryFor(pieces, API_KINDS, text, hash, NOW);
+    if (!query) return { state: "unknown" };
+    const [row] = await run<CallerRow>(sql, filledIn(assemble(query), now));
+    const credential = toCredential(row);
+    if (credential.state === "ok") this.#guesses.set(key, new Guess(credential.caller, query));
+    if (this.#guesses.size > MAX_GUESSES) this.#guesses.delete(this.#guesses.keys().next().value ?? "");
+    return credential;
   }
 }
 
@@ -221,7 +255,7 @@ export async function refreshCallers(
   now: Date,
 ): Promise<ReadonlyMap<string, Caller>> {
   const ids = [...new Set(callers.map((caller) => caller.tokenId))];
-  const rows = await sql<CallerRow[]>`${credentials(sql, SUBJECTS, sql`t.id = any(${ids})`, now)}`;
+  const rows = await run<CallerRow>(sql, assemble(credentials(pieces, SUBJECTS, pieces`t.id = any(${ids})`, now)));
   return new Map(rows.filter((row) => row.alive && !row.expired).map((row) => [row.token_id, toCaller(row)]));
 }
 

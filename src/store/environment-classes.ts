@@ -12,6 +12,7 @@ import type { Caller } from "../domain/principal.ts";
 import { administersRunner, readsClass, usesRunner } from "./access.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
 import { type Change, recorded } from "./record.ts";
+import { assemble, pieces, run } from "./statement.ts";
 
 /** A class with what its runner and the caller's roles allow. */
 export interface StoredClass {
@@ -75,16 +76,17 @@ export async function updateClass(tx: Tx, message: EnvironmentClass): Promise<vo
 }
 
 async function readClass(sql: Sql | Tx, caller: Caller, id: string, locking: Fragment): Promise<StoredClass> {
-  const [row] = await sql<ClassRow[]>`
-    select ${columns(sql, caller)} from environment_classes c join runners r on r.id = c.runner_id
-    where c.id = ${id} and ${readsClass(sql, caller)} ${locking}`.execute();
+  const query = pieces`
+    select ${columns(pieces, caller)} from environment_classes c join runners r on r.id = c.runner_id
+    where c.id = ${id} and ${readsClass(pieces, caller)} ${locking}`;
+  const [row] = await run<ClassRow>(sql, assemble(query));
   if (!row) throw notFound("environment class", id);
   return toClass(row);
 }
 
 /** A class that the caller may read; NOT_FOUND otherwise. */
 export async function getClass(sql: Sql | Tx, caller: Caller, id: string, lock = false): Promise<StoredClass> {
-  return readClass(sql, caller, id, lock ? sql`for update of c` : sql``);
+  return readClass(sql, caller, id, lock ? pieces`for update of c` : pieces``);
 }
 
 /**
@@ -92,7 +94,7 @@ export async function getClass(sql: Sql | Tx, caller: Caller, id: string, lock =
  * environment on it.
  */
 export async function getClassHoldingRunner(tx: Tx, caller: Caller, id: string): Promise<StoredClass> {
-  return readClass(tx, caller, id, tx`for no key update of r`);
+  return readClass(tx, caller, id, pieces`for no key update of r`);
 }
 
 /** Throws NOT_FOUND unless the caller may read all of these classes; they cannot go until the transaction ends. */

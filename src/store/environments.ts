@@ -39,6 +39,7 @@ import type { Fragment, Sql, Tx } from "./db.ts";
 import { ranProject, usedProject } from "./project-usage.ts";
 import { type Actor, type Attribution, recorded } from "./record.ts";
 import { revised } from "./runners.ts";
+import { assemble, pieces, run } from "./statement.ts";
 
 /** An environment with the facts that are not on the wire and what the caller is to it. */
 export interface StoredEnvironment extends EnvironmentState {
@@ -187,10 +188,10 @@ export async function insertEnvironment(
     audit: { id: auditId, actor, action: "Environment created" },
   };
   const { projectId } = metadata;
-  const use = projectId ? tx`, ${usedProject(tx, { projectId, environmentId: id, creator, at })}` : tx``;
-  await tx`
-    with ${recorded(tx, change)},
-    ${revised(tx, metadata.runnerId, { kind: ObjectKind.ENVIRONMENT, objectId: id }, at)},
+  const use = projectId ? pieces`, ${usedProject(pieces, { projectId, environmentId: id, creator, at })}` : pieces``;
+  const insertion = pieces`
+    with ${recorded(pieces, change)},
+    ${revised(pieces, metadata.runnerId, { kind: ObjectKind.ENVIRONMENT, objectId: id }, at)},
     session as (
       insert into environment_sessions (id, organization_id, creator_id, creator_principal)
       values (${metadata.sessionId}, ${organizationId}, ${creator?.id}, ${creator?.principal}) on conflict do nothing
@@ -203,6 +204,7 @@ export async function insertEnvironment(
       ${at}, ${date(metadata.lockdownAt)}, ${searchText(id, state)}, ${toBinary(EnvironmentMetadataSchema, metadata)},
       ${toBinary(EnvironmentSpecSchema, spec)}, ${toBinary(EnvironmentStatusSchema, status)}, ${encodeFacts(state.facts)},
       ${nextDueAt(state)}, ${archivableSince(state)})`;
+  await run(tx, assemble(insertion));
 }
 
 /**
@@ -324,7 +326,8 @@ export async function getEncodedEnvironment(
   id: string,
   found?: object,
 ): Promise<EncodedEnvironmentRow> {
-  const [row] = (found ? [found] : await sql`${encodedEnvironmentQuery(sql, caller, id)}`) as EnvironmentRow[];
+  const query = () => run<EnvironmentRow>(sql, assemble(encodedEnvironmentQuery(pieces, caller, id)));
+  const [row] = found ? [found as EnvironmentRow] : await query();
   if (!row?.id) throw notFound("environment", id);
   const { metadata, spec, status } = row;
   return { id: row.id, metadata, spec, status, relation: relationOf(row, caller) };
