@@ -2,8 +2,10 @@ import { execFile } from "node:child_process";
 import { randomBytes, randomUUID } from "node:crypto";
 import { readdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
+import { getCACertificates, setDefaultCACertificates } from "node:tls";
 import { promisify } from "node:util";
 import { toJsonString } from "@bufbuild/protobuf";
+import { timestampFromMs } from "@bufbuild/protobuf/wkt";
 import { Code } from "@connectrpc/connect";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import {
@@ -37,6 +39,8 @@ let repository: Repository;
 beforeAll(async () => {
   authority = await newAuthority();
   process.env.GIT_SSL_CAINFO = authority.file;
+  // Tokens are renewed by requests of the runner's own.
+  setDefaultCACertificates([...getCACertificates("default"), authority.cert]);
   git = await startGitServer(authority);
   repository = await git.createRepository("team/private", {
     ...{ private: { user: "git", password: TOKEN }, branches: { topic: { "topic.txt": "topic\n" } } },
@@ -245,6 +249,78 @@ describe("a private repository", () => {
     await signIn(member);
     await becomes(true, "git uses the credential that was stored");
   });
+
+  test(
+    "RUN-33 of five clones with a token that has ended exactly one renews it, and all succeed; later renewals come in time",
+    async () => {
+      const forge = await startGitServer(authority);
+      const passwords = [1, 2].map((count) => `${TOKEN}-renewed-${count}`);
+      const secret = `${TOKEN}-client`;
+      await forge.createRepository("team/app", { private: { user: "oauth2", password: passwords[0] ?? "" } });
+      const forms: Record<string, string>[] = [];
+      forge.answer("/oauth/token", (_request, body) => {
+        const access = passwords[forms.length];
+        forms.push(Object.fromEntries(new URLSearchParams(body)));
+        if (!access) return { status: 400, body: JSON.stringify({ error: "invalid_grant" }) };
+        const renewed = {
+          access_token: access,
+          refresh_token: `${TOKEN}-refresh-${forms.length}`,
+          expires_in: 7200,
+        };
+        return { status: 200, body: JSON.stringify(renewed) };
+      });
+      await using own = await startHost(plane, { gitHosts: [forge.host] });
+      const { runnerId } = own;
+      await plane.admin.runnerConfiguration.createSCMIntegration({
+        ...{ runnerId, host: forge.host, scmId: "gitlab", oauthClientId: "berth", oauthPlaintextClientSecret: secret },
+      });
+      const member = await plane.addUser();
+      const tokens = member.client.runnerConfiguration;
+      const ends = Date.now() + 1_000;
+      const { token } = await tokens.createHostAuthenticationToken({
+        ...{
+          runnerId,
+          host: forge.host,
+          source: Source.OAUTH,
+          token: `${TOKEN}-old`,
+          refreshToken: `${TOKEN}-refresh`,
+        },
+        expiresAt: timestampFromMs(ends),
+      });
+      await eventually(() => Date.now() > ends, "the token has ended");
+      const ids = await Promise.all(
+        Array.from({ length: 5 }, () => createEnvironment(member.client, own.classId, forge.url("team/app"))),
+      );
+      for (const id of ids) await reaches(member.client, id, EnvironmentPhase.RUNNING);
+      const form = { grant_type: "refresh_token", client_id: "berth", client_secret: secret };
+      expect(forms[0]).toEqual({ ...form, refresh_token: `${TOKEN}-refresh` });
+      const [id = ""] = ids;
+      // Five minutes before it ends the next one comes and counts for git inside, without anybody asking.
+      await tokens.updateHostAuthenticationToken({
+        id: token?.id ?? "",
+        expiresAt: timestampFromMs(Date.now() + 301_000),
+      });
+      const credential = `printf 'protocol=https\\nhost=${forge.host}\\n' | GIT_TERMINAL_PROMPT=0 git credential fill`;
+      await eventually(
+        async () => (await exec(member, id, credential)).includes(passwords[1] ?? ""),
+        "the next token",
+        TIMEOUT_MS,
+      );
+      expect(forms.slice(1)).toEqual([{ ...form, refresh_token: `${TOKEN}-refresh-1` }]);
+      // A host that does not renew it any more ends it.
+      await plane.plane.app.db
+        .write`update host_tokens set expires_at = now() + interval '2 minutes' where id = ${token?.id}`;
+      await createEnvironment(member.client, own.classId, forge.url("team/app"));
+      await eventually(async () => {
+        const missing = createEnvironment(member.client, own.classId, forge.url("team/app"));
+        return (await codeOf(missing)) === "FailedPrecondition";
+      }, "the token counts no more");
+      expect(forms).toHaveLength(3);
+      expect(own.logged()).not.toContain(TOKEN);
+      await forge.close();
+    },
+    TIMEOUT_MS,
+  );
 
   test("stays closed to the environments of others, also on the same machine", async () => {
     const owner = await signedIn();

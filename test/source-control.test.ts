@@ -13,9 +13,9 @@ import {
 import { connectControlPlane } from "../src/runner/control-plane.ts";
 import { sourceControl } from "../src/runner/source-control.ts";
 import { BLOCKED_ADDRESS, createGuard } from "../src/scm/guard.ts";
+import { newBoxKeys, openBox } from "../src/scm/sealed-box.ts";
 import { unseal } from "../src/store/envelope.ts";
 import { hostTokenContext } from "../src/store/host-tokens.ts";
-import { newBoxKeys, openBox } from "../src/store/sealed-box.ts";
 import type { FakeRunner } from "./harness/fake-runner.ts";
 import { liftQuotas, shareRunner, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
 import { codeOf, refusal, violatedFields } from "./harness/refusal.ts";
@@ -231,6 +231,7 @@ describe("what a runner makes of integrations", () => {
       connectControlPlane(plane.url, () => runner.token),
       guard,
       plane.url,
+      () => Promise.reject(new Error("nothing is sealed for it")),
     ).guard;
   };
   const admits = (url: string, guard = onRunner()) =>

@@ -4,6 +4,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import { Code } from "@connectrpc/connect";
 import type { Logger } from "pino";
 import { ACCESS_TOKEN_MS } from "../domain/runner.ts";
+import { openBox } from "../scm/sealed-box.ts";
 import { type ControlPlane, codeOf, describe } from "./control-plane.ts";
 import { readSmall, writeAtomically } from "./files.ts";
 
@@ -78,6 +79,12 @@ export class Credentials {
   /** 32 bytes. */
   get publicKey(): Uint8Array<ArrayBuffer> {
     return new Uint8Array(Buffer.from(this.#stored.privateKey?.x ?? "", "base64url"));
+  }
+
+  /** What somebody has sealed for this runner; throws if it was sealed for another key. */
+  async openSealed(sealed: Uint8Array): Promise<Uint8Array> {
+    const privateKey = new Uint8Array(Buffer.from(this.#stored.privateKey?.d ?? "", "base64url"));
+    return openBox(sealed, { publicKey: this.publicKey, privateKey });
   }
 
   /**

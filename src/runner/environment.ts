@@ -21,6 +21,7 @@ import { classSettings } from "./classes.ts";
 import { initializerProblem } from "./clone-plan.ts";
 import { keepContent, keepRepositoryFiles, observeFiles } from "./content-steps.ts";
 import { describe } from "./control-plane.ts";
+import { keepCredentials } from "./credential-steps.ts";
 import { adoptContainer, keepContainer } from "./devcontainer/container-keeper.ts";
 import { GitWatch } from "./git-watch.ts";
 import type { Host } from "./host.ts";
@@ -392,6 +393,7 @@ export class ManagedEnvironment {
     if (!refusal) {
       if (!(await this.#keepFiles(spec, signal))) return undefined;
       await keepSecrets(site, spec, true, signal);
+      await keepCredentials(site, spec, signal);
       await keepRepositoryFiles(site, spec, signal);
       await keepContainer(site, work.onState, signal);
       this.automations.connect(site.supervision.client, site.passed);

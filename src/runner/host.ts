@@ -48,6 +48,7 @@ export interface Host {
   policies: DeliveredPolicies;
   guard: Guard;
   resolveContext: SourceControl["resolveContext"];
+  hostCredentials: SourceControl["hostCredentials"];
   controlPlane: ControlPlane;
   /** User ids that files of other environments on this host belong to. */
   reservedUids(environmentId: string): ReadonlySet<number>;

@@ -92,9 +92,10 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
   const sshServer = await findSshServer(process.env.PATH ?? "");
   const { sandbox, problem: sandboxProblem } = await findSandbox(config, programsOf(sshServer));
   if (sandboxProblem) log.warn(`environments are not kept apart by bubblewrap: ${sandboxProblem}`);
+  const sources = sourceControl(controlPlane, guard, publicApiUrl, (sealed) => credentials.openSealed(sealed));
   let link: Link | undefined;
   const host: Host = {
-    ...{ config, publicApiUrl, program, controlPlane, log, ...sourceControl(controlPlane, guard, publicApiUrl) },
+    ...{ config, publicApiUrl, program, controlPlane, log, ...sources },
     engines,
     containerRuntime: once(() => prepareRuntime(config.dataDir)),
     schema: linuxHostSchema(`${publicApiUrl}/oauth/scm/callback`, facts),

@@ -136,7 +136,7 @@ async function keepValues(
     return site.secretValues.get(task.entry.id)?.session !== task.entry.session;
   });
   const entries = wanted.map(({ entry }) => entry);
-  const values = await fetchValues(site.host.controlPlane.control, site.id, entries, signal);
+  const values = await fetchValues(site.host, site.id, entries, signal);
   for (const { id, session } of entries) {
     const value = values.get(id);
     if (value === undefined) site.secretValues.delete(id);

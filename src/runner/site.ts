@@ -67,6 +67,8 @@ export class EnvironmentSite {
   settings: ClassSettings | undefined;
   /** Values of secrets in use, by the ids of their entries; only those that this process has fetched. */
   readonly secretValues = new Map<string, { session: string; value: string }>();
+  /** When to ask for credentials of hosts again, by the ids of their entries. */
+  readonly credentialLooks = new Map<string, { session: string; at: number }>();
   /** Its folder exists, so that changes are written down. */
   onDisk: boolean;
   /** The dev container that is being applied. */

@@ -4,7 +4,7 @@ import { parseContextUrl } from "../scm/context-url.ts";
 import { ScmError } from "../scm/errors.ts";
 import type { Guard } from "../scm/guard.ts";
 import type { ControlPlane } from "./control-plane.ts";
-import { hostCredentials, type Purpose } from "./secrets/values.ts";
+import { type HostCredentials, hostCredentials, type Purpose, type Renewing } from "./secrets/host-credentials.ts";
 
 // Hosts that admins have integrated may be private, and are of a product that their name does not tell.
 
@@ -18,6 +18,8 @@ export interface SourceControl {
   guard: Guard;
   /** What a context URL stands for, as seen with the credential of whoever it is for. Throws ScmError. */
   resolveContext(url: string, purpose: Purpose, signal: AbortSignal): Promise<ParseContextURLResponse>;
+  /** A credential for git at a host, renewed if it is about to end; undefined if there is none, or none any more. */
+  hostCredentials(purpose: Purpose, host: string, signal: AbortSignal): Promise<HostCredentials | undefined>;
 }
 
 async function listIntegrations({ configuration }: ControlPlane): Promise<SCMIntegration[]> {
@@ -38,8 +40,13 @@ function isHostOf({ host }: SCMIntegration, address: string | URL): boolean {
   return url?.host.toLowerCase() === host;
 }
 
-/** Source control of a runner; integrations that have changed count within 30 s. */
-export function sourceControl(controlPlane: ControlPlane, own: Guard, publicUrl: string): SourceControl {
+/** Source control of a runner; integrations that have changed count within 30 s. `open` opens what was sealed for it. */
+export function sourceControl(
+  controlPlane: ControlPlane,
+  own: Guard,
+  publicUrl: string,
+  open: Renewing["open"],
+): SourceControl {
   let known: { integrations: Promise<SCMIntegration[]>; until: number } | undefined;
 
   async function integrations(): Promise<SCMIntegration[]> {
@@ -70,12 +77,16 @@ export function sourceControl(controlPlane: ControlPlane, own: Guard, publicUrl:
     },
   };
 
+  const credentials: SourceControl["hostCredentials"] = (purpose, host, signal) =>
+    hostCredentials(controlPlane, { guard, integrations, open }, purpose, host, signal);
+
   return {
     guard,
+    hostCredentials: credentials,
     async resolveContext(url, purpose, signal) {
       return await parseContextUrl(url, {
         ...{ guard: own, publicUrl, signal, integrations: await integrations() },
-        credentials: (host, _scmId, ends) => hostCredentials(controlPlane.control, purpose, host, ends),
+        credentials: (host, _scmId, ends) => credentials(purpose, host, ends),
       });
     },
   };

@@ -86,8 +86,8 @@ export interface GitServer {
   /** The next request that is held, or one that is already; rejects after 10 s. */
   held(): Promise<LoggedRequest>;
   release(): void;
-  /** Answers every path with this prefix so, instead of git. */
-  answer(prefix: string, answer: Answer | ((request: LoggedRequest) => Answer)): void;
+  /** Answers every path with this prefix so, instead of git; `body` is what came with the request. */
+  answer(prefix: string, answer: Answer | ((request: LoggedRequest, body: string) => Answer)): void;
   close(): Promise<void>;
 }
 
@@ -176,7 +176,7 @@ function sendCgi(child: ChildProcessWithoutNullStreams, response: ServerResponse
 export async function startGitServer(tls?: { key: string; cert: string }): Promise<GitServer> {
   const root = await mkdtemp(join(await realpath(tmpdir()), "git-server-"));
   const repositories = new Map<string, RepositoryOptions>();
-  const answers = new Map<string, Answer | ((request: LoggedRequest) => Answer)>();
+  const answers = new Map<string, Parameters<GitServer["answer"]>[1]>();
   const requests: LoggedRequest[] = [];
   const children = new Set<ChildProcess>();
   let gate: PromiseWithResolvers<void> | undefined;
@@ -237,8 +237,8 @@ export async function startGitServer(tls?: { key: string; cert: string }): Promi
     if (server.delayMs > 0) await delay(server.delayMs);
     const scripted = [...answers].find(([prefix]) => request.path.startsWith(prefix))?.[1];
     if (scripted) {
-      const { status, headers = {}, body = "" } = typeof scripted === "function" ? scripted(request) : scripted;
-      incoming.resume();
+      const sent = await text(incoming);
+      const { status, headers = {}, body = "" } = typeof scripted === "function" ? scripted(request, sent) : scripted;
       return void response.writeHead(status, headers).end(body);
     }
     if (!mayRead(request)) {

@@ -1,5 +1,6 @@
 import { clone, create, equals } from "@bufbuild/protobuf";
 import { ResourceOperation, ResourceType } from "../../../gen/gitpod/v1/event_pb.js";
+import { Principal } from "../../../gen/gitpod/v1/identity_pb.js";
 import {
   type CreateSCMIntegrationRequest,
   type ListSCMIntegrationsRequest,
@@ -17,6 +18,7 @@ import { closePage, openPage } from "../../domain/pages.ts";
 import type { Caller } from "../../domain/principal.ts";
 import { type IntegrationParts, integrationProblems, secretProblem } from "../../domain/scm-integration.ts";
 import { normalizeHost } from "../../scm/hosts.ts";
+import { BOX_KEY_BYTES, newBoxKeys, sealTo } from "../../scm/sealed-box.ts";
 import type { Tx } from "../../store/db.ts";
 import { seal } from "../../store/envelope.ts";
 import { endHostTokens } from "../../store/host-tokens.ts";
@@ -30,12 +32,12 @@ import {
   type StoredIntegration,
   updateIntegration,
 } from "../../store/scm-integrations.ts";
-import { BOX_KEY_BYTES, newBoxKeys, sealTo } from "../../store/sealed-box.ts";
 import { publishedSchema } from "./schema.ts";
 
 /** What a reader without ADMIN does not see: the client secret, sealed as it is. */
-function shown({ message, administers }: StoredIntegration): SCMIntegration {
-  if (!message.oauth || administers) return message;
+function shown(caller: Caller, { message, administers }: StoredIntegration): SCMIntegration {
+  // A runner can open it, and needs it to renew tokens.
+  if (!message.oauth || administers || caller.principal === Principal.RUNNER) return message;
   return { ...message, oauth: { ...message.oauth, encryptedClientSecret: new Uint8Array() } };
 }
 
@@ -187,7 +189,7 @@ export async function removeIntegration(app: App, caller: Caller, id: string): P
 
 /** GetSCMIntegration. */
 export async function readIntegration(app: App, caller: Caller, id: string): Promise<SCMIntegration> {
-  return shown(await getIntegration(app.db.point, caller, id));
+  return shown(caller, await getIntegration(app.db.point, caller, id));
 }
 
 /** ListSCMIntegrations. */
@@ -195,5 +197,5 @@ export async function pageOfIntegrations(app: App, caller: Caller, request: List
   const page = openPage(request.pagination, ["scm integrations", caller.id, request.filter]);
   const rows = await listIntegrations(app.db.list, caller, request.filter?.runnerIds ?? [], page);
   const { items, nextToken } = closePage(page, rows, ({ message }) => message.id);
-  return { integrations: items.map(shown), pagination: { nextToken } };
+  return { integrations: items.map((each) => shown(caller, each)), pagination: { nextToken } };
 }
