@@ -247,6 +247,16 @@ describe("a supervisor process", () => {
     expect(again.stdout).toBe("bye\n");
   });
 
+  test("on SIGTERM ends the conversation with its runner when all has been said, instead of waiting for it", async () => {
+    await using environment = await testEnvironment();
+    const record = await environment.launch();
+    const { messages } = await environment.client.automations();
+    process.kill(record.pid, "SIGTERM");
+    // One that is broken off throws.
+    for await (const message of messages) expect(message.type).toBe("containers");
+    await gone(record);
+  });
+
   test("killed with a command running: the operation is ABORTED, never repeated, and no process of it stays", async () => {
     await using environment = await testEnvironment();
     const { client } = environment;

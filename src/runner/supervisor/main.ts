@@ -189,8 +189,10 @@ async function serve(config: SupervisorConfig, { run, logs }: ReturnType<typeof 
     setTimeout(() => process.exit(0), SHUTDOWN_LIMIT_MS).unref();
     watches.stopAll();
     await Promise.all([engine.close(), execs.stopAll(), terminals.stopAll()]);
+    const closed = new Promise((resolve) => server.close(resolve));
+    automations.close();
     setTimeout(() => server.closeAllConnections(), ANSWER_MS).unref();
-    await new Promise((resolve) => server.close(resolve));
+    await closed;
     const isKnown = part === undefined && liveSupervisor(root)?.pid === process.pid;
     if (isKnown) rmSync(join(run, "supervisor.json"), { force: true });
     log.write("info", "stopped");

@@ -103,6 +103,12 @@ export class AutomationLink {
     response.end();
   }
 
+  /** Everything has been said: a conversation that stays open would only hold up the end. */
+  close(): void {
+    this.#response?.end();
+    this.#response = undefined;
+  }
+
   async #read(request: IncomingMessage, response: ServerResponse): Promise<void> {
     const wishes: { services: ServiceWish[]; executions: ExecutionWish[] } = { services: [], executions: [] };
     let isBeginning = false;
