@@ -6,7 +6,9 @@ import { pino } from "pino";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { isImageReference } from "../src/domain/image-reference.ts";
 import type { ContainerEngine, ContainerSpec, EngineChoice } from "../src/runner/containers/engine.ts";
+import { type ContainerSite, EnvironmentContainers } from "../src/runner/containers/environment-containers.ts";
 import { EngineAccess } from "../src/runner/containers/find.ts";
+import { environmentPaths } from "../src/runner/paths.ts";
 import { isAlive, readProcess, userOf } from "../src/runner/supervisor/processes.ts";
 import { engineMissing, startContainerEngine, type TestEngine } from "./harness/container-engine.ts";
 import { eventually } from "./harness/wait.ts";
@@ -53,6 +55,35 @@ test("what names an image, and what does not", () => {
     "a@sha256:1",
   ];
   expect(bad.filter(isImageReference)).toEqual([]);
+});
+
+test("what an environment asks for is checked, and is bounded", async () => {
+  const run = (number: number) => `${number}`.padStart(24, "0");
+  const engines = await access("none");
+  const containers = new EnvironmentContainers({
+    ...{ host: { engines, config: { name: "here", dataDir: folder }, log }, id: "e", folder, settings: undefined },
+    ...{ paths: environmentPaths(folder, "e"), record: {} },
+  } as unknown as ContainerSite);
+  containers.open();
+  const start = (name: string, image = "redis") => containers.start(name, image, () => undefined);
+  for (const name of ["", "../../etc", "-v", run(1).slice(1), `${run(1)}-stop`]) {
+    await expect(start(name)).rejects.toThrow("is not the name of a run");
+  }
+  await expect(start(run(1), "--privileged")).rejects.toThrow("is not an image reference");
+  const names = { run: run(1), part: "0123456789ab", mark: `${run(1)}-stop` };
+  for (const bad of [{ part: "../stop" }, { part: "" }, { mark: "x=y" }, { run: "--help" }]) {
+    const { run: main, part, mark } = { ...names, ...bad };
+    await expect(containers.exec(main, part, mark)).rejects.toThrow("is not the name of a run");
+  }
+  await containers.remove("../../etc");
+  for (let number = 0; number < 300; number++) {
+    await expect(start(run(number))).rejects.toThrow("needs a container engine; none found on runner here");
+  }
+  await expect(start(run(300))).rejects.toThrow("at most 300 containers");
+  await containers.remove(run(7));
+  await expect(start(run(300))).rejects.toThrow("needs a container engine");
+  await containers.keepOnly([]);
+  await expect(start(run(301))).rejects.toThrow("needs a container engine");
 });
 
 describe("without an engine", () => {
@@ -109,7 +140,7 @@ describe.skipIf(missing)(`with an engine${missing ? ` (${missing})` : ""}`, () =
   test("a container runs as its user in its folder, without privileges, and is gone when it has ended", async () => {
     const spec = await specOf(
       "runs",
-      'echo "$GIVEN $(id -u) $(cat here)" > told; cat /proc/self/status >> told; exec sleep 300',
+      'echo "$GIVEN $(id -u) $(cat here)" > told; cat /proc/self/limits /proc/self/status >> told; exec sleep 300',
     );
     const id = await containers.run(spec);
     const state = await containers.inspect("runs");
@@ -122,6 +153,7 @@ describe.skipIf(missing)(`with an engine${missing ? ` (${missing})` : ""}`, () =
       return found.includes("NoNewPrivs") ? found : undefined;
     }, "the container has told");
     expect(text.split("\n")[0]).toBe(`a b ${UID} runs`);
+    expect(text).toMatch(/Max processes\s+100\s+100\s/);
     expect(text).toMatch(/CapBnd:\s0+\n/);
     expect(text).toMatch(/NoNewPrivs:\s1\n/);
     expect((await stat(told)).uid).toBe(UID);

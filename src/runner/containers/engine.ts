@@ -148,7 +148,8 @@ function limitOptions({ cpuCores, memoryMib, processes }: ContainerLimits, cores
   return [
     ...(cpuCores ? ["--cpus", String(Math.min(cpuCores, cores))] : []),
     ...(memoryMib ? ["--memory", `${memoryMib}m`] : []),
-    ...(processes ? ["--pids-limit", String(processes)] : []),
+    // Of the container, and of its user wherever that runs something: several containers have no more than one.
+    ...(processes ? ["--pids-limit", String(processes), "--ulimit", `nproc=${processes}:${processes}`] : []),
   ];
 }
 

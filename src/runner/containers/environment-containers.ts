@@ -10,7 +10,7 @@ import { ownerOf } from "../machine.ts";
 import type { EnvironmentPaths } from "../paths.ts";
 import { containerShim, GIVEN_PIPE, OUTPUT_PIPE } from "../supervisor/automation/shim.ts";
 import { gate } from "../supervisor/gate.ts";
-import { MAX_PROCESSES } from "../supervisor/process-limit.ts";
+import { processLimit } from "../supervisor/process-limit.ts";
 import { userOf } from "../supervisor/processes.ts";
 import type { UnixUser } from "../users.ts";
 import { type ContainerEngine, EngineError } from "./engine.ts";
@@ -76,6 +76,8 @@ export async function removeStrayRuns(
 export class EnvironmentContainers {
   readonly #site: ContainerSite;
   readonly #starting = new Map<string, Starting>();
+  /** Runs that may have a container. */
+  readonly #present = new Set<string>();
   #isOpen = false;
 
   constructor(site: ContainerSite) {
@@ -96,7 +98,8 @@ export class EnvironmentContainers {
       known.onOutput = onOutput;
       return await known.started;
     }
-    if (this.#starting.size >= MOST) throw new ContainerProblem("too many containers are being started");
+    if (this.#present.size >= MOST) throw new ContainerProblem(`an environment has at most ${MOST} containers`);
+    this.#present.add(run);
     const controller = new AbortController();
     const starting: Starting = {
       controller,
@@ -133,19 +136,25 @@ export class EnvironmentContainers {
     await starting?.started.catch(() => undefined);
     await this.#site.host.engines.present?.remove(this.#name(run));
     await this.#removeShared(run);
+    this.#present.delete(run);
   }
 
   /** Removes the containers of all other runs. */
   async keepOnly(runs: readonly string[]): Promise<void> {
     const kept = new Set(runs);
-    const found = await this.#list();
-    const others = found.filter(({ labels }) => {
+    // Whatever is started from now on is in use as well.
+    for (const run of [...this.#present]) if (!kept.has(run)) this.#present.delete(run);
+    const isStray = (run: string) => !kept.has(run) && !this.#present.has(run);
+    for (const [run, { controller }] of this.#starting) {
+      if (isStray(run)) controller.abort(new ContainerProblem("it is not wanted any more"));
+    }
+    for (const { id, labels } of await this.#list()) {
       const run = labels[RUN_LABEL] ?? "";
-      return !kept.has(run) && !this.#starting.has(run);
-    });
-    for (const { id } of others) await this.#site.host.engines.present?.remove(id);
+      if (isStray(run)) await this.#site.host.engines.present?.remove(id);
+      else this.#present.add(run);
+    }
     const folders = await readdir(this.#folder).catch(() => []);
-    for (const run of folders) if (!kept.has(run) && !this.#starting.has(run)) await this.#removeShared(run);
+    for (const run of folders) if (isStray(run)) await this.#removeShared(run);
   }
 
   /** Removes all; none is started after that. What the engine does not do at the moment holds nothing up. */
@@ -157,6 +166,7 @@ export class EnvironmentContainers {
     try {
       for (const { id } of await this.#list()) await this.#site.host.engines.present?.remove(id);
       for (const run of await readdir(this.#folder).catch(() => [])) await this.#removeShared(run);
+      this.#present.clear();
     } catch (error) {
       this.#site.host.log.warn(
         { environmentId: this.#site.id, error: String(error) },
@@ -218,6 +228,8 @@ export class EnvironmentContainers {
     if (present?.isRunning) return { pid: present.pid, shared: this.#shared(run) };
     if (!this.#isOpen) throw new ContainerProblem("the environment does not run");
     await this.#fetch(engine, image, onOutput, signal);
+    // An engine would make it, and as root.
+    if (!(await exists(this.#site.folder))) throw new ContainerProblem("the folder of the checkout does not exist");
     await this.#makeShared(run, user);
     const pid = await explained(`a container of ${image} cannot be started`, () =>
       this.#run(engine, run, image, user, signal),
@@ -260,7 +272,7 @@ export class EnvironmentContainers {
       // Both lie in folders of the runner's, so that the environment cannot put links into their place.
       mounts: [paths.workspace, shared].map((path) => ({ source: path, target: path })),
       variables: this.#marks(run),
-      limits: { ...settings?.limits, processes: MAX_PROCESSES },
+      limits: { ...settings?.limits, processes: processLimit() },
       ...{ hostNetwork: true, removeAtEnd: true },
     });
     signal.throwIfAborted();

@@ -11,7 +11,7 @@ import type { ContainerFacts } from "../record.ts";
 import { type EnvironmentSite, userOf } from "../site.ts";
 import { connectSupervisor, type SupervisorClient } from "../supervisor/client.ts";
 import { ENTRANCE, parseSupervisorConfig } from "../supervisor/config.ts";
-import { MAX_PROCESSES } from "../supervisor/process-limit.ts";
+import { processLimit } from "../supervisor/process-limit.ts";
 import { bootId, readProcess } from "../supervisor/processes.ts";
 import { containerName, IMAGE_LABEL, labelsOf } from "./belongings.ts";
 
@@ -111,7 +111,7 @@ async function start(
       ...{ image: facts.image, name, user: userOf(site), mounts: mountsOf(site), workingDirectory: "/" },
       labels: { ...labelsOf(host.config.dataDir, id), [IMAGE_LABEL]: facts.image },
       ...{ entrypoint: "/bin/sh", args: [join(paths.container, "entry")], variables: {} },
-      ...{ hostNetwork: true, removeAtEnd: false, limits: { ...site.settings?.limits, processes: MAX_PROCESSES } },
+      ...{ hostNetwork: true, removeAtEnd: false, limits: { ...site.settings?.limits, processes: processLimit() } },
     },
     signal,
   );

@@ -12,8 +12,10 @@ function presentLimit(): number {
   return soft === undefined ? Number.POSITIVE_INFINITY : Number(soft);
 }
 
+/** The limit for an environment that is started here. */
+export const processLimit = (): number => Math.min(MAX_PROCESSES, presentLimit());
+
 /** A command that becomes this one, with a limit on the processes of its user that everything it starts inherits. */
 export function withProcessLimit(command: readonly string[]): { file: string; args: string[] } {
-  const limit = Math.min(MAX_PROCESSES, presentLimit());
-  return { file: "/bin/sh", args: ["-c", SCRIPT, String(limit), ...command] };
+  return { file: "/bin/sh", args: ["-c", SCRIPT, String(processLimit()), ...command] };
 }

@@ -110,7 +110,8 @@ export class ContainerTarget implements Target {
   ): Promise<Run> {
     const { pid, startTime } = leader;
     const run = Run.begin({ ...place, leader: { pid, startTime } }, take);
-    const given = givenScript({ ...variables, BERTH_OUTPUT: join(place.shared, OUTPUT_FILE) }, text);
+    const own = { BERTH_OUTPUT: join(place.shared, OUTPUT_FILE), BERTH_RUN: place.mark };
+    const given = givenScript({ ...variables, ...own }, text);
     await give(join(place.shared, GIVEN_PIPE), given, leader);
     return run;
   }
