@@ -58,7 +58,7 @@ beforeEach(async () => {
             signal.addEventListener("abort", () => reject(new Error("late"))),
           );
         },
-        exec: async () => undefined,
+        exec: async () => 0,
         remove: (run) => void removed.push(run),
       },
       times: { ...TIMES, serviceStopMs: 400, taskStopMs: 400, readyPauseMs: 20, shownRunningMs: 20, outputMs: 50 },

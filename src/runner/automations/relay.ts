@@ -148,7 +148,7 @@ export class AutomationRelay {
       }
       case "container-exec": {
         const { ask, run, part, mark } = message;
-        void this.#answer(ask, channel, () => this.#deps.containers.exec(run, part, mark).then(() => undefined));
+        void this.#answer(ask, channel, () => this.#deps.containers.exec(run, part, mark));
         return;
       }
       case "container-remove":
@@ -163,7 +163,7 @@ export class AutomationRelay {
   async #answer(
     ask: number,
     channel: AutomationChannel,
-    work: () => Promise<StartedContainer | undefined>,
+    work: () => Promise<Partial<StartedContainer>>,
   ): Promise<void> {
     const none = { type: "container", ask, pid: 0, shared: "" } as const;
     try {

@@ -1,5 +1,6 @@
 import { readdir, rmdir } from "node:fs/promises";
 import { join } from "node:path";
+import { setTimeout as delay } from "node:timers/promises";
 import { isImageReference } from "../../domain/image-reference.ts";
 import type { ClassSettings } from "../classes.ts";
 import { CommandTimeout, runCommand } from "../commands.ts";
@@ -8,6 +9,7 @@ import { exists, makeFolder } from "../files.ts";
 import type { Host } from "../host.ts";
 import { ownerOf } from "../machine.ts";
 import type { EnvironmentPaths } from "../paths.ts";
+import { markedProcesses } from "../supervisor/automation/marked.ts";
 import { containerShim, GIVEN_PIPE, OUTPUT_PIPE } from "../supervisor/automation/shim.ts";
 import { gate } from "../supervisor/gate.ts";
 import { processLimit } from "../supervisor/process-limit.ts";
@@ -54,6 +56,8 @@ const PART = /^[0-9a-f]{12}$/;
 const MARK = /^[0-9a-f]{24}-(ready|stop)$/;
 const PULL_MS = 20 * 60_000;
 const QUICK_MS = 20_000;
+const SHELL_MS = 10_000;
+const POLL_MS = 20;
 /** Services and executions that an environment may have, and one step at a time of each. */
 const MOST = 300;
 const PULLS_AT_ONCE = 3;
@@ -114,8 +118,8 @@ export class EnvironmentContainers {
     }
   }
 
-  /** Starts a shell that waits for its command, beside what runs in a container. */
-  async exec(run: string, part: string, mark: string): Promise<void> {
+  /** Starts a shell that waits for its command, beside what runs in a container; resolves with its pid. */
+  async exec(run: string, part: string, mark: string): Promise<{ pid: number }> {
     if (![RUN.test(run), PART.test(part), MARK.test(mark)].every(Boolean)) {
       throw new ContainerProblem("is not the name of a run");
     }
@@ -126,6 +130,7 @@ export class EnvironmentContainers {
         argv: ["sh", ...containerShim(join(this.#shared(run), part), false)],
       });
     });
+    return { pid: await shellOf(mark) };
   }
 
   /** Kills and removes the container of a run, or keeps it from coming. */
@@ -303,6 +308,17 @@ export class EnvironmentContainers {
     await runCommand("find", [shared, "-mindepth", "1", "-delete"], { user: asUser, timeoutMs: QUICK_MS });
     await rmdir(shared);
   }
+}
+
+/** Pid of the shell that was started in a container, as soon as it is there. */
+async function shellOf(mark: string): Promise<number> {
+  const until = Date.now() + SHELL_MS;
+  while (Date.now() < until) {
+    const found = markedProcesses(mark).find(({ pid, session }) => pid === session);
+    if (found) return found.pid;
+    await delay(POLL_MS);
+  }
+  throw new ContainerProblem("the command did not come up in its container");
 }
 
 /** Lets people know what an engine says; why something was given up needs no explanation. */

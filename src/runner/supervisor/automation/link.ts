@@ -80,8 +80,11 @@ export class AutomationLink {
     },
     exec: async (run, part, mark) => {
       const message = { type: "container-exec", run, part, mark } as const;
-      const { problem } = await this.#asks.ask("container", (ask) => ({ ...message, ask }), { problem: NO_RUNNER });
+      const { pid, problem } = await this.#asks.ask("container", (ask) => ({ ...message, ask }), {
+        problem: NO_RUNNER,
+      });
       if (problem) throw new CommandProblem(problem);
+      return pid;
     },
     remove: (run) => this.#send({ type: "container-remove", run }),
   };

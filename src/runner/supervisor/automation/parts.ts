@@ -16,8 +16,11 @@ export interface Containers {
     image: string,
     options: { onOutput: (chunk: Buffer) => void; signal: AbortSignal },
   ): Promise<{ pid: number; shared: string }>;
-  /** Starts a shell in the container of `run` that waits for its command in `part` of the folder; it carries the mark. */
-  exec(run: string, part: string, mark: string): Promise<void>;
+  /**
+   * Starts a shell in the container of `run` that waits for its command in `part` of the folder; it carries the mark.
+   * Resolves with its pid.
+   */
+  exec(run: string, part: string, mark: string): Promise<number>;
   /** Kills and removes a container with its folder, or keeps one from being started. */
   remove(run: string): void;
 }

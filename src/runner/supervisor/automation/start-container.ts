@@ -6,8 +6,8 @@ import { basename, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type { RunsOn_Docker } from "../../../../gen/gitpod/v1/environment_automation_pb.js";
 import { errnoOf } from "../errors.ts";
-import { isAlive, type ProcessRef } from "../processes.ts";
-import { killMarked, markedProcesses } from "./marked.ts";
+import { isAlive, type ProcessRef, readProcess } from "../processes.ts";
+import { killMarked } from "./marked.ts";
 import { CommandProblem, type Surroundings } from "./parts.ts";
 import { makePipes, OUTPUT_FILE, Run, SHARED_FILES, sharedFolder } from "./run.ts";
 import { GIVEN_PIPE, givenScript, OUTPUT_PIPE } from "./shim.ts";
@@ -23,7 +23,7 @@ import {
 } from "./start.ts";
 
 const GIVE_MS = 30_000;
-const SHELL_MS = 10_000;
+const ENDED_EARLY = "the container has ended before its command began";
 const POLL_MS = 20;
 const VARIABLE = /^[A-Za-z_][A-Za-z0-9_]*$/;
 
@@ -43,7 +43,7 @@ export class ContainerTarget implements Target {
 
   async start(place: RunPlace, command: AutomationCommand, take: TakeOutput, signal: AbortSignal): Promise<Run> {
     const { containers } = this.#around;
-    const { folder, mark } = place;
+    const { folder } = place;
     const run = basename(folder);
     const variables = await this.#variables(command);
     await mkdir(folder, { recursive: true, mode: 0o700 });
@@ -51,9 +51,7 @@ export class ContainerTarget implements Target {
     await writeFile(join(folder, CONTAINER_FILE), "", { mode: 0o600 });
     try {
       const { pid, shared } = await containers.start(run, this.#docker.image, { onOutput: take, signal });
-      const leader = markedProcesses(mark).find((each) => each.pid === pid);
-      if (!leader) throw new CommandProblem("the container has ended before its command began");
-      return await this.#begin({ ...place, shared }, leader, { ...command, variables }, take);
+      return await this.#begin({ ...place, shared }, pid, { ...command, variables }, take);
     } catch (error) {
       containers.remove(run);
       throw error;
@@ -90,7 +88,9 @@ export class ContainerTarget implements Target {
     take: TakeOutput,
   ): Promise<Run> {
     const variables = await this.#variables(command);
-    // Of an attempt before, or of one whose supervisor died.
+    // Of an attempt before, or of one whose supervisor died. A supervisor in a user namespace sees no marks in containers.
+    const before = Run.adopt(folder, mark, () => undefined);
+    if (before instanceof Run) await before.kill();
     killMarked(mark);
     await mkdir(folder, { recursive: true, mode: 0o700 });
     // Always another one: what the container has put there is not touched.
@@ -98,18 +98,20 @@ export class ContainerTarget implements Target {
     const shared = join(sharedFolder(main.folder), part);
     await mkdir(shared, { mode: 0o700 });
     await makePipes(shared, [OUTPUT_PIPE, GIVEN_PIPE], this.#around.variables({}).PATH);
-    await this.#around.containers.exec(basename(main.folder), part, mark);
-    return await this.#begin({ folder, mark, shared }, await shellOf(mark), { ...command, variables }, take);
+    const pid = await this.#around.containers.exec(basename(main.folder), part, mark);
+    return await this.#begin({ folder, mark, shared }, pid, { ...command, variables }, take);
   }
 
   async #begin(
     place: RunPlace & { shared: string },
-    leader: ProcessRef,
+    pid: number,
     { text, variables }: { text: string; variables: Readonly<Record<string, string>> },
     take: TakeOutput,
   ): Promise<Run> {
-    const { pid, startTime } = leader;
-    const run = Run.begin({ ...place, leader: { pid, startTime } }, take);
+    const found = readProcess(pid);
+    if (!found) throw new CommandProblem(ENDED_EARLY);
+    const leader = { pid, startTime: found.startTime };
+    const run = Run.begin({ ...place, leader }, take);
     const own = { BERTH_OUTPUT: join(place.shared, OUTPUT_FILE), BERTH_RUN: place.mark };
     const given = givenScript({ ...variables, ...own }, text);
     await give(join(place.shared, GIVEN_PIPE), given, leader);
@@ -142,17 +144,6 @@ const aborted = (signal: AbortSignal) =>
     signal.addEventListener("abort", () => resolve(undefined), { once: true });
   });
 
-/** The shell that was started in a container, as soon as it is there. */
-async function shellOf(mark: string): Promise<ProcessRef> {
-  const until = Date.now() + SHELL_MS;
-  while (Date.now() < until) {
-    const found = markedProcesses(mark).find(({ pid, session }) => pid === session);
-    if (found) return found;
-    await delay(POLL_MS);
-  }
-  throw new CommandProblem("the command did not come up in its container");
-}
-
 /** Writes to a pipe that a process reads from; nothing of it is on disk. Rejects if it goes, or does not read in time. */
 async function give(pipe: string, text: string, reader: ProcessRef): Promise<void> {
   const until = Date.now() + GIVE_MS;
@@ -177,7 +168,7 @@ async function opened(pipe: string, reader: ProcessRef, until: number): Promise<
       // Nobody has opened its other end yet.
       if (errnoOf(error) !== "ENXIO") throw error;
     }
-    if (!isAlive(reader)) throw new CommandProblem("the container has ended before its command began");
+    if (!isAlive(reader)) throw new CommandProblem(ENDED_EARLY);
     if (Date.now() > until) throw new CommandProblem("the container did not take its command in time");
     await delay(POLL_MS);
   }
