@@ -5,6 +5,7 @@ import { IntrospectTokenResponse_Kind as Kind } from "../gen/berth/runner/v1/run
 import { ServicePhase, TaskExecutionPhase } from "../gen/gitpod/v1/environment_automation_pb.js";
 import {
   EnvironmentStatus_RunnerACK_StatusCode as AckCode,
+  AdmissionLevel,
   EnvironmentStatus_DevContainer_Phase as DevContainerPhase,
   type Environment,
   EnvironmentPhase,
@@ -19,9 +20,11 @@ import { newService, newTask, readExecution, readService, startTask } from "./ha
 import { engineMissing, startContainerEngine, type TestEngine } from "./harness/container-engine.ts";
 import { operations, reaches } from "./harness/environments.ts";
 import { startFeatureRegistry } from "./harness/feature-registry.ts";
+import { freePort } from "./harness/free-port.ts";
 import { type GitServer, startGitServer } from "./harness/git-server.ts";
 import { startHost } from "./harness/host.ts";
 import { liftQuotas, startTestPlane } from "./harness/plane.ts";
+import { admitPort } from "./harness/ports.ts";
 import { eventually } from "./harness/wait.ts";
 import { contentOf, FakeControlPlane, fromGit, TestRunner } from "./runner-harness.ts";
 
@@ -155,7 +158,11 @@ describe.skipIf(missing)(`dev containers in containers${missing ? ` (${missing})
   const inspect = async (id: string, format: string) => await engine.docker("inspect", "--format", format, nameOf(id));
 
   test.concurrent("commands, files and terminals are those of the container, as the environment's user", async () => {
-    const { id, container, status } = await running({
+    const secrets = [
+      plane.secret("WORD", { case: "environmentVariable", value: "SECRET_WORD" }, "a secret word"),
+      plane.secret("FILE", { case: "filePath", value: "/etc/secret-file" }, "a secret text"),
+    ];
+    const file = {
       image: engine.image,
       remoteUser: "dev",
       containerEnv: { KIND: "contained" },
@@ -165,7 +172,8 @@ describe.skipIf(missing)(`dev containers in containers${missing ? ` (${missing})
       onCreateCommand: "id -un >~/created; ls / >~/seen",
       postStartCommand: "echo start >>~/started",
       postAttachCommand: "echo $KIND $MORE $HOST. >~/attached",
-    });
+    };
+    const { id, container, status } = await running(file, {}, { secrets });
     expect(container).toMatchObject({
       ...{ phase: DevContainerPhase.RUNNING, failureMessage: "", warningMessage: "", remoteUser: "dev" },
       ...{ containerName: nameOf(id), remoteWorkspaceFolder: status.content?.contentLocationInMachine },
@@ -177,6 +185,10 @@ describe.skipIf(missing)(`dev containers in containers${missing ? ` (${missing})
     );
     expect(await runner.exec(id, "ls /bin/busybox; ls /usr 2>/dev/null || echo none")).toContain("none");
     expect(await runner.exec(id, "echo $KIND $MORE $HOST.")).toBe("contained contained-more .");
+    expect(await runner.exec(id, "echo $SECRET_WORD; cat $BERTH_SECRET_FILE_FILE")).toBe(
+      "a secret word\na secret text",
+    );
+    expect(await runner.exec(id, "berth --help | head -n 1")).toContain("berth: ");
     const ops = runner.ops(id);
     await ops.writeFile({ path: "/tmp/inside", content: new TextEncoder().encode("written inside") });
     expect(await runner.exec(id, "cat /tmp/inside")).toBe("written inside");
@@ -394,7 +406,8 @@ describe.skipIf(missing)(`dev containers in containers${missing ? ` (${missing})
       ...{ runnerId: host.runnerId, displayName: "Contained", description: "For tests" },
       configuration: Object.entries(plane.classConfiguration).map(([key, value]) => ({ key, value })),
     });
-    const { client } = await stage.addUser();
+    const user = await stage.addUser();
+    const { client } = user;
     const { environment } = await client.environments.createEnvironment({
       spec: { machine: { class: classId }, devcontainer: { defaultDevcontainerImage: engine.image } },
     });
@@ -421,6 +434,16 @@ describe.skipIf(missing)(`dev containers in containers${missing ? ` (${missing})
     const machine = { runsOn: { target: { case: "machine" as const, value: {} } } };
     expect((await ended("test -e /etc/hostname && echo host", machine)).said).toBe("host\n");
 
+    const port = await freePort();
+    const listen = `require("http").createServer((_, out) => out.end("from " + process.getuid())).listen(${port}, "127.0.0.1")`;
+    // The image has no program that listens; this one needs nothing of it.
+    const node = "$f/lib/ld-* --library-path $f/lib $f/node";
+    const command = `f=$(echo ${host.dataDir}/container-runtime/*); setsid ${node} -e '${listen}' >/dev/null 2>&1 &`;
+    await (await operations(client, id)).exec({ command });
+    const url = await admitPort(user, id, port, AdmissionLevel.EVERYONE);
+    await eventually(async () => (await fetch(url)).ok, "the port answers");
+    expect(stdout).toContain((await (await fetch(url)).text()).replace("from ", ""));
+
     const commands = {
       start: "trap 'echo bye; exit 0' TERM; echo up >/tmp/up; while :; do sleep 0.1; done",
       ready: "test -e /tmp/up",
@@ -437,6 +460,35 @@ describe.skipIf(missing)(`dev containers in containers${missing ? ` (${missing})
     expect(await logs.read(stopped?.logUrl, "?follow=false")).toContain("bye\n");
     const left = await engine.docker("top", nameOf(id), "-o", "pid,args");
     expect(left).not.toContain("while :; do sleep 0.1");
+  });
+
+  test("a runner that is killed while it builds is followed by one that goes on, and nothing is left in the end", async () => {
+    await using other = await FakeControlPlane.start();
+    other.classConfiguration = plane.classConfiguration;
+    await using killed = await TestRunner.create(other, git.host);
+    const options = { containerEngine: "docker", dockerHost: engine.dockerHost } as const;
+    const first = await killed.spawn(options);
+    const files = {
+      ".devcontainer/devcontainer.json": JSON.stringify({ build: { dockerfile: "Dockerfile" } }),
+      ".devcontainer/Dockerfile": `FROM ${engine.image}\nRUN sleep 2; echo built >/built\n`,
+    };
+    const id = other.create(contentOf(fromGit((await git.createRepository(`c${++count}`, { files })).url)));
+    const commands = () => engine.docker("ps", "--no-trunc", "--format", "{{.Command}}");
+    await eventually(async () => (await commands()).includes("sleep 2"), "the build", 60_000);
+    await first.kill();
+    await killed.spawn(options);
+    const { container } = containerOf(await other.untilPhase(id, RUNNING));
+    expect(container).toMatchObject({
+      phase: DevContainerPhase.RUNNING,
+      failureMessage: "",
+      containerName: nameOf(id),
+    });
+    expect(await killed.exec(id, "cat /built")).toBe("built");
+    const label = `label=berth.environment=${id}`;
+    expect((await engine.docker("ps", "--all", "--quiet", "--filter", label)).split("\n")).toHaveLength(1);
+    other.deleteEnvironment(id);
+    await eventually(() => other.isGone(id), "the deletion");
+    expect(await engine.docker("ps", "--all", "--quiet", "--filter", label)).toBe("");
   });
 
   test("a container that goes is brought back, whoever has ended it, but not for ever", async () => {

@@ -13,6 +13,7 @@ import {
   environmentsFolder,
   forgetSocket,
   quarantineFolder,
+  runtimeFolder,
   supervisorSocket,
   trashFolder,
 } from "./paths.ts";
@@ -73,6 +74,7 @@ export async function prepareDataDir(path: string): Promise<string> {
   await makeFolder(quarantineFolder(dataDir), 0o700);
   await makeFolder(trashFolder(dataDir), 0o700);
   await makeFolder(compiledFolder(dataDir), 0o700);
+  await makeFolder(runtimeFolder(dataDir), 0o755);
   return dataDir;
 }
 

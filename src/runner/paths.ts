@@ -50,6 +50,8 @@ export interface EnvironmentPaths {
 export const environmentsFolder = (dataDir: string) => join(dataDir, "environments");
 export const quarantineFolder = (dataDir: string) => join(dataDir, "quarantine");
 export const trashFolder = (dataDir: string) => join(dataDir, "trash");
+/** What dev containers in containers see of the product. */
+export const runtimeFolder = (dataDir: string) => join(dataDir, "container-runtime");
 /** Code of the product as Node.js has compiled it; nothing is lost with it. */
 export const compiledFolder = (dataDir: string) => join(dataDir, "compiled");
 

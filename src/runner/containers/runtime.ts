@@ -4,6 +4,7 @@ import { basename, dirname, join, relative } from "node:path";
 import { fileURLToPath } from "node:url";
 import { runCommand } from "../commands.ts";
 import { exists, makeFolder, removeTree } from "../files.ts";
+import { runtimeFolder } from "../paths.ts";
 
 // What a supervisor needs to run in a container whose image has nothing of it: this program, the packages it uses, Node
 // and the loader and libraries that Node was linked with. They are copied to one folder, which every container sees
@@ -22,9 +23,6 @@ const SUFFIX = isSource ? "ts" : "js";
 const HERE = dirname(fileURLToPath(import.meta.url));
 const LDD_MS = 20_000;
 const NATIVE = /\.node$/;
-
-/** Folder that all containers of a runner see. */
-export const runtimeFolder = (dataDir: string) => join(dataDir, "container-runtime");
 
 interface Manifest {
   dependencies?: Record<string, string>;

@@ -5,7 +5,7 @@ import type { RunnerHostConfig } from "../../config.ts";
 import { RefusedStart } from "../../domain/errors.ts";
 import { runCommand } from "../commands.ts";
 import { makeFolder, removeTree } from "../files.ts";
-import { compiledFolder, environmentsFolder, trashFolder } from "../paths.ts";
+import { compiledFolder, environmentsFolder, runtimeFolder, trashFolder } from "../paths.ts";
 import { spawnEnclosed } from "../supervisor/enclosure.ts";
 import { Namespaces } from "../supervisor/namespaces.ts";
 import { readProcess } from "../supervisor/processes.ts";
@@ -54,6 +54,8 @@ async function find(
   const options = {
     ...{ bwrap, programs, compiledFolder: compiledFolder(config.dataDir) },
     hidden: [config.dataDir, ...config.hiddenFolders],
+    // What a command gets into a dev container with.
+    readable: [runtimeFolder(config.dataDir)],
   };
   // An ordinary user shares its processes with environments anyway.
   const mount = process.getuid?.() === 0 ? lookUp("mount") : undefined;

@@ -30,6 +30,8 @@ export interface SandboxOptions {
   mount: string | undefined;
   /** Folders of the product, hidden but for what an environment needs. */
   hidden: readonly string[];
+  /** Folders of the product that environments read, though they lie in hidden ones. */
+  readable: readonly string[];
   /** Code of the product as Node.js has compiled it. */
   compiledFolder: string;
   /** Programs that environments run though they may lie anywhere. */
@@ -146,7 +148,7 @@ export class Sandbox {
       const real = await realpath(path).catch(() => undefined);
       if (real && !own.some((each) => each.path === real)) own.push({ path: real, source });
     }
-    const needed = [...programs, ...(await this.#neededPaths())];
+    const needed = [...programs, ...this.#options.readable, ...(await this.#neededPaths())];
     // A long path is reached through a folder of links.
     if (!socketPath.startsWith(`${root}/`)) needed.push(dirname(dirname(socketPath)));
     return {
