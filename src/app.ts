@@ -6,7 +6,7 @@ import { databaseRefusal, isConflict } from "./domain/errors.ts";
 import type { Caller } from "./domain/principal.ts";
 import { type TokenKind, tokenText } from "./domain/tokens.ts";
 import type { Guard } from "./scm/guard.ts";
-import type { Db, Tx } from "./store/db.ts";
+import type { Db, Tx, Work } from "./store/db.ts";
 import { type EventHub, runnerTopic, Topic } from "./store/hub.ts";
 import type { Actor, Attribution, Change } from "./store/record.ts";
 import type { StoredRunner } from "./store/runners.ts";
@@ -114,17 +114,17 @@ const RETRY_MS = 10;
 /**
  * Runs a transaction and, once it has committed, wakes whoever waits for its events and for changes of these runners.
  * A transaction that lost against another one (deadlock, serialization) runs again a few times, then ABORTED: `work`
- * must have no effects outside of it. For `crowd` see `Db.begin`.
+ * must have no effects outside of it. For `last` and `crowd` see `Db.begin`.
  */
 export async function transact<T>(
   app: App,
-  work: (tx: Tx, touched: (runnerId: string) => void) => Promise<T>,
+  work: (tx: Tx, touched: (runnerId: string) => void, last: Parameters<Work<T>>[1]) => Promise<T>,
   crowd?: string,
 ): Promise<T> {
   for (let attempt = 1; ; attempt++) {
     const runners = new Set<string>();
     try {
-      const result = await app.db.begin((tx) => work(tx, (runnerId) => runners.add(runnerId)), crowd);
+      const result = await app.db.begin((tx, last) => work(tx, (runnerId) => runners.add(runnerId), last), crowd);
       app.hub.wake(Topic.EVENTS, ...[...runners].map(runnerTopic));
       return result as T;
     } catch (error) {

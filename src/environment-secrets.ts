@@ -48,7 +48,10 @@ export async function currentSecrets(
   environment: Subject,
   hold: boolean,
 ): Promise<EnvironmentSpec_Secret[]> {
-  const entries = await environmentSecrets(tx, environment, app.newId, hold);
-  const credentials = await gitCredentials(app, tx, environment);
+  // Sent one after the other, so that both are read under the lock.
+  const [entries, credentials] = await Promise.all([
+    environmentSecrets(tx, environment, app.newId, hold),
+    gitCredentials(app, tx, environment),
+  ]);
   return [...credentials, ...entries.filter(({ source }) => source !== RUNNER)];
 }

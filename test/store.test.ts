@@ -145,6 +145,27 @@ test("a transaction ends as a whole: not after a failure that nobody minded, wit
   expect(open?.count).toBeLessThanOrEqual(8);
 });
 
+test("the last statement of a transaction is sent along with the commit, and is part of it", async () => {
+  await using plane = await startTestPlane();
+  const { db } = plane.plane.app;
+  await db.write`create table notes (id int primary key)`;
+  const insert = (first: number, second: number) =>
+    db.begin(async (tx, last) => {
+      await tx`insert into notes values (${first})`;
+      last(tx`insert into notes values (${second})`.execute());
+      return second;
+    });
+  expect(await insert(1, 2)).toBe(2);
+  await expect(insert(3, 2)).rejects.toMatchObject({ code: "23505" });
+  const thrown = db.begin(async (tx, last) => {
+    last(tx`insert into notes values (4)`.execute());
+    throw new Error("changed my mind");
+  });
+  await expect(thrown).rejects.toThrow("changed my mind");
+  expect(await insert(5, 6)).toBe(6);
+  expect((await db.point`select id from notes order by id`).map(({ id }) => id)).toEqual([1, 2, 5, 6]);
+});
+
 describe("embedded Postgres", () => {
   let folder: string;
   let home: string;

@@ -28,7 +28,7 @@ export interface Db {
    * wait for each other under the same lock: they get half of the connections at most, and longer to wait for one, so
    * that nobody else has to wait behind all of them.
    */
-  begin<T>(work: (tx: Tx) => Promise<T>, crowd?: string): Promise<T>;
+  begin<T>(work: Work<T>, crowd?: string): Promise<T>;
   /**
    * Listens on a channel until it is ended, over lost connections too. `restarted` is called whenever listening begins:
    * what was notified before is lost. Rejects if the first attempt fails.
@@ -36,6 +36,12 @@ export interface Db {
   listen(channel: string, handlers: ListenHandlers): Promise<Listening>;
   close(): Promise<void>;
 }
+
+/**
+ * What a transaction does. `last` takes its last statement, for which it then does not wait itself: the commit is sent
+ * along with it, and fails if it fails.
+ */
+export type Work<T> = (tx: Tx, last: (statement: Promise<unknown>) => void) => Promise<T>;
 
 export interface ListenHandlers {
   heard(payload: string): void;
@@ -207,8 +213,9 @@ class Session {
   }
 
   /** Runs `work` in the transaction that has begun, and ends it. */
-  async run<T>(work: (tx: Tx) => Promise<T>): Promise<T> {
+  async run<T>(work: Work<T>): Promise<T> {
     let isOver = false;
+    let last: Promise<unknown> | undefined;
     const check = () => {
       if (this.isLost) throw lost();
       if (isOver) throw new Error("a statement came after the end of its transaction");
@@ -224,9 +231,12 @@ class Session {
       },
     });
     try {
-      const result = await work(tx);
+      const result = await work(tx, (statement) => {
+        statement.catch(NOOP);
+        last = statement;
+      });
       check();
-      const { command } = await this.#sql.unsafe("commit");
+      const [, { command }] = await Promise.all([last, this.#sql.unsafe("commit")]);
       // What Postgres answers when a statement had failed and nobody minded.
       if (command !== "COMMIT") throw new Error("a transaction went on after one of its statements had failed");
       return result;
@@ -266,7 +276,7 @@ class Sessions {
     this.#open = open;
   }
 
-  async begin<T>(work: (tx: Tx) => Promise<T>, crowd?: string): Promise<T> {
+  async begin<T>(work: Work<T>, crowd?: string): Promise<T> {
     await this.#turn(crowd);
     let session: Session | undefined;
     try {

@@ -152,7 +152,7 @@ export async function make(
   const environment = newState(app, caller, wanted, rules, now);
   const creator = { id: caller.id, organizationId: caller.organizationId, limited: quotaApplies(caller) };
   const hosts = initializerHosts(wanted.spec.content?.initializer);
-  const insert: Parameters<typeof transact<void>>[1] = async (tx, touched) => {
+  const insert: Parameters<typeof transact<void>>[1] = async (tx, touched, last) => {
     await confirm(tx);
     // Sent together and answered one after the other, so that the locks are not held longer than it takes to look.
     const [missing, use, current, running, secrets] = await Promise.all([
@@ -168,7 +168,7 @@ export async function make(
     checkUsable(current, localRunners);
     checkCapacity(running, current.maxEnvironments);
     environment.spec = { ...environment.spec, secrets };
-    await insertEnvironment(tx, environment, actorOf(caller), app.newId(), now);
+    last(insertEnvironment(tx, environment, actorOf(caller), app.newId(), now));
     touched(runnerId);
   };
   // All of them wait for the lock of the runner.
