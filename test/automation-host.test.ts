@@ -373,7 +373,11 @@ describe.concurrent("tasks", () => {
         async () => (await ops.exec({ command: "test -e ~/obeys -a -e ~/resists" })).exitCode === 0,
         "both run",
       );
-      for (const each of [obeys, resists]) await api().stopTaskExecution({ id: each });
+      for (const each of [obeys, resists]) {
+        // What is not known to run is STOPPED the moment somebody asks for it.
+        await executionIs(each, Phase.RUNNING);
+        await api().stopTaskExecution({ id: each });
+      }
       expect(phasesOf(await executionIs(obeys, Phase.STOPPED))).toEqual(["STOPPED"]);
       expect(phasesOf(await executionIs(resists, Phase.FAILED))).toEqual(["FAILED"]);
       await api().stopTaskExecution({ id: obeys });
