@@ -1,6 +1,6 @@
 import { execFileSync } from "node:child_process";
 import { existsSync, readFileSync } from "node:fs";
-import { readdir, readFile, rm, stat, writeFile } from "node:fs/promises";
+import { readFile, rm, stat, writeFile } from "node:fs/promises";
 import { userInfo } from "node:os";
 import { createClient } from "@connectrpc/connect";
 import { createConnectTransport } from "@connectrpc/connect-node";
@@ -19,6 +19,7 @@ import {
 } from "../gen/gitpod/v1/environment_pb.js";
 import { environmentProcesses, isAlive } from "../src/runner/supervisor/processes.ts";
 import { userName } from "../src/runner/users.ts";
+import { waitingSupervisors } from "./harness/environments.ts";
 import { type GitServer, startGitServer } from "./harness/git-server.ts";
 import { eventually } from "./harness/wait.ts";
 import { contentOf, FakeControlPlane, fromGit, TestRunner } from "./runner-harness.ts";
@@ -385,22 +386,13 @@ describe("crashes", () => {
     );
   });
 
-  test.runIf(isRoot)(
-    "a supervisor waits for the next environment, and for no longer than there is a runner",
-    async () => {
-      const repository = await git.createRepository("waited-for");
+  test.runIf(isRoot).each(["off", "auto"] as const)(
+    "a supervisor waits for the next environment, and for no longer than there is a runner (sandbox: %s)",
+    async (sandbox) => {
+      const repository = await git.createRepository(`waited-for-${sandbox}`);
       await using plane = await FakeControlPlane.start();
       await using runner = await TestRunner.create(plane, git.host);
-      const waiting = async () => {
-        const pids = (await readdir("/proc")).filter((name) => /^\d+$/.test(name));
-        const read = (pid: string, file: string) => readFile(`/proc/${pid}/${file}`, "latin1").catch(() => "");
-        const isOne = async (pid: string) =>
-          (await read(pid, "cmdline")).endsWith("main.ts\0--wait\0") &&
-          (await read(pid, "environ")).includes(runner.dataDir) &&
-          (await read(pid, "status")).includes("\nUid:\t0\t");
-        const found = await Promise.all(pids.map(async (pid) => ((await isOne(pid)) ? [Number(pid)] : [])));
-        return found.flat();
-      };
+      const waiting = () => waitingSupervisors(runner.dataDir);
       const isUsed = async (end: () => Promise<unknown>) => {
         const [pid] = await eventually(async () => (await waiting()).length === 1 && (await waiting()), "one waits");
         const id = plane.create(contentOf(fromGit(repository.url)));
@@ -412,10 +404,9 @@ describe("crashes", () => {
         await eventually(async () => (await waiting()).length === 0, "none waits any more");
         expect((await processesOf(runner, id)).map((each) => each.pid)).toContain(pid);
       };
-      // One in a sandbox is started for its environment.
-      const process = await runner.spawn({ sandbox: "off" });
+      const process = await runner.spawn({ sandbox });
       await isUsed(() => process.kill());
-      await runner.start({ sandbox: "off" });
+      await runner.start({ sandbox });
       await isUsed(async () => await runner.running?.stop());
     },
   );

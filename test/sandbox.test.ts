@@ -21,6 +21,7 @@ import {
   supervisorOf,
   sweepUp,
   usableClass,
+  waitingSupervisors,
 } from "./harness/environments.ts";
 import { type GitServer, startGitServer } from "./harness/git-server.ts";
 import { startHost } from "./harness/host.ts";
@@ -327,6 +328,31 @@ describe.skipIf(!hasSandbox || !isRoot)("with bubblewrap (skipped where it does 
       await client.environments.startEnvironment({ environmentId: other });
       await reaches(client, other, RUNNING);
       expect(await sh(other, "ls /tmp/kept /dev/shm/kept 2>/dev/null; ls -A /tmp | grep -c . || true")).toBe("0");
+    },
+    TIMEOUT_MS,
+  );
+
+  test(
+    "a supervisor that was started before its environment was known sees the same, and nothing of before",
+    async () => {
+      const waiting = () => waitingSupervisors(runnerDataDir());
+      const [pid] = await eventually(async () => (await waiting()).length > 0 && (await waiting()), "one waits");
+      const late = await newEnvironment("");
+      expect((await supervisorOf(runnerDataDir(), late)).pid).toBe(pid);
+      const viewOf = async (environmentId: string) => {
+        const { pid: supervisor } = await supervisorOf(runnerDataDir(), environmentId);
+        const lines = (await readFile(`/proc/${supervisor}/mountinfo`, "utf8")).trim().split("\n");
+        return lines.map((line) => line.split(" ").slice(3, 5).join(" ").replaceAll(environmentId, "ID")).sort();
+      };
+      expect(await viewOf(late)).toEqual(await viewOf(id));
+      const folders = `${berth.dataDir} ${runnerDataDir()} ${runnerDataDir()}/environments`;
+      expect(await sh(late, `for each in ${folders} /tmp /var/tmp /dev/shm; do ls -A $each; done`)).toBe(
+        `runner\ncompiled\nenvironments\n${late}`,
+      );
+      expect(await sh(late, "test -e /proc/1 || echo hidden; ls /run/berth/host || true")).toMatch(
+        /^hidden\n.*Permission denied$/,
+      );
+      await client.environments.deleteEnvironment({ environmentId: late, force: true });
     },
     TIMEOUT_MS,
   );

@@ -133,7 +133,7 @@ describe("a supervisor process", () => {
     const { config, configPath, client } = environment;
     const waiting = startWaiting(folder);
     const { record } = await launchSupervisor(configPath, config, folder, { waiting });
-    expect(record.pid).toBe(waiting.pid);
+    expect(record.pid).toBe(waiting.child.pid);
     expect(await client.health()).toMatchObject({ ...record, environmentId: config.environmentId });
     const status = readFileSync(`/proc/${record.pid}/status`, "utf8");
     expect(status).toContain(`\nUid:\t${Array(4).fill(config.uid).join("\t")}\n`);
@@ -151,14 +151,14 @@ describe("a supervisor process", () => {
     const folder = await mkdtemp(join(tmpdir(), "berth-compiled-"));
     onTestFinished(() => rm(folder, { recursive: true }));
     const left = startWaiting(folder);
-    const ended = new Promise((resolve) => left.once("exit", resolve));
-    left.stdin?.destroy();
+    const ended = new Promise((resolve) => left.child.once("exit", resolve));
+    left.child.stdin?.destroy();
     expect(await ended).toBe(0);
     await using environment = await testEnvironment();
     const { record } = await launchSupervisor(environment.configPath, environment.config, folder, {
       waiting: left,
     });
-    expect(record.pid).not.toBe(left.pid);
+    expect(record.pid).not.toBe(left.child.pid);
     expect((await environment.client.health()).pid).toBe(record.pid);
   });
 

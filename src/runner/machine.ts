@@ -18,10 +18,11 @@ import {
   trashFolder,
 } from "./paths.ts";
 import type { RecordedProcess, RecordedSupervisor } from "./record.ts";
-import { makeScratch, removeScratch } from "./sandbox/sandbox.ts";
+import { makeScratch, removeScratch, type Sandbox } from "./sandbox/sandbox.ts";
 import { connectSupervisor, type SupervisorClient } from "./supervisor/client.ts";
 import { CONTAINED, type SupervisorConfig } from "./supervisor/config.ts";
-import { type LaunchOptions, launchSupervisor, PROGRAM } from "./supervisor/launch.ts";
+import type { Enclosed } from "./supervisor/enclosure.ts";
+import { endWaiting, type LaunchOptions, launchSupervisor, PROGRAM } from "./supervisor/launch.ts";
 import { hasOwnView, Namespaces, type RunAs } from "./supervisor/namespaces.ts";
 import {
   bootId,
@@ -30,6 +31,7 @@ import {
   killEnvironmentProcesses,
   type ProcessEntry,
   type ProcessRef,
+  readProcess,
 } from "./supervisor/processes.ts";
 import { liveSupervisor } from "./supervisor/record.ts";
 import { distinctUid, type Inhabitant, loginShell, removeUser, type UnixUser } from "./users.ts";
@@ -42,6 +44,7 @@ const SUPERVISOR_GRACE_MS = 150_000;
 const KILL_DEADLINE_MS = 60_000;
 const OWNER_DEADLINE_MS = 5 * 60_000;
 const COMPILE_MS = 60_000;
+const ARRANGE_MS = 10_000;
 const POLL_MS = 50;
 
 /** A supervisor that answers. */
@@ -231,15 +234,41 @@ async function launchApart(
   const compiled = compiledFolder(host.config.dataDir);
   const launch = (more: LaunchOptions) =>
     launchSupervisor(paths.supervisorConfig, config, compiled, { onEntered, ...more });
-  if (!host.sandbox) return await launch({ waiting: user.own ? host.waitingSupervisor?.take() : undefined });
+  const waiting = user.own ? host.waitingSupervisor?.take() : undefined;
+  if (!host.sandbox) return await launch({ waiting });
   await makeScratch(paths, ownerOf(user));
+  const arranged = waiting && (await arrange(host.sandbox, waiting, paths, config));
+  if (arranged) onEntered(arranged);
   // A user namespace keeps those outside from looking at what an earlier supervisor has left in another one.
   const left = user.own || user.inside ? undefined : await survivor(config.environmentId);
   try {
-    return await launch({ enclosure: await host.sandbox.enclosure(paths, config.socketPath, user.inside ?? left) });
+    const enclosure = await host.sandbox.enclosure(paths, config.socketPath, user.inside ?? left);
+    return await launch({ waiting: arranged && waiting, enclosure });
   } finally {
     left?.close();
   }
+}
+
+/** Gives a waiting supervisor the view of its environment; undefined if it cannot be had, and it has ended then. */
+async function arrange(
+  sandbox: Sandbox,
+  waiting: Enclosed,
+  paths: EnvironmentPaths,
+  config: SupervisorConfig,
+): Promise<ProcessRef | undefined> {
+  const found = readProcess((await waiting.entered) ?? 0);
+  const inside = found && Namespaces.of(found);
+  try {
+    const { file, args } = await sandbox.arrangement(paths, config.socketPath);
+    const isDone = inside && (await runCommand(file, args, { user: { inside }, timeoutMs: ARRANGE_MS })).code === 0;
+    if (isDone) return found;
+  } catch {
+    // One that is started for its environment may do.
+  } finally {
+    inside?.close();
+  }
+  await endWaiting(waiting);
+  return undefined;
 }
 
 /** Namespaces of the process that has run longest of those that an earlier supervisor has left. */

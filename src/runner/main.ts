@@ -25,6 +25,7 @@ import { compileAhead, prepareDataDir } from "./machine.ts";
 import { compiledFolder } from "./paths.ts";
 import { Reports } from "./reports.ts";
 import { findSandbox } from "./sandbox/find.ts";
+import type { Sandbox } from "./sandbox/sandbox.ts";
 import { startRunnerServer } from "./server.ts";
 import { sourceControl } from "./source-control.ts";
 import { findSshServer, programsOf } from "./ssh/server.ts";
@@ -102,9 +103,7 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
     sshServer,
     ...{ sandbox, sandboxProblem },
     controlGroups: await ControlGroups.open(),
-    // The users of environments tell whose a supervisor is; in a sandbox, it is started for one environment.
-    waitingSupervisor:
-      process.getuid?.() === 0 && !sandbox ? new WaitingSupervisor(compiledFolder(config.dataDir)) : undefined,
+    waitingSupervisor: await waitingSupervisor(config, sandbox),
     isDraining: () => link?.draining ?? false,
     reservedUids: (id) => environments.reservedUids(id),
     policies: create(DeliveredPoliciesSchema),
@@ -176,6 +175,16 @@ async function start(options: RunnerOptions, unlock: () => Promise<void>): Promi
       await finished;
     },
   };
+}
+
+/** The users of environments tell whose a supervisor is, so that one can be there before its environment is known. */
+async function waitingSupervisor(
+  { dataDir }: RunnerHostConfig,
+  sandbox: Sandbox | undefined,
+): Promise<WaitingSupervisor | undefined> {
+  if (process.getuid?.() !== 0) return undefined;
+  const enclosure = await sandbox?.unassigned().catch(() => undefined);
+  return sandbox && !enclosure ? undefined : new WaitingSupervisor(compiledFolder(dataDir), enclosure);
 }
 
 /** Gives the first credential a moment to be used, so that whoever handed it over may forget it. */

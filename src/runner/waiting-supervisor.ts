@@ -1,5 +1,5 @@
-import type { ChildProcess } from "node:child_process";
-import { startWaiting } from "./supervisor/launch.ts";
+import type { Enclosed, Enclosure } from "./supervisor/enclosure.ts";
+import { endWaiting, startWaiting } from "./supervisor/launch.ts";
 
 const REFILL_MS = 1_000;
 
@@ -10,12 +10,14 @@ const REFILL_MS = 1_000;
  */
 export class WaitingSupervisor {
   readonly #compiledFolder: string;
-  #waiting: ChildProcess | undefined;
+  readonly #enclosure: Enclosure | undefined;
+  #waiting: Enclosed | undefined;
   #timer: NodeJS.Timeout | undefined;
   #isClosed = false;
 
-  constructor(compiledFolder: string) {
+  constructor(compiledFolder: string, enclosure: Enclosure | undefined) {
     this.#compiledFolder = compiledFolder;
+    this.#enclosure = enclosure;
   }
 
   /** Has one ready in a while. */
@@ -25,7 +27,7 @@ export class WaitingSupervisor {
   }
 
   /** The one that waits, if there is one; whoever takes it is to use it. */
-  take(): ChildProcess | undefined {
+  take(): Enclosed | undefined {
     const taken = this.#waiting;
     this.#waiting = undefined;
     this.prepare();
@@ -36,18 +38,18 @@ export class WaitingSupervisor {
   close(): void {
     this.#isClosed = true;
     clearTimeout(this.#timer);
-    this.#waiting?.kill("SIGKILL");
+    if (this.#waiting) void endWaiting(this.#waiting);
     this.#waiting = undefined;
   }
 
   #refill(): void {
     if (this.#waiting) return;
-    const child = startWaiting(this.#compiledFolder);
-    this.#waiting = child;
+    const waiting = startWaiting(this.#compiledFolder, this.#enclosure);
+    this.#waiting = waiting;
     // The next start asks for another one.
     const gone = () => {
-      if (this.#waiting === child) this.#waiting = undefined;
+      if (this.#waiting === waiting) this.#waiting = undefined;
     };
-    child.once("exit", gone).once("error", gone);
+    waiting.child.once("exit", gone).once("error", gone);
   }
 }

@@ -103,6 +103,18 @@ export async function supervisorOf(runnerDataDir: string, environmentId: string)
   return supervisor;
 }
 
+/** Pids of supervisors of root's runner that have loaded their program and are to be told their environment. */
+export async function waitingSupervisors(runnerDataDir: string): Promise<number[]> {
+  const pids = (await readdir("/proc")).filter((name) => /^\d+$/.test(name));
+  const read = (pid: string, file: string) => readFile(`/proc/${pid}/${file}`, "latin1").catch(() => "");
+  const isOne = async (pid: string) =>
+    (await read(pid, "cmdline")).endsWith("main.ts\0--wait\0") &&
+    (await read(pid, "environ")).includes(runnerDataDir) &&
+    (await read(pid, "status")).includes("\nUid:\t0\t");
+  const found = await Promise.all(pids.map(async (pid) => ((await isOne(pid)) ? [Number(pid)] : [])));
+  return found.flat();
+}
+
 /** Kills every process of an environment without warning: those with its mark, and those of its user. */
 export async function killProcessesOf(environmentId: string): Promise<void> {
   const uid = await userIdOf(environmentId);

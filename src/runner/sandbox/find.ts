@@ -1,4 +1,4 @@
-import { randomBytes } from "node:crypto";
+import { createHash } from "node:crypto";
 import { once } from "node:events";
 import { join } from "node:path";
 import type { RunnerHostConfig } from "../../config.ts";
@@ -61,7 +61,7 @@ async function find(
   const mount = process.getuid?.() === 0 ? lookUp("mount") : undefined;
   let problem = "";
   for (const candidate of mount ? [mount, undefined] : [undefined]) {
-    const sandbox = new Sandbox({ ...options, mount: candidate });
+    const sandbox = new Sandbox({ ...options, mount: candidate, umount: lookUp("umount") });
     problem = await tryOut(sandbox, config.dataDir);
     if (!problem) return { sandbox, problem };
   }
@@ -70,8 +70,10 @@ async function find(
 
 /** Runs a command in a sandbox, and another one that joins it. Returns what went wrong, empty if nothing. */
 async function tryOut(sandbox: Sandbox, dataDir: string): Promise<string> {
-  const root = join(trashFolder(dataDir), `sandbox-${randomBytes(6).toString("hex")}`);
-  const shmRoot = join("/dev/shm", `berth-${randomBytes(6).toString("hex")}`);
+  // One runner at a time uses the data folder, so that the next one removes what one that was killed has left.
+  const name = `sandbox-${createHash("sha256").update(dataDir).digest("hex").slice(0, 16)}`;
+  const root = join(trashFolder(dataDir), name);
+  const shmRoot = join("/dev/shm", `berth-${name}`);
   const scratch = { root, tmp: join(root, "tmp"), varTmp: join(root, "var-tmp"), shmRoot, shm: join(shmRoot, "shm") };
   try {
     await makeFolder(root, 0o711);

@@ -86,18 +86,64 @@ function argumentsOf(mount: Mount): string[] {
 function wayTo({ path }: Mount, outer: Mount | undefined): string[] {
   if (outer?.kind !== "hidden") return [];
   const names = path.slice(outer.path.length + 1).split("/");
-  const folders = names.slice(0, -1).map((_, index) => [outer.path, ...names.slice(0, index + 1)].join("/"));
-  return folders.flatMap((folder) => ["--perms", "0755", "--dir", folder]);
+  return names.slice(0, -1).map((_, index) => [outer.path, ...names.slice(0, index + 1)].join("/"));
 }
 
 /** Arguments of bubblewrap for mounts in their order; each path is an argument by itself. */
 export const mountArguments = (mounts: readonly Mount[]): string[] => [
   ...["--dev-bind", "/", "/"],
   ...mounts.flatMap((mount, index) => [
-    ...wayTo(mount, around(mounts.slice(0, index), mount.path)),
+    ...wayTo(mount, around(mounts.slice(0, index), mount.path)).flatMap((folder) => [
+      ...["--perms", "0755", "--dir", folder],
+    ]),
     ...argumentsOf(mount),
   ]),
 ];
+
+function stepOf(mount: Mount): string[] {
+  switch (mount.kind) {
+    case "hidden":
+      return ["empty", mount.path];
+    case "blocked":
+      return ["read", "/dev/null", mount.path];
+    case "kept":
+      return ["read", mount.path, mount.path];
+    case "own":
+      return ["bind", mount.source, mount.path];
+    case "shown":
+      return [mount.writable ? "bind" : "read", mount.path, mount.path];
+  }
+}
+
+/**
+ * Makes the same mounts in a view that is there already. Arguments: programs that mount and unmount, a folder in which
+ * the host is to be seen as it was, which is gone afterwards, and the steps. A place in an empty folder is made.
+ */
+export const ARRANGE = `set -eu
+umask 022
+mount=$1 umount=$2 host=$3
+shift 3
+place() {
+  if [ -e "$2" ]; then return; fi
+  if [ -d "$host$1" ]; then mkdir -- "$2"; else : >"$2"; fi
+}
+while [ $# -gt 0 ]; do
+  case $1 in
+    folder) [ -d "$2" ] || mkdir -- "$2"; shift 2 ;;
+    empty) "$mount" -n -t tmpfs -o mode=0755,nosuid,nodev tmpfs "$2"; shift 2 ;;
+    bind) place "$2" "$3"; "$mount" -n -o bind "$host$2" "$3"; shift 3 ;;
+    read) place "$2" "$3"; "$mount" -n -o bind,ro "$host$2" "$3"; shift 3 ;;
+    *) exit 1 ;;
+  esac
+done
+"$umount" -n -l "$host"`;
+
+/** Steps of ARRANGE for mounts in their order. */
+export const mountSteps = (mounts: readonly Mount[]): string[] =>
+  mounts.flatMap((mount, index) => [
+    ...wayTo(mount, around(mounts.slice(0, index), mount.path)).flatMap((folder) => ["folder", folder]),
+    ...stepOf(mount),
+  ]);
 
 /** A place in a folder of the environment's that something of the host's is shown at. */
 export interface MountPoint {

@@ -7,7 +7,7 @@ import { authorities } from "../../scm/git.ts";
 import { errnoOf, exists, makeFolder, type Owner, removeTree } from "../files.ts";
 import type { Enclosure } from "../supervisor/enclosure.ts";
 import type { Namespaces } from "../supervisor/namespaces.ts";
-import { type MountPoint, mountArguments, mountPoints, mountsOf, type View } from "./mounts.ts";
+import { ARRANGE, type MountPoint, mountArguments, mountPoints, mountSteps, mountsOf, type View } from "./mounts.ts";
 
 // Bubblewrap gives each supervisor a view of the host's files in which temporary folders are the environment's own and
 // nothing of the runner's is to be seen. Processes keep their pids and live on when a supervisor is replaced, so the
@@ -28,6 +28,7 @@ export interface SandboxOptions {
   bwrap: string;
   /** Gives a view of processes in which other users' are missing; only root can use it. */
   mount: string | undefined;
+  umount?: string | undefined;
   /** Folders of the product, hidden but for what an environment needs. */
   hidden: readonly string[];
   /** Folders of the product that environments read, though they lie in hidden ones. */
@@ -46,6 +47,8 @@ const SOCKETS = [
   "/run/buildkit/buildkitd.sock",
 ];
 const SHARED_MEMORY = "/dev/shm";
+/** Where a view that is not arranged yet has the host as it is. */
+const HOST_FOLDER = "/run/berth/host";
 const STICKY = 0o1777;
 const EVERYBODY_WRITES = 0o002;
 const isRoot = () => process.getuid?.() === 0;
@@ -134,6 +137,31 @@ export class Sandbox {
       ],
       descriptors: present?.user === undefined ? [] : [present.user],
     };
+  }
+
+  /**
+   * What a supervisor is started in before its environment is known; undefined where that cannot be. Nothing is hidden
+   * from it but other users' processes, and `arrangement` is for what else is to change.
+   */
+  async unassigned(): Promise<Enclosure | undefined> {
+    const { bwrap, mount, umount } = this.#options;
+    if (!mount || !umount) return undefined;
+    await makeFolder(dirname(HOST_FOLDER), 0o711);
+    await makeFolder(HOST_FOLDER, 0o700);
+    const views = [...["--dev-bind", "/", "/"], ...["--dev-bind", "/", HOST_FOLDER]];
+    return {
+      file: bwrap,
+      args: [...views, ...["--new-session", "--info-fd", "3", "--", "/bin/sh", "-c", HIDE_PROCESSES, mount]],
+      descriptors: [],
+    };
+  }
+
+  /** The command that, run as root where nothing is hidden yet, leaves an environment's view behind. */
+  async arrangement(scratch: Scratch, socketPath: string): Promise<{ file: string; args: string[] }> {
+    const { mount = "", umount = "" } = this.#options;
+    const mounts = mountsOf(await this.#view(scratch, socketPath));
+    for (const point of mountPoints(mounts)) await makeMountPoint(point);
+    return { file: "/bin/sh", args: ["-c", ARRANGE, "sh", mount, umount, HOST_FOLDER, ...mountSteps(mounts)] };
   }
 
   async #view({ root, tmp, varTmp, shm }: Scratch, socketPath: string): Promise<View> {

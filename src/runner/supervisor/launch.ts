@@ -1,4 +1,3 @@
-import type { ChildProcess } from "node:child_process";
 import type { Socket } from "node:net";
 import { fileURLToPath } from "node:url";
 import { connectSupervisor, type SupervisorClient } from "./client.ts";
@@ -49,13 +48,14 @@ function startProcess(
  * its input does, and so with this process. It does not carry the mark of its environment later, only its user: there
  * must be one.
  */
-export function startWaiting(compiledFolder: string): ChildProcess {
-  const { child } = startProcess(WAIT, undefined, compiledFolder);
+export function startWaiting(compiledFolder: string, enclosure?: Enclosure): Enclosed {
+  const waiting = startProcess(WAIT, undefined, compiledFolder, enclosure);
+  const { child } = waiting;
   child.once("error", () => undefined);
   child.stdin?.on("error", () => undefined);
   child.unref();
-  for (const stream of [child.stdin, child.stdout, child.stderr]) (stream as Socket | null)?.unref();
-  return child;
+  for (const stream of child.stdio) (stream as Socket | null)?.unref();
+  return waiting;
 }
 
 /** Resolves with its process once a supervisor serves; SupervisorStartError if it ends or is silent for 20 s. */
@@ -68,7 +68,7 @@ async function serving({ child, pid, entered }: Enclosed): Promise<ProcessRef | 
   void pid.then((found) => {
     inner = found;
   });
-  for (const stream of [child.stdout, child.stderr]) (stream as Socket | null)?.ref();
+  for (const stream of child.stdio) (stream as Socket | null)?.ref();
   try {
     await new Promise<void>((resolve, reject) => {
       const late = () => {
@@ -96,6 +96,14 @@ async function serving({ child, pid, entered }: Enclosed): Promise<ProcessRef | 
   }
 }
 
+/** Ends one that waits, whatever is around it. */
+export async function endWaiting({ child, pid }: Enclosed): Promise<void> {
+  child.kill("SIGKILL");
+  child.stdin?.destroy();
+  const inner = await pid;
+  if (inner !== undefined && inner !== child.pid) kill(inner);
+}
+
 function kill(pid: number): void {
   try {
     process.kill(pid, "SIGKILL");
@@ -105,12 +113,12 @@ function kill(pid: number): void {
 }
 
 /** Has a waiting supervisor serve; undefined if it has died, so that another one must be started. */
-async function told(waiting: ChildProcess, configPath: string): Promise<ProcessRef | undefined> {
-  if (waiting.exitCode !== null || waiting.signalCode !== null) return undefined;
-  waiting.stdin?.write(`${configPath}\n`);
-  const pid = Promise.resolve(waiting.pid);
+async function told(waiting: Enclosed, configPath: string): Promise<ProcessRef | undefined> {
+  const { child } = waiting;
+  if (child.exitCode !== null || child.signalCode !== null) return undefined;
+  child.stdin?.write(`${configPath}\n`);
   try {
-    return await serving({ child: waiting, pid, entered: pid });
+    return await serving(waiting);
   } catch (error) {
     if (error instanceof SupervisorStartError && error.code !== null) throw error;
     return undefined;
@@ -120,7 +128,7 @@ async function told(waiting: ChildProcess, configPath: string): Promise<ProcessR
 /** How a supervisor is started. */
 export interface LaunchOptions {
   /** One that has loaded its program; it is what serves, if it still lives. */
-  waiting?: ChildProcess | undefined;
+  waiting?: Enclosed | undefined;
   /** What it runs in, if one is started. */
   enclosure?: Enclosure;
   /** Hears of its process as soon as others may join it in the enclosure. */
