@@ -4,7 +4,7 @@ import { createConnectTransport } from "@connectrpc/connect-node";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { IntrospectTokenResponse_Kind as Kind } from "../gen/berth/runner/v1/runner_control_pb.js";
 import { ActionableErrorDetailsSchema } from "../gen/gitpod/v1/actionable_error_pb.js";
-import type { Environment } from "../gen/gitpod/v1/environment_pb.js";
+import { AdmissionLevel, type Environment } from "../gen/gitpod/v1/environment_pb.js";
 import { AuditLogEntryKind } from "../gen/gitpod/v1/event_pb.js";
 import { IdentityService, Principal } from "../gen/gitpod/v1/identity_pb.js";
 import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
@@ -434,8 +434,14 @@ test("PLT-5 no table holds the text of a token", async () => {
   const { accessToken } = await exchange(exchangeToken);
   const { environments } = member.client;
   const environmentId = environment.id;
+  const ports = [{ port: 3000, name: "web", admission: AdmissionLevel.CREATOR_ONLY }];
+  await environments.updateEnvironment({ environmentId, spec: { ports } });
+  const robot = await addServiceAccount(plane);
+  const { serviceAccounts } = plane.admin;
   const tokens = [
-    ...[plane.adminToken, member.token, exchangeToken, accessToken, environmentToken],
+    ...[plane.adminToken, member.token, exchangeToken, accessToken, environmentToken, robot.token],
+    (await serviceAccounts.createServiceAccountAccessToken({ serviceAccountId: robot.id })).token,
+    (await environments.createPortAccessToken({ environmentId, port: 3000 })).accessToken,
     (await environments.createEnvironmentAccessToken({ environmentId })).accessToken,
     (await environments.createEnvironmentLogsToken({ environmentId })).accessToken,
   ];
