@@ -7,7 +7,7 @@ import { promisify } from "node:util";
 import { toJsonString } from "@bufbuild/protobuf";
 import { timestampFromMs } from "@bufbuild/protobuf/wkt";
 import { Code } from "@connectrpc/connect";
-import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { afterAll, beforeAll, describe, expect, onTestFinished, test } from "vitest";
 import {
   CreateEnvironmentPreconditionFailureDetailsSchema,
   EnvironmentPhase,
@@ -254,6 +254,7 @@ describe("a private repository", () => {
     "RUN-33 of five clones with a token that has ended exactly one renews it, and all succeed; later renewals come in time",
     async () => {
       const forge = await startGitServer(authority);
+      onTestFinished(() => forge.close());
       const passwords = [1, 2].map((count) => `${TOKEN}-renewed-${count}`);
       const secret = `${TOKEN}-client`;
       await forge.createRepository("team/app", { private: { user: "oauth2", password: passwords[0] ?? "" } });
@@ -317,7 +318,6 @@ describe("a private repository", () => {
       }, "the token counts no more");
       expect(forms).toHaveLength(3);
       expect(own.logged()).not.toContain(TOKEN);
-      await forge.close();
     },
     TIMEOUT_MS,
   );
