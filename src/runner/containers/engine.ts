@@ -252,10 +252,10 @@ export class ContainerEngine {
     await this.#unlessGone(["image", "rm", checkedImage(image)], START_MS);
   }
 
-  /** Names of the images that carry all of these labels; short ids of those that have none. */
+  /** Names of the images that carry all of these labels; short ids of those that have none, the newest first. */
   async images(labels: Readonly<Record<string, string>>): Promise<string[]> {
     const format = ["--format", "{{.Repository}}:{{.Tag}} {{.ID}}"];
-    const lines = (await this.#ask(["images", ...format, ...labelFilters(labels)])).split("\n");
+    const lines = (await this.#ask(["images", "--all", ...format, ...labelFilters(labels)])).split("\n");
     return lines.flatMap((line) => line.split(" ").find(isImageReference) ?? []);
   }
 

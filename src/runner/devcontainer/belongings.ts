@@ -44,11 +44,13 @@ const plainName = (image: string) => image.replace(/^localhost\//, "");
 
 /** Removes images with these labels but those that are kept, and what these are made of. */
 async function removeImages(engine: ContainerEngine, labels: Record<string, string>, kept: readonly string[]) {
-  const images = (await engine.images(labels)).filter((each) => !kept.includes(plainName(each)));
   const isNamed = (image: string) => image.includes(":");
-  for (const image of images.filter(isNamed)) await engine.removeImage(image);
-  // The rest goes with the last image that is made of it, or has been left by a build.
-  for (const image of images.filter((each) => !isNamed(each))) await engine.removeImage(image).catch(() => undefined);
+  for (const image of (await engine.images(labels)).filter(isNamed)) {
+    if (!kept.includes(plainName(image))) await engine.removeImage(image);
+  }
+  // Left by builds that were cut off. What others are made of stays as long as they do.
+  const rest = (await engine.images(labels)).filter((each) => !isNamed(each));
+  for (const image of rest) await engine.removeImage(image).catch(() => undefined);
 }
 
 /** Removes the container of an environment and its images but one; what is not there is fine. */
