@@ -6,6 +6,8 @@ import { bootId, isAlive, processEnd, readProcess, spawnSession, terminateSessio
 
 const READY_MS = 10_000;
 const POLL_MS = 50;
+// It is there soon after it was started.
+const FIRST_POLL_MS = 5;
 const BANNER = "SSH-";
 const ANY_ADDRESS: Readonly<Record<string, string>> = { "0.0.0.0": "127.0.0.1", "::": "::1" };
 
@@ -60,12 +62,14 @@ export async function launchSshd(launch: Launch, signal: AbortSignal): Promise<b
   await launch.onStart(server);
   const host = ANY_ADDRESS[launch.address] ?? launch.address;
   const deadline = Date.now() + READY_MS;
+  let pauseMs = FIRST_POLL_MS;
   while (isAlive(server) && Date.now() < deadline && !signal.aborted) {
     const isUp = await greets(host, launch.port);
     // Somebody else may greet there while the server is on its way to find the port taken.
     if (isUp) await Promise.race([ended, delay(POLL_MS)]);
     if (isUp && isAlive(server)) return true;
-    await delay(POLL_MS);
+    await delay(pauseMs);
+    pauseMs = Math.min(POLL_MS, pauseMs * 2);
   }
   await terminateSession(server, 0);
   signal.throwIfAborted();
