@@ -227,7 +227,7 @@ export class EnvironmentSite {
     if (!this.record.usesEngine) return;
     try {
       const engine = await this.host.engines.find();
-      if (engine) await removeContainer(engine, this.host.config.dataDir, this.id);
+      if (engine) await removeContainer(engine, this.id);
     } catch (error) {
       this.host.log.warn({ environmentId: this.id, error: textOf(error) }, "a container could not be removed");
     }

@@ -56,12 +56,12 @@ async function removeImages(engine: ContainerEngine, labels: Record<string, stri
 /** Removes the container of an environment and its images but one; what is not there is fine. */
 export async function removeContainer(
   engine: ContainerEngine,
-  dataDir: string,
   environmentId: string,
   keptImage?: string,
 ): Promise<void> {
   await engine.remove(containerName(environmentId));
-  await removeImages(engine, labelsOf(dataDir, environmentId), keptImage === undefined ? [] : [keptImage]);
+  // Labels are set one after the other, this one first: a build that was cut off may have left an image with no other.
+  await removeImages(engine, { [ENVIRONMENT_LABEL]: environmentId }, keptImage === undefined ? [] : [keptImage]);
 }
 
 /** Removes containers and images of a runner that belong to none of these environments. */

@@ -118,7 +118,7 @@ export class ContainerWork implements ContainerProgress {
     if (failure) await this.#fail(failure);
     if (!result) return false;
     const { image, userName, variables, warnings } = result;
-    await removeContainer(engine, this.#site.host.config.dataDir, this.#site.id, image);
+    await removeContainer(engine, this.#site.id, image);
     this.#site.container.drop();
     await this.#site.edit((each) => {
       each.container = { session: this.#session, image, uid, userName, variables, warnings, restarts: [] };
@@ -185,5 +185,5 @@ export async function discardContainer(site: EnvironmentSite): Promise<void> {
     });
   }
   const engine = await site.host.engines.find();
-  if (engine && site.record.usesEngine) await removeContainer(engine, site.host.config.dataDir, site.id);
+  if (engine && site.record.usesEngine) await removeContainer(engine, site.id);
 }

@@ -76,14 +76,23 @@ async function outputOf(child: ChildProcess, response: ServerResponse): Promise<
   }
 }
 
+function signalSession(leader: ProcessRef, signal: NodeJS.Signals): void {
+  for (const { pid } of sessionMembers(leader)) {
+    try {
+      process.kill(pid, signal);
+    } catch {
+      // It was there a moment ago. Whoever reads the signals must go on, or the connection ends.
+    }
+  }
+}
+
 async function passOn(lines: AsyncIterable<string>, leader: ProcessRef | undefined): Promise<void> {
   try {
     for await (const line of lines) {
       const signal = PASSED_ON.find((each) => each === line);
-      if (!signal || !leader) continue;
-      for (const { pid } of sessionMembers(leader)) process.kill(pid, signal);
+      if (signal && leader) signalSession(leader, signal);
     }
   } catch {
-    // The connection has gone, or a process that was just there.
+    // The connection has gone.
   }
 }
