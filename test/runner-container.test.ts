@@ -16,7 +16,7 @@ import { dockerIgnore } from "../src/runner/devcontainer/docker-ignore.ts";
 import { containerPlan, remoteUser } from "../src/runner/devcontainer/plan.ts";
 import { loginsOf } from "../src/runner/devcontainer/registry-logins.ts";
 import { createEnvironmentLogs } from "./harness/automation-logs.ts";
-import { newService, newTask, readExecution, readService, startTask } from "./harness/automations.ts";
+import { executionsOf, newService, newTask, readExecution, readService, startTask } from "./harness/automations.ts";
 import { engineMissing, startContainerEngine, type TestEngine } from "./harness/container-engine.ts";
 import { operations, reaches } from "./harness/environments.ts";
 import { startFeatureRegistry } from "./harness/feature-registry.ts";
@@ -445,7 +445,7 @@ describe.skipIf(missing)(`dev containers in containers${missing ? ` (${missing})
     expect(stdout).toContain((await (await fetch(url)).text()).replace("from ", ""));
 
     const commands = {
-      start: "trap 'echo bye; exit 0' TERM; echo up >/tmp/up; while :; do sleep 0.1; done",
+      start: "trap 'sleep 1; echo bye; exit 0' TERM; echo up >/tmp/up; while :; do sleep 0.1; done",
       ready: "test -e /tmp/up",
     };
     const { id: serviceId } = await newService(client, id, "service", { commands });
@@ -460,6 +460,34 @@ describe.skipIf(missing)(`dev containers in containers${missing ? ` (${missing})
     expect(await logs.read(stopped?.logUrl, "?follow=false")).toContain("bye\n");
     const left = await engine.docker("top", nameOf(id), "-o", "pid,args");
     expect(left).not.toContain("while :; do sleep 0.1");
+
+    // A rebuild waits for what is in the container.
+    await client.environmentAutomation.startService({ id: serviceId });
+    await isIn(ServicePhase.RUNNING);
+    const session = randomUUID();
+    await client.environments.updateEnvironment({ environmentId: id, spec: { devcontainer: { session } } });
+    await eventually(async () => {
+      const { environment: read } = await client.environments.getEnvironment({ environmentId: id });
+      const devcontainer = read?.status?.devcontainer;
+      return devcontainer?.session === session && devcontainer.phase === DevContainerPhase.RUNNING;
+    }, "the rebuild");
+    const { status: afterRebuild } = await readService(client, serviceId);
+    expect(afterRebuild).toMatchObject({ phase: ServicePhase.STOPPED, failureMessage: "" });
+    expect(await logs.read(afterRebuild?.logUrl, "?follow=false")).toContain("bye\n");
+
+    // What begins with the machine does not wait for the container.
+    await newTask(client, id, "early", [], { command: "test -e /etc/hostname && echo host" }, ["postMachineStart"]);
+    await client.environments.stopEnvironment({ environmentId: id });
+    await reaches(client, id, STOPPED);
+    await client.environments.startEnvironment({ environmentId: id });
+    await reaches(client, id, RUNNING);
+    const early = await eventually(async () => {
+      const all = await executionsOf(client, id);
+      return all.find(
+        ({ metadata, status: each }) => metadata?.startedBy === "postMachineStart" && ENDED.has(each?.phase ?? 0),
+      );
+    }, "the execution at the start of the machine");
+    expect(await logs.read(early.status?.logUrl, "?follow=false")).toBe("host\n");
   });
 
   test("a runner that is killed while it builds is followed by one that goes on, and nothing is left in the end", async () => {

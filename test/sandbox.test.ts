@@ -237,7 +237,7 @@ describe.skipIf(!hasSandbox || !isRoot)("with bubblewrap (skipped where it does 
     expect(secret.filter((path) => !has(path))).toEqual([]);
     const paths = secret.map((path) => join(berth.dataDir, path)).join(" ");
     expect(await sh(id, `for p in ${paths}; do test ! -e $p || echo $p; done; ls -A ${berth.dataDir}`)).toBe("runner");
-    expect(await sh(id, `ls -A ${berth.dataDir}/runner`)).toBe("compiled\nenvironments");
+    expect(await sh(id, `ls -A ${berth.dataDir}/runner`)).toBe("compiled\ncontainer-runtime\nenvironments");
     expect(await sh(id, `ls ${berth.dataDir}/runner/compiled || true`)).toContain("Permission denied");
     // Not even by taking the view apart.
     const apart = `unshare -Urm sh -c 'umount ${berth.dataDir}; umount -l ${berth.dataDir}; ls -A ${berth.dataDir}'`;
@@ -347,7 +347,7 @@ describe.skipIf(!hasSandbox || !isRoot)("with bubblewrap (skipped where it does 
       expect(await viewOf(late)).toEqual(await viewOf(id));
       const folders = `${berth.dataDir} ${runnerDataDir()} ${runnerDataDir()}/environments`;
       expect(await sh(late, `for each in ${folders} /tmp /var/tmp /dev/shm; do ls -A $each; done`)).toBe(
-        `runner\ncompiled\nenvironments\n${late}`,
+        `runner\ncompiled\ncontainer-runtime\nenvironments\n${late}`,
       );
       expect(await sh(late, "test -e /proc/1 || echo hidden; ls /run/berth/host || true")).toMatch(
         /^hidden\n.*Permission denied$/,

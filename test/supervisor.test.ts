@@ -38,6 +38,7 @@ describe("a supervisor process", () => {
       environmentId: config.environmentId,
       workspaceFolder: config.workspaceFolder,
       runningExecs: 0,
+      inDevContainer: 0,
       activity: undefined,
     });
     expect(liveSupervisor(config.root, config.uid)).toEqual(record);

@@ -15,6 +15,8 @@ import { loginFolder } from "./registry-logins.ts";
 // is done by the passes over the environment, which alone change what is known of it.
 
 const IMAGE_MS = 30 * 60_000;
+/** Services have two minutes to end. */
+const LEAVE_MS = 130_000;
 /** Passes, a second apart, in which an engine may not answer, or a container not come up. */
 const TRIES = { engine: 30, container: 3 };
 
@@ -34,6 +36,7 @@ export class ContainerWork implements ContainerProgress {
   #isWanted = false;
   #image: ImageTask | undefined;
   #missed = { engine: 0, container: 0 };
+  #leaveUntil: number | undefined;
   #id = "";
   #failure = "";
 
@@ -116,7 +119,7 @@ export class ContainerWork implements ContainerProgress {
     this.#image ??= await this.#begin(engine);
     const { result, failure } = this.#image;
     if (failure) await this.#fail(failure);
-    if (!result) return false;
+    if (!result || !(await this.#isLeft())) return false;
     const { image, userName, variables, warnings } = result;
     await removeContainer(engine, this.#site.id, image);
     this.#site.container.drop();
@@ -124,6 +127,13 @@ export class ContainerWork implements ContainerProgress {
       each.container = { session: this.#session, image, uid, userName, variables, warnings, restarts: [] };
     });
     return true;
+  }
+
+  /** Services and tasks in the container of before have ended; they have been told to, and may take their time. */
+  async #isLeft(): Promise<boolean> {
+    this.#leaveUntil ??= Date.now() + LEAVE_MS;
+    const state = await this.#site.supervision.client?.health().catch(() => undefined);
+    return !state?.inDevContainer || Date.now() > this.#leaveUntil;
   }
 
   async #begin(engine: ContainerEngine): Promise<ImageTask> {

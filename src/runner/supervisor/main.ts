@@ -146,6 +146,7 @@ async function serve(config: SupervisorConfig, { run, logs }: ReturnType<typeof 
       environmentId: config.environmentId,
       workspaceFolder,
       runningExecs: execs.runningCount,
+      inDevContainer: engine.inDevContainer,
       activity: engine.isAtWork ? { source: "Automations", at: new Date() } : activity.last(),
     }),
     setWorkspaceFolder: (path) => {

@@ -11,6 +11,8 @@ export interface SupervisorState {
   environmentId: string;
   workspaceFolder: string;
   runningExecs: number;
+  /** Services and tasks that are at work in the dev container. */
+  inDevContainer: number;
   /** Latest use through the operations; "now" while a command runs. */
   activity?: LastActivity;
 }

@@ -9,12 +9,11 @@ import { keyOf, type News, type Surroundings } from "./parts.ts";
 import { Records } from "./records.ts";
 import { ServiceMachine, type ServiceRecord, type ServiceWish } from "./service.ts";
 import { CONTAINER_FILE } from "./start.ts";
+import { EARLY } from "./targets.ts";
 import { type TaskRecord, TaskRun } from "./task-run.ts";
 
 // Runs the services and executions of one environment: takes what is wanted of each, and tells how each fares.
 
-/** Targets that do not wait for the dev container. */
-const EARLY = "postMachineStart";
 /** Executions that have ended and are still remembered. */
 const ENDED_KEPT = 200;
 const PRUNE_MS = 6 * 60 * 60_000;
@@ -43,6 +42,12 @@ export class AutomationEngine {
   /** Executions that run count as use of the environment. */
   get isAtWork(): boolean {
     return [...this.#executions.machines.values()].some((each) => each.isRunning);
+  }
+
+  /** Services and tasks that are at work in the dev container. */
+  get inDevContainer(): number {
+    const machines = [...this.#services.machines.values(), ...this.#tasks.runs.values()];
+    return machines.filter((each) => each.isInDevContainer).length;
   }
 
   /** The environment is up: what has waited for that may begin. */
@@ -132,14 +137,15 @@ export class AutomationEngine {
     return this.#services.machines.get(id);
   }
 
-  taskRun(step: TaskExecutionSpec_Step, { firingId, execution }: ExecutionWish): TaskRun {
+  taskRun(step: TaskExecutionSpec_Step, { firingId, execution, startedBy }: ExecutionWish): TaskRun {
     const task = step.step.case === "task" ? step.step.value : undefined;
     if (!task) throw new Error("a step without a task has no run");
     const key = keyOf(runOf(firingId, step));
     const known = this.#tasks.runs.get(key);
     if (known) return known;
     const reference = step.label;
-    const run = new TaskRun(key, { reference, executionId: execution.id, task }, this.#around, this.#tasks.records);
+    const started = { reference, executionId: execution.id, task, startedBy };
+    const run = new TaskRun(key, started, this.#around, this.#tasks.records);
     this.#tasks.runs.set(key, run);
     return run;
   }

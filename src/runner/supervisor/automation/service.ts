@@ -17,7 +17,7 @@ import { CommandProblem, endRun, endText, keyOf, outputOf, Signal, type Surround
 import type { Records } from "./records.ts";
 import { Run, type RunEnd } from "./run.ts";
 import { type AutomationCommand, forgetRun, type RunPlace, type Target } from "./start.ts";
-import { targetOf } from "./targets.ts";
+import { isOfDevContainer, targetOf } from "./targets.ts";
 
 const { STARTING, RUNNING, STOPPING, STOPPED, FAILED, DELETED } = ServicePhase;
 
@@ -36,6 +36,8 @@ export interface ServiceRecord {
   spec: string;
   spawnedAt: number;
   runningAt: number;
+  /** Trigger or person that the session was started by. */
+  startedBy?: string;
   /** Result of a stop that was under way for another reason than a wish. */
   verdict?: string;
 }
@@ -115,6 +117,12 @@ export class ServiceMachine {
     return spec?.desiredPhase === RUNNING && spec.session !== this.#record?.session;
   }
 
+  /** It is at work in the dev container. */
+  get isInDevContainer(): boolean {
+    const record = this.#record;
+    return record !== undefined && UP.has(record.phase) && isOfDevContainer(specOf(record).runsOn, record.startedBy);
+  }
+
   /** Calls back at each change; returns how to leave. */
   follow(listener: () => void): () => void {
     this.#listeners.add(listener);
@@ -190,7 +198,7 @@ export class ServiceMachine {
   }
 
   #target(record: ServiceRecord): Target {
-    return targetOf(this.#around, specOf(record).runsOn);
+    return targetOf(this.#around, specOf(record).runsOn, record.startedBy);
   }
 
   #command(record: ServiceRecord, text: string): AutomationCommand {
@@ -198,7 +206,7 @@ export class ServiceMachine {
     return { text, env: specOf(record).env, own };
   }
 
-  async #run({ service }: ServiceWish): Promise<void> {
+  async #run({ service, startedBy }: ServiceWish): Promise<void> {
     const spec = service.spec as ServiceSpec;
     const record: ServiceRecord = {
       reference: service.metadata?.reference ?? "",
@@ -210,6 +218,7 @@ export class ServiceMachine {
       spec: Buffer.from(toBinary(ServiceSpecSchema, spec)).toString("base64"),
       spawnedAt: 0,
       runningAt: 0,
+      startedBy,
     };
     this.#record = record;
     const log = this.#log(record);

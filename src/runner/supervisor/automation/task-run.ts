@@ -7,7 +7,7 @@ import type { Records } from "./records.ts";
 import { Run, type RunEnd } from "./run.ts";
 import { problemOf } from "./service.ts";
 import { forgetRun } from "./start.ts";
-import { targetOf } from "./targets.ts";
+import { isOfDevContainer, targetOf } from "./targets.ts";
 
 const { RUNNING, SUCCEEDED, FAILED, STOPPED } = TaskExecutionPhase;
 
@@ -16,6 +16,15 @@ export interface TaskRecord {
   phase: TaskExecutionPhase;
   failureMessage: string;
   output: Record<string, string>;
+}
+
+/** A task as it is run. */
+export interface StartedTask {
+  reference: string;
+  executionId: string;
+  task: TaskExecutionSpec_Task;
+  /** Trigger or person that the execution was started by. */
+  startedBy: string;
 }
 
 /** A step of an execution that waits for the run. */
@@ -37,20 +46,17 @@ export class TaskRun {
   readonly #records: Records<TaskRecord>;
   readonly #attached = new Set<Attached>();
   readonly #stop = Promise.withResolvers<"stop">();
+  readonly #task: StartedTask;
   #record: TaskRecord;
 
-  constructor(
-    key: string,
-    task: { reference: string; executionId: string; task: TaskExecutionSpec_Task },
-    around: Surroundings,
-    records: Records<TaskRecord>,
-  ) {
+  constructor(key: string, task: StartedTask, around: Surroundings, records: Records<TaskRecord>) {
     this.key = key;
+    this.#task = task;
     this.#around = around;
     this.#records = records;
     const known = records.read(key);
     this.#record = known ?? { phase: RUNNING, failureMessage: "", output: {} };
-    this.result = this.#work(task, known !== undefined).catch((error: unknown) =>
+    this.result = this.#work(known !== undefined).catch((error: unknown) =>
       this.#end(FAILED, problemOf("the command cannot be started", error)),
     );
   }
@@ -61,6 +67,12 @@ export class TaskRun {
 
   attach(step: Attached): void {
     this.#attached.add(step);
+  }
+
+  /** It is at work in the dev container. */
+  get isInDevContainer(): boolean {
+    const { task, startedBy } = this.#task;
+    return this.#record.phase === RUNNING && isOfDevContainer(task.spec?.runsOn, startedBy);
   }
 
   /** The step no longer waits. True if it was the last one that did: then the command is stopped. */
@@ -75,10 +87,8 @@ export class TaskRun {
     return join(this.#around.state, "runs", this.key);
   }
 
-  async #work(
-    { reference, executionId, task }: { reference: string; executionId: string; task: TaskExecutionSpec_Task },
-    isKnown: boolean,
-  ): Promise<TaskRecord> {
+  async #work(isKnown: boolean): Promise<TaskRecord> {
+    const { reference, executionId, task, startedBy } = this.#task;
     if (isKnown && this.#record.phase !== RUNNING) return this.#record;
     const { write: take, end: finish } = lineBatches((lines) => {
       for (const step of this.#attached) step.lines(lines);
@@ -92,7 +102,7 @@ export class TaskRun {
     this.#records.write(this.key, this.#record);
     const spec = task.spec;
     const own = { BERTH_AUTOMATION: reference, BERTH_EXECUTION_ID: executionId };
-    const target = targetOf(this.#around, spec?.runsOn);
+    const target = targetOf(this.#around, spec?.runsOn, startedBy);
     const asked = new AbortController();
     void this.#stop.promise.then(() => asked.abort());
     try {
