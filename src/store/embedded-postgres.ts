@@ -208,6 +208,7 @@ class Postmaster {
       return `taken over as process ${old}`;
     }
     const logFile = await open(join(this.#home, "postgres.log"), "w");
+    const { promise, resolve, reject } = Promise.withResolvers<string>();
     try {
       if (this.#stop.signal.aborted) return "stopped";
       // Its own session: Ctrl-C in a terminal must reach us first, Postgres stops last.
@@ -218,14 +219,15 @@ class Postmaster {
         stdio: ["ignore", logFile.fd, logFile.fd],
         env: { PATH: process.env.PATH, LC_ALL: "C" },
       });
+      // It may end before anything else happens here.
+      this.#child.once("exit", (code, signal) => resolve(String(signal ?? code)));
+      this.#child.once("error", reject);
+      promise.catch(() => undefined);
+      this.#child.unref();
     } finally {
       await logFile.close();
     }
-    this.#child.unref();
-    const { promise, resolve, reject } = Promise.withResolvers<string>();
-    this.#child.once("exit", (code, signal) => resolve(String(signal ?? code)));
-    this.#child.once("error", reject);
-    return promise;
+    return await promise;
   }
 }
 
