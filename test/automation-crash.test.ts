@@ -1,4 +1,5 @@
-import { readFile } from "node:fs/promises";
+import { chmod, mkdtemp, readFile, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, expect, test } from "vitest";
 import { ServicePhase, TaskExecutionPhase } from "../gen/gitpod/v1/environment_automation_pb.js";
@@ -7,6 +8,7 @@ import { type BerthClient, createBerthClient } from "../src/client.ts";
 import { newService, newTask, readExecution, readService, startTask } from "./harness/automations.ts";
 import { type Operations, operations, reaches, supervisorOf, sweepUp, usableClass } from "./harness/environments.ts";
 import { type Installation, startInstallation } from "./harness/installation.ts";
+import { type StandAloneRunner, startStandAloneRunner } from "./harness/stand-alone-runner.ts";
 import { eventually } from "./harness/wait.ts";
 
 // Everything that may die is killed while a service runs and a plan is in its second group.
@@ -17,21 +19,33 @@ const STEP_MS = 100;
 
 let berth: Installation;
 let client: BerthClient;
-let id: string;
+let folder: string;
+let runner: StandAloneRunner;
+/** An environment of the embedded runner, and one of a runner that is alone. */
+const ids = { embedded: "", alone: "" };
+
+async function running(classId: string): Promise<string> {
+  const { environment } = await client.environments.createEnvironment({ spec: { machine: { class: classId } } });
+  return (await reaches(client, environment?.id ?? "", EnvironmentPhase.RUNNING)).id;
+}
 
 beforeAll(async () => {
+  folder = await mkdtemp(join(tmpdir(), "berth-crash-"));
+  // Users of environments must be able to pass.
+  await chmod(folder, 0o711);
   berth = await startInstallation();
   client = createBerthClient({ baseUrl: berth.url, token: berth.adminToken });
-  const { environment } = await client.environments.createEnvironment({
-    spec: { machine: { class: await usableClass(client) } },
-  });
-  id = (await reaches(client, environment?.id ?? "", EnvironmentPhase.RUNNING)).id;
+  ids.embedded = await running(await usableClass(client));
+  runner = await startStandAloneRunner(client, berth.url, join(folder, "runner"));
+  ids.alone = await running(runner.classId);
 }, 120_000);
 
 afterAll(async () => {
+  await runner?.kill();
   await berth?.terminate();
-  await sweepUp(join(berth?.dataDir ?? "/nonexistent", "runner"));
+  for (const dataDir of [join(folder, "runner"), join(berth?.dataDir ?? folder, "runner")]) await sweepUp(dataDir);
   await berth?.[Symbol.asyncDispose]();
+  await rm(folder, { recursive: true, force: true });
 }, 120_000);
 
 const isUp = async () => (await fetch(`${berth.url}/readyz`)).status === 200;
@@ -39,9 +53,13 @@ const runnerDataDir = () => join(berth.dataDir, "runner");
 
 const victims = {
   async supervisor() {
-    const { pid } = await supervisorOf(runnerDataDir(), id);
+    const { pid } = await supervisorOf(runnerDataDir(), ids.embedded);
     process.kill(pid, "SIGKILL");
-    await eventually(async () => (await supervisorOf(runnerDataDir(), id)).pid !== pid, "another supervisor");
+    await eventually(async () => (await supervisorOf(runnerDataDir(), ids.embedded)).pid !== pid, "another supervisor");
+  },
+  async runner() {
+    await runner.kill();
+    await runner.start();
   },
   async server() {
     await berth.kill();
@@ -58,6 +76,7 @@ const victims = {
 test.each(Object.entries(victims))(
   "AUT-38 the %s is killed: services go on, and so does the plan; no step runs twice",
   async (name, kill) => {
+    const id = name === "runner" ? ids.alone : ids.embedded;
     const inside = (): Promise<Operations> =>
       eventually(() => operations(client, id), "operations", DEADLINE_MS, STEP_MS);
     const sh = async (command: string) =>

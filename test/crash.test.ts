@@ -5,7 +5,6 @@ import { join } from "node:path";
 import { Code } from "@connectrpc/connect";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { EnvironmentPhase, EnvironmentStatus_Machine_Phase as MachinePhase } from "../gen/gitpod/v1/environment_pb.js";
-import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase } from "../gen/gitpod/v1/runner_pb.js";
 import { type BerthClient, createBerthClient } from "../src/client.ts";
 import { environmentPaths } from "../src/runner/paths.ts";
@@ -23,11 +22,11 @@ import {
   sweepUp,
   usableClass,
 } from "./harness/environments.ts";
-import { freePort } from "./harness/free-port.ts";
 import { type GitServer, startGitServer } from "./harness/git-server.ts";
 import { type Installation, startInstallation } from "./harness/installation.ts";
-import { type Program, startProgram } from "./harness/program.ts";
+
 import { codeOf } from "./harness/refusal.ts";
+import { type StandAloneRunner, startStandAloneRunner } from "./harness/stand-alone-runner.ts";
 import { eventually } from "./harness/wait.ts";
 
 // Everything that may die is killed without warning, each time with environments at every point of their life.
@@ -46,9 +45,7 @@ let git: GitServer;
 let berth: Installation;
 let client: BerthClient;
 let folder: string;
-let runnerEnv: Record<string, string>;
-let runner: Program;
-let runnerId: string;
+let runner: StandAloneRunner;
 let classes: { embedded: string; alone: string };
 
 const dataDirOf = (victim: Victim) =>
@@ -68,35 +65,6 @@ async function pretendReboot(): Promise<void> {
   }
 }
 
-async function startRunner(): Promise<void> {
-  runner = startProgram(["runner"], runnerEnv);
-  await runner.says("registered with the control plane");
-}
-
-/** A second runner, which is a process of its own, beside the embedded one. */
-async function addRunner(): Promise<void> {
-  const made = await client.runners.createRunner({ name: "Alone", provider: RunnerProvider.LINUX_HOST });
-  runnerId = made.runner?.runnerId ?? "";
-  await client.runnerConfiguration.createEnvironmentClass({
-    runnerId,
-    displayName: "Small",
-    description: "Of this test",
-    configuration: [
-      { key: "cpu", value: "1" },
-      { key: "memory", value: "1024" },
-    ],
-  });
-  runnerEnv = {
-    BERTH_RUNNER_API_URL: berth.url,
-    BERTH_RUNNER_EXCHANGE_TOKEN: made.exchangeToken,
-    BERTH_RUNNER_DATA_DIR: join(folder, "runner"),
-    BERTH_RUNNER_PORT: String(await freePort()),
-    BERTH_SCM_ALLOW_HOSTS: git.host,
-    BERTH_GIT_SCHEMES: "http",
-  };
-  await startRunner();
-}
-
 beforeAll(async () => {
   folder = await mkdtemp(join(tmpdir(), "berth-crash-"));
   // Users of environments must be able to pass.
@@ -110,12 +78,15 @@ beforeAll(async () => {
   });
   client = createBerthClient({ baseUrl: berth.url, token: berth.adminToken });
   const embedded = await usableClass(client);
-  await addRunner();
-  classes = { embedded, alone: await usableClass(client, runnerId) };
+  runner = await startStandAloneRunner(client, berth.url, join(folder, "runner"), {
+    BERTH_SCM_ALLOW_HOSTS: git.host,
+    BERTH_GIT_SCHEMES: "http",
+  });
+  classes = { embedded, alone: runner.classId };
 });
 
 afterAll(async () => {
-  await runner?.[Symbol.asyncDispose]();
+  await runner?.kill();
   await berth?.terminate();
   await git?.close();
   for (const dataDir of [join(folder, "runner"), join(berth?.dataDir ?? folder, "runner")]) await sweepUp(dataDir);
@@ -167,9 +138,9 @@ const victims: Victim[] = [
     name: "a runner that is alone",
     runner: "alone",
     async kill() {
-      await runner[Symbol.asyncDispose]();
+      await runner.kill();
     },
-    restart: startRunner,
+    restart: () => runner.start(),
     remembers: false,
     works: true,
     takesProcesses: false,
@@ -189,11 +160,11 @@ const victims: Victim[] = [
     name: "the host, which starts again,",
     runner: "alone",
     async kill(ids) {
-      await runner[Symbol.asyncDispose]();
+      await runner.kill();
       for (const id of ids) await killProcessesOf(id);
       await pretendReboot();
     },
-    restart: startRunner,
+    restart: () => runner.start(),
     remembers: false,
     works: true,
     takesProcesses: true,
@@ -416,8 +387,8 @@ test("ENV-23 ENV-24 a runner goes offline with its environments running, and com
   await reaches(client, stopped, EnvironmentPhase.STOPPED);
   const before = await processesOf(steady);
 
-  runner.send("SIGTERM");
-  expect(await runner.ended()).toBe(0);
+  expect(await runner.stop()).toBe(0);
+  const { runnerId } = runner;
   expect((await client.runners.getRunner({ runnerId })).runner?.status?.phase).toBe(RunnerPhase.INACTIVE);
   for (const id of [steady, deleted, forced]) expect(await processesOf(id)).not.toEqual([]);
   const refused = { code: Code.FailedPrecondition };
@@ -438,7 +409,7 @@ test("ENV-23 ENV-24 a runner goes offline with its environments running, and com
   expect(unreachable.environmentUrls?.ops).not.toBe("");
   expect(await phaseOf(deleted)).toBe(EnvironmentPhase.STOPPING);
 
-  await startRunner();
+  await runner.start();
   await reaches(client, deleted, EnvironmentPhase.DELETED);
   for (const id of [deleted, forced]) await isGone(dataDir, id);
   const reachable = await eventually(async () => {
