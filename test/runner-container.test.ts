@@ -445,7 +445,7 @@ describe.skipIf(missing)(`dev containers in containers${missing ? ` (${missing})
     expect(stdout).toContain((await (await fetch(url)).text()).replace("from ", ""));
 
     const commands = {
-      start: "trap 'sleep 1; echo bye; exit 0' TERM; echo up >/tmp/up; while :; do sleep 0.1; done",
+      start: "trap 'sleep 1; rm /tmp/up; echo bye; exit 0' TERM; echo up >/tmp/up; while :; do sleep 0.1; done",
       ready: "test -e /tmp/up",
     };
     const { id: serviceId } = await newService(client, id, "service", { commands });

@@ -86,7 +86,16 @@ export async function startTestPlane(
     planes.push(plane);
     return plane;
   };
-  const plane = await start();
+  const cleanUp = async () => {
+    await Promise.all(planes.map((each) => each.stop()));
+    await maintenance.write.unsafe(`drop database ${name} with (force)`);
+    await maintenance.close();
+    await rm(dataDir, { recursive: true, force: true });
+  };
+  const plane = await start().catch(async (error: unknown) => {
+    await cleanUp();
+    throw error;
+  });
   const client = (token: string) => createBerthClient({ baseUrl: plane.server.url, token });
   const admin = client(adminToken);
   const { organizationId } = await admin.identity.getAuthenticatedIdentity({});
@@ -134,12 +143,7 @@ export async function startTestPlane(
     },
     addUser,
     replica: start,
-    async [Symbol.asyncDispose]() {
-      await Promise.all(planes.map((each) => each.stop()));
-      await maintenance.write.unsafe(`drop database ${name} with (force)`);
-      await maintenance.close();
-      await rm(dataDir, { recursive: true, force: true });
-    },
+    [Symbol.asyncDispose]: cleanUp,
   };
 }
 

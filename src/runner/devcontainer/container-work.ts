@@ -133,7 +133,7 @@ export class ContainerWork implements ContainerProgress {
   async #isLeft(): Promise<boolean> {
     this.#leaveUntil ??= Date.now() + LEAVE_MS;
     const state = await this.#site.supervision.client?.health().catch(() => undefined);
-    return !state?.inDevContainer || Date.now() > this.#leaveUntil;
+    return (state !== undefined && !state.inDevContainer) || Date.now() > this.#leaveUntil;
   }
 
   async #begin(engine: ContainerEngine): Promise<ImageTask> {
