@@ -8,7 +8,6 @@ import { timestampMs } from "@bufbuild/protobuf/wkt";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { EnvironmentPhase } from "../gen/gitpod/v1/environment_pb.js";
 import { ResourceType } from "../gen/gitpod/v1/event_pb.js";
-import { RunnerProvider } from "../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase } from "../gen/gitpod/v1/runner_pb.js";
 import { type BerthClient, createBerthClient } from "../src/client.ts";
 import {
@@ -19,11 +18,11 @@ import {
   processesOf,
   reaches,
   sweepUp,
-  usableClass,
 } from "./harness/environments.ts";
 import { freePort } from "./harness/free-port.ts";
 import { type GitServer, startGitServer } from "./harness/git-server.ts";
 import { createDatabase, type Program, startProgram, type TestDatabase } from "./harness/program.ts";
+import { type StandAloneRunner, startStandAloneRunner } from "./harness/stand-alone-runner.ts";
 import { eventually } from "./harness/wait.ts";
 
 // Two control planes on one database, as processes, and a runner that reaches whichever of them it is let to.
@@ -94,7 +93,7 @@ let database: TestDatabase;
 let git: GitServer;
 let proxy: Proxy;
 let replicas: readonly [Replica, Replica];
-let runner: Program;
+let runner: StandAloneRunner;
 let token: string;
 
 const runnerData = () => join(folder, "runner");
@@ -115,31 +114,6 @@ async function startReplica(name: string, masterKey: string): Promise<Replica> {
   return { program, port, url: `http://127.0.0.1:${port}` };
 }
 
-/** Makes a runner and a class through the API, and starts its process behind the proxy. */
-async function startRunner(admin: BerthClient): Promise<{ runnerId: string; classId: string }> {
-  const made = await admin.runners.createRunner({ name: "Shared", provider: RunnerProvider.LINUX_HOST });
-  const runnerId = made.runner?.runnerId ?? "";
-  await admin.runnerConfiguration.createEnvironmentClass({
-    runnerId,
-    displayName: "Small",
-    description: "Of this test",
-    configuration: [
-      { key: "cpu", value: "1" },
-      { key: "memory", value: "1024" },
-    ],
-  });
-  runner = startProgram(["runner"], {
-    BERTH_RUNNER_API_URL: `http://127.0.0.1:${proxy.port}`,
-    BERTH_RUNNER_EXCHANGE_TOKEN: made.exchangeToken,
-    BERTH_RUNNER_DATA_DIR: runnerData(),
-    BERTH_RUNNER_PORT: String(await freePort()),
-    BERTH_SCM_ALLOW_HOSTS: git.host,
-    BERTH_GIT_SCHEMES: "http",
-  });
-  await runner.says("registered with the control plane");
-  return { runnerId, classId: await usableClass(admin, runnerId) };
-}
-
 beforeAll(async () => {
   folder = await mkdtemp(join(tmpdir(), "berth-replicas-"));
   // Users of environments must be able to pass.
@@ -154,7 +128,7 @@ beforeAll(async () => {
 });
 
 afterAll(async () => {
-  await runner?.[Symbol.asyncDispose]();
+  await runner?.kill();
   for (const replica of replicas ?? []) await replica.program[Symbol.asyncDispose]();
   await proxy?.close();
   await git?.close();
@@ -189,7 +163,12 @@ describe("one runner behind two replicas", () => {
     const [first, second] = replicas;
     [a, b] = [client(first), client(second)];
     proxy.pointTo(first.port);
-    ({ runnerId, classId } = await startRunner(a));
+    // Behind the proxy.
+    runner = await startStandAloneRunner(a, `http://127.0.0.1:${proxy.port}`, runnerData(), {
+      BERTH_SCM_ALLOW_HOSTS: git.host,
+      BERTH_GIT_SCHEMES: "http",
+    });
+    ({ runnerId, classId } = runner);
   });
 
   test("a change made through one replica is seen by a stream of the other within two seconds, both ways", async () => {
@@ -299,8 +278,7 @@ describe("one runner behind two replicas", () => {
 
     for (const id of [steady, stopping, created]) await b.environments.deleteEnvironment({ environmentId: id });
     for (const id of [steady, stopping, created]) await isGone(runnerData(), id);
-    runner.send("SIGTERM");
-    expect(await runner.ended()).toBe(0);
+    expect(await runner.stop()).toBe(0);
     second.program.send("SIGTERM");
     expect(await second.program.ended()).toBe(0);
   });

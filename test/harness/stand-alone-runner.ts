@@ -9,6 +9,8 @@ export interface StandAloneRunner {
   runnerId: string;
   /** A class of its environments. */
   classId: string;
+  /** What it has printed since it was started last. */
+  output(): string;
   kill(): Promise<void>;
   /** Ends it in order; resolves with its exit code. */
   stop(): Promise<number | null>;
@@ -50,6 +52,7 @@ export async function startStandAloneRunner(
   const classId = await usableClass(client, runnerId);
   return {
     ...{ runnerId, classId, start },
+    output: () => program?.output() ?? "",
     kill: async () => await program?.[Symbol.asyncDispose](),
     async stop() {
       program?.send("SIGTERM");

@@ -1,4 +1,4 @@
-import { accessSync, constants, existsSync, mkdirSync, readSync, rmSync, statSync } from "node:fs";
+import { existsSync, mkdirSync, readSync, rmSync, statSync } from "node:fs";
 import { createServer } from "node:http";
 import { flushCompileCache } from "node:module";
 import { join } from "node:path";
@@ -24,6 +24,7 @@ import { controlHandler, isControl } from "./private-http.ts";
 import { dropPrivileges } from "./privileges.ts";
 import { ProcessEnvironment } from "./process-environment.ts";
 import { readProcess, terminateSession } from "./processes.ts";
+import { isProgram } from "./programs.ts";
 import { liveSupervisor, writeSupervisorRecord } from "./record.ts";
 import { listenExclusively, SocketInUseError } from "./socket.ts";
 import { CLOSE_GRACE_MS } from "./terminal.ts";
@@ -71,14 +72,7 @@ function trustedConfig(path: string | undefined): SupervisorConfig {
 }
 
 /** In a container there may be no other shell than the one that every system has. */
-function usableShell({ shell }: SupervisorConfig): string {
-  try {
-    accessSync(shell, constants.X_OK);
-    return shell;
-  } catch {
-    return "/bin/sh";
-  }
-}
+const usableShell = ({ shell }: SupervisorConfig): string => (isProgram(shell) ? shell : "/bin/sh");
 
 /** How commands get into the dev container; undefined where it is the host, empty while there is no container. */
 function entranceOf(root: string): string | undefined {
