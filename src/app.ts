@@ -6,7 +6,7 @@ import { databaseRefusal, isConflict } from "./domain/errors.ts";
 import type { Caller } from "./domain/principal.ts";
 import { type TokenKind, tokenText } from "./domain/tokens.ts";
 import type { Guard } from "./scm/guard.ts";
-import type { Db, Tx, Work } from "./store/db.ts";
+import type { Db, Sql, Tx, Work } from "./store/db.ts";
 import { type EventHub, runnerTopic, Topic } from "./store/hub.ts";
 import type { Actor, Attribution, Change } from "./store/record.ts";
 import type { StoredRunner } from "./store/runners.ts";
@@ -111,28 +111,49 @@ export function pacer(intervalMs: number) {
 const ATTEMPTS = 5;
 const RETRY_MS = 10;
 
+/** Runs what lost against another transaction (deadlock, serialization) again a few times, then ABORTED. */
+async function retried<T>(app: App, attempt: () => Promise<T>): Promise<T> {
+  for (let count = 1; ; count++) {
+    try {
+      return await attempt();
+    } catch (error) {
+      if (!isConflict(error) || count === ATTEMPTS) throw databaseRefusal(error) ?? error;
+      const [jitter = 0] = app.random(1);
+      await delay(RETRY_MS * 2 ** count * (0.5 + jitter / 255));
+    }
+  }
+}
+
 /**
  * Runs a transaction and, once it has committed, wakes whoever waits for its events and for changes of these runners.
- * A transaction that lost against another one (deadlock, serialization) runs again a few times, then ABORTED: `work`
- * must have no effects outside of it. For `last` and `crowd` see `Db.begin`.
+ * One that lost against another runs again: `work` must have no effects outside of it. For `last` and `crowd` see
+ * `Db.begin`.
  */
-export async function transact<T>(
+export function transact<T>(
   app: App,
   work: (tx: Tx, touched: (runnerId: string) => void, last: Parameters<Work<T>>[1]) => Promise<T>,
   crowd?: string,
 ): Promise<T> {
-  for (let attempt = 1; ; attempt++) {
+  return retried(app, async () => {
     const runners = new Set<string>();
-    try {
-      const result = await app.db.begin((tx, last) => work(tx, (runnerId) => runners.add(runnerId), last), crowd);
-      app.hub.wake(Topic.EVENTS, ...[...runners].map(runnerTopic));
-      return result as T;
-    } catch (error) {
-      if (!isConflict(error) || attempt === ATTEMPTS) throw databaseRefusal(error) ?? error;
-      const [jitter = 0] = app.random(1);
-      await delay(RETRY_MS * 2 ** attempt * (0.5 + jitter / 255));
-    }
-  }
+    const result = await app.db.begin((tx, last) => work(tx, (runnerId) => runners.add(runnerId), last), crowd);
+    app.hub.wake(Topic.EVENTS, ...[...runners].map(runnerTopic));
+    return result as T;
+  });
+}
+
+/** As `transact`, for one statement, whose answer is undefined if it has changed nothing, about one runner. */
+export function transactOnce<T>(
+  app: App,
+  statement: (sql: Sql) => Promise<T | undefined>,
+  runnerId: string,
+  crowd?: string,
+): Promise<T | undefined> {
+  return retried(app, async () => {
+    const result = await app.db.once(statement, crowd);
+    if (result !== undefined) app.hub.wake(Topic.EVENTS, runnerTopic(runnerId));
+    return result;
+  });
 }
 
 /** As `transact`, for what may change the secrets of environments: those that run are told once it has committed. */

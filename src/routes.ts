@@ -4,7 +4,11 @@ import { RunnerControlService } from "../gen/berth/runner/v1/runner_control_pb.j
 import { AccountService } from "../gen/gitpod/v1/account_pb.js";
 import { EditorService } from "../gen/gitpod/v1/editor_pb.js";
 import { EnvironmentAutomationService } from "../gen/gitpod/v1/environment_automation_pb.js";
-import { EnvironmentService, type GetEnvironmentRequest } from "../gen/gitpod/v1/environment_pb.js";
+import {
+  type CreateEnvironmentRequest,
+  EnvironmentService,
+  type GetEnvironmentRequest,
+} from "../gen/gitpod/v1/environment_pb.js";
 import { EventService } from "../gen/gitpod/v1/event_pb.js";
 import { GatewayService } from "../gen/gitpod/v1/gateway_pb.js";
 import { GroupService } from "../gen/gitpod/v1/group_pb.js";
@@ -21,6 +25,7 @@ import type { App } from "./app.ts";
 import { accountService } from "./services/account.ts";
 import { automationService } from "./services/automation.ts";
 import { editorService } from "./services/editor.ts";
+import { besideCreateEnvironment } from "./services/environment/create.ts";
 import { besideGetEnvironment } from "./services/environment/read.ts";
 import { environmentService } from "./services/environment.ts";
 import { eventService } from "./services/event.ts";
@@ -62,6 +67,10 @@ export const services = [
 /** What RPCs that are called most read along with the credential of their caller. */
 export const besides = new Map<DescMethod, (request: Message) => Beside | undefined>([
   [EnvironmentService.method.getEnvironment, (request) => besideGetEnvironment(request as GetEnvironmentRequest)],
+  [
+    EnvironmentService.method.createEnvironment,
+    (request) => besideCreateEnvironment(request as CreateEnvironmentRequest),
+  ],
 ]);
 
 /** Their implementations; one of which nothing is built yet is absent, and its RPCs answer UNIMPLEMENTED. */

@@ -41,7 +41,7 @@ export async function create(bench: Bench): Promise<Row[]> {
   const sql = await sqlGenerator(stage.databaseUrl);
   bench.after(() => sql.stop());
   const creatorIds = people.map((each) => each.id);
-  const runnerIds = places.map((each) => each.runnerId);
+  const classIds = places.map((each) => each.classId);
   // People have few environments; without this every creation would count more of them than the one before.
   const cleared = async (rate: Promise<number>) => {
     const perSecond = await rate;
@@ -61,7 +61,7 @@ export async function create(bench: Bench): Promise<Row[]> {
   const insertion = { templateId: stage.environment.id, clients: CLIENTS, ms: bench.ms };
   const rounds = await interleavedWarm<"floor" | "insert" | "spread" | "same", number>(bench.rounds, {
     floor: () => cleared(sql.run({ statement, clients: CLIENTS, transactions: FLOOR_TRANSACTIONS })),
-    insert: () => cleared(stage.plane.call("insert", { ...insertion, creatorIds, runnerIds })),
+    insert: () => cleared(stage.plane.call("insert", { ...insertion, creatorIds, classIds })),
     spread: () => cleared(calls(PLACES)),
     same: () => cleared(calls(1)),
   });

@@ -3,13 +3,19 @@ import { create } from "@bufbuild/protobuf";
 import { pino } from "pino";
 import { register } from "prom-client";
 import { v7 as uuidv7 } from "uuid";
-import { EnvironmentMetadataSchema } from "../../gen/gitpod/v1/environment_pb.js";
+import {
+  EnvironmentMetadataSchema,
+  EnvironmentSpec_MachineSchema,
+  EnvironmentSpecSchema,
+} from "../../gen/gitpod/v1/environment_pb.js";
 import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js";
 import { Principal, SubjectSchema } from "../../gen/gitpod/v1/identity_pb.js";
 import type { App } from "../../src/app.ts";
 import { readServerConfig } from "../../src/config.ts";
 import { startControlPlane } from "../../src/control-plane.ts";
-import { insertEnvironment, lockEnvironment } from "../../src/store/environments.ts";
+import type { Caller } from "../../src/domain/principal.ts";
+import { insertEnvironment, readBasis } from "../../src/store/creation.ts";
+import { lockEnvironment } from "../../src/store/environments.ts";
 import { Topic } from "../../src/store/hub.ts";
 import { record } from "../../src/store/record.ts";
 import { monotonicMs } from "./clock.ts";
@@ -26,7 +32,8 @@ export interface Insertion {
   /** Environment to copy. */
   templateId: string;
   creatorIds: readonly string[];
-  runnerIds: readonly string[];
+  /** Classes, each on a runner of its own. */
+  classIds: readonly string[];
   clients: number;
   ms: number;
 }
@@ -55,29 +62,47 @@ async function failures(): Promise<number> {
 }
 
 async function insert({ db }: App, insertion: Insertion): Promise<number> {
-  const { templateId, creatorIds, runnerIds, clients, ms } = insertion;
+  const { templateId, creatorIds, classIds, clients, ms } = insertion;
   const template = await db.begin((tx) => lockEnvironment(tx, templateId));
   if (!template) throw new Error("the environment to copy is gone");
+  const { organizationId } = template;
   let done = 0;
-  const from = performance.now();
   const client = async (index: number) => {
-    const creatorId = creatorIds[index % creatorIds.length] ?? "";
-    const actor = { id: creatorId, principal: Principal.USER, tokenId: null };
-    const creator = create(SubjectSchema, { id: creatorId, principal: Principal.USER });
-    const runnerId = runnerIds[index % runnerIds.length] ?? "";
-    while (performance.now() - from < ms) {
+    const id = creatorIds[index % creatorIds.length] ?? "";
+    const classId = classIds[index % classIds.length] ?? "";
+    const actor = { id, principal: Principal.USER, tokenId: null };
+    // Whoever it is has been found to be allowed to.
+    const caller = { ...actor, organizationId, orgAdmin: true } as unknown as Caller;
+    const { localRunners, found } = await readBasis(db.point, caller, [classId, [], null], new Date());
+    if (!found) throw new Error("the class is gone");
+    const { runnerId } = found.environmentClass.message;
+    const creator = create(SubjectSchema, { id, principal: Principal.USER });
+    const spec = create(EnvironmentSpecSchema, {
+      ...template.spec,
+      machine: create(EnvironmentSpec_MachineSchema, { class: classId }),
+    });
+    return async () => {
+      const at = new Date();
       const metadata = create(EnvironmentMetadataSchema, {
         ...template.metadata,
-        creator,
-        runnerId,
-        sessionId: uuidv7(),
+        ...{ creator, runnerId, sessionId: uuidv7() },
       });
-      const state = { ...template, id: uuidv7(), metadata };
-      await db.begin((tx) => insertEnvironment(tx, state, actor, uuidv7(), new Date()));
+      const state = { ...template, id: uuidv7(), metadata, spec };
+      const conditions = { ...{ caller, projectId: "", runnerId, localRunners, most: 0, mostRunning: 0 }, hosts: [] };
+      const by = { actor, auditId: uuidv7() };
+      const isStored = await db.once((sql) =>
+        insertEnvironment(sql, state, { ...conditions, inputs: found.inputs, at }, by),
+      );
+      if (!isStored) throw new Error("an environment was not stored");
       done += 1;
-    }
+    };
   };
-  await Promise.all(Array.from({ length: clients }, (_each, index) => client(index)));
+  const all = await Promise.all(Array.from({ length: clients }, (_each, index) => client(index)));
+  const from = performance.now();
+  const repeated = async (step: () => Promise<void>) => {
+    while (performance.now() - from < ms) await step();
+  };
+  await Promise.all(all.map(repeated));
   return done / ((performance.now() - from) / 1000);
 }
 

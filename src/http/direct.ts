@@ -35,7 +35,7 @@ const ENVELOPE_BYTES = 5;
 // A body in envelopes holds that of the message, and perhaps another one that says that this was all.
 const ENVELOPES_BYTES = 1024;
 // Largest body that is read before the caller is known, where that saves a way to the database.
-const PEEK_BYTES = 512;
+const PEEK_BYTES = 8 * 1024;
 const COMPRESSED_FLAG = 1;
 const NEWLINE = Buffer.from("\n");
 
@@ -195,7 +195,7 @@ class DirectCall implements Outlet {
     return this.#message();
   }
 
-  /** Nobody needs a credential for what this costs. */
+  /** Asked for nobody but callers whose credential was good the last time. */
   async #peek(): Promise<Message | undefined> {
     const length = Number(this.#exchange.request.headers["content-length"]);
     return length <= PEEK_BYTES ? this.#message().catch(() => undefined) : undefined;

@@ -31,7 +31,7 @@ import { policyRefusal } from "../domain/policies.ts";
 import type { Caller } from "../domain/principal.ts";
 import { TokenKind } from "../domain/tokens.ts";
 import { currentSecrets } from "../environment-secrets.ts";
-import { principal } from "../rpc/authenticate.ts";
+import { principal, readBeside } from "../rpc/authenticate.ts";
 import type { Tx } from "../store/db.ts";
 import {
   countEnvironments,
@@ -170,7 +170,7 @@ export function environmentService(
     listEnvironments: (req, context) => list(app, principal(context), req),
     listEnvironmentClasses,
     async createEnvironment(req, context) {
-      return { environment: await createEnvironment(app, principal(context), req) };
+      return { environment: await createEnvironment(app, principal(context), req, readBeside(context)) };
     },
     async createEnvironmentFromProject(req, context) {
       return { environment: await createEnvironmentFromProject(app, principal(context), req) };

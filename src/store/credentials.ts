@@ -57,15 +57,22 @@ export type Credential =
     }
   | { state: "expired" | "unknown" };
 
+type Value = string | readonly string[] | null;
+
 /**
- * A query for at most one row that a caller wants next, by the id of something, to be read along with the credential. Its
- * columns must have names that those of credentials have not; all of them are null if there is no row.
+ * A query for at most one row that a caller wants next, by some values of its request, to be read along with the
+ * credential. Its columns must have names that those of credentials have not; all of them are null if there is no row.
  */
-export type BesideQuery = (sql: Sql, caller: Caller, id: string) => Fragment;
+export type BesideQuery<Values extends readonly Value[]> = (
+  sql: Sql,
+  caller: Caller,
+  values: Values,
+  now: Date,
+) => Fragment;
 
 export interface Beside {
-  query: BesideQuery;
-  id: string;
+  query: BesideQuery<never>;
+  values: readonly Value[];
 }
 
 /** Where the owners of credentials are, and what is told of them there; with columns in the same order for each kind. */
@@ -179,10 +186,15 @@ const isSame = (one: Caller, other: Caller) =>
 
 // Stand in statements for what differs from call to call.
 const NOW = new Date(0);
-const ID = new String("id") as string;
+const PLACES: readonly Value[] = Array.from({ length: 4 }, (_each, index) => new String(index) as string);
 
-function filledIn({ text, parameters }: Statement, now: Date, id = ""): Statement {
-  return { text, parameters: parameters.map((each) => (each === NOW ? now : each === ID ? id : each)) };
+function filledIn({ text, parameters }: Statement, now: Date, values: readonly Value[] = []): Statement {
+  const filled = parameters.map((each) => {
+    if (each === NOW) return now;
+    const place = each instanceof String ? PLACES.indexOf(each as string) : -1;
+    return place < 0 ? each : values[place];
+  });
+  return { text, parameters: filled };
 }
 
 /** For whom a token stood last, with the statements that look it up again. */
@@ -190,7 +202,7 @@ class Guess {
   readonly caller: Caller;
   readonly #lookUp: Fragment;
   readonly #statement: Statement;
-  readonly #withBeside = new Map<BesideQuery, Statement>();
+  readonly #withBeside = new Map<Beside["query"], Statement>();
 
   constructor(caller: Caller, lookUp: Fragment) {
     this.caller = caller;
@@ -201,13 +213,14 @@ class Guess {
   statement(beside: Beside | undefined, now: Date): Statement {
     if (!beside) return filledIn(this.#statement, now);
     const known = this.#withBeside.get(beside.query);
-    if (known) return filledIn(known, now, beside.id);
-    const query = beside.query(pieces, this.caller, ID);
+    if (known) return filledIn(known, now, beside.values);
+    const places = PLACES.slice(0, beside.values.length);
+    const query = beside.query(pieces, this.caller, places as never, NOW);
     const made = assemble(
       pieces`select * from (${this.#lookUp}) credential left join lateral (${query}) beside on true`,
     );
     this.#withBeside.set(beside.query, made);
-    return filledIn(made, now, beside.id);
+    return filledIn(made, now, beside.values);
   }
 }
 

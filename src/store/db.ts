@@ -29,6 +29,8 @@ export interface Db {
    * that nobody else has to wait behind all of them.
    */
   begin<T>(work: Work<T>, crowd?: string): Promise<T>;
+  /** As `begin`, for one statement that is all of the transaction and commits with it. */
+  once<T>(statement: (sql: Sql) => Promise<T>, crowd?: string): Promise<T>;
   /**
    * Listens on a channel until it is ended, over lost connections too. `restarted` is called whenever listening begins:
    * what was notified before is lost. Rejects if the first attempt fails.
@@ -212,6 +214,10 @@ class Session {
     return this.#sql.unsafe("begin");
   }
 
+  once<T>(statement: (sql: Sql) => Promise<T>): Promise<T> {
+    return statement(this.#sql);
+  }
+
   /** Runs `work` in the transaction that has begun, and ends it. */
   async run<T>(work: Work<T>): Promise<T> {
     let isOver = false;
@@ -276,18 +282,44 @@ class Sessions {
     this.#open = open;
   }
 
-  async begin<T>(work: Work<T>, crowd?: string): Promise<T> {
+  begin<T>(work: Work<T>, crowd?: string): Promise<T> {
+    return this.#with(
+      () => this.#begun(),
+      (session) => session.run(work),
+      crowd,
+    );
+  }
+
+  once<T>(statement: (sql: Sql) => Promise<T>, crowd?: string): Promise<T> {
+    return this.#with(
+      async () => this.#fresh(),
+      (session) => session.once(statement),
+      crowd,
+    );
+  }
+
+  async #with<T>(
+    take: () => Promise<Session>,
+    work: (session: Session) => Promise<T>,
+    crowd: string | undefined,
+  ): Promise<T> {
     await this.#turn(crowd);
     let session: Session | undefined;
     try {
-      session = await this.#begun();
-      return await session.run(work);
+      session = await take();
+      return await work(session);
     } finally {
       if (session && !session.isLost && !this.#ended) this.#idle.push(session);
       else void session?.end();
       this.#count(crowd, -1);
       this.#startNext();
     }
+  }
+
+  /** One that is not known to be lost. */
+  #fresh(): Session {
+    for (let session = this.#idle.pop(); session; session = this.#idle.pop()) if (!session.isLost) return session;
+    return new Session(this.#open);
   }
 
   /** Waits until fewer than the allowed number of transactions run, in the order of asking. */
@@ -436,6 +468,7 @@ export function openDb(url: string): Db {
       return list.sql;
     },
     begin: (work, crowd) => sessions.begin(work, crowd),
+    once: (statement, crowd) => sessions.once(statement, crowd),
     async listen(channel, handlers) {
       const listener = new Listener(channel);
       const open = (heard: (payload: string) => void, onclose: () => void) =>

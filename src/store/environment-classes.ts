@@ -12,44 +12,53 @@ import type { Caller } from "../domain/principal.ts";
 import { administersRunner, readsClass, usesRunner } from "./access.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
 import { type Change, recorded } from "./record.ts";
-import { assemble, pieces, run } from "./statement.ts";
 
-/** A class with what its runner and the caller's roles allow. */
-export interface StoredClass {
+/** A class for environments that the caller wants to make, with what its runner and the caller's roles allow. */
+export interface UsableClass {
   message: EnvironmentClass;
   organizationId: string;
   /** The configuration satisfies the runner's schema. */
   fits: boolean;
-  administers: boolean;
   uses: boolean;
   runnerPhase: RunnerPhase;
   runnerKind: RunnerKind;
   maxEnvironments?: number;
 }
 
-interface ClassRow {
+/** A class, and whether the caller may change it. */
+export interface StoredClass extends UsableClass {
+  administers: boolean;
+}
+
+export interface UsableClassRow {
   message: Uint8Array;
   organization_id: string;
   fits: boolean;
-  administers: boolean;
   uses: boolean;
   runner_phase: RunnerPhase;
   runner_kind: RunnerKind;
   max_environments: number | null;
 }
 
-const columns = (
-  sql: Sql | Tx,
-  caller: Caller,
-) => sql`c.message, c.organization_id, c.fits, r.phase as runner_phase, r.kind as runner_kind,
-  r.max_environments, ${administersRunner(sql, caller)} as administers, ${usesRunner(sql, caller)} as uses`;
+/** Columns of a class `c` and its runner `r`, without `uses`. */
+const columns = (sql: Sql | Tx) =>
+  sql`c.message, c.organization_id, c.fits, r.phase as runner_phase, r.kind as runner_kind, r.max_environments`;
 
-function toClass(row: ClassRow): StoredClass {
+/**
+ * Query for a class, as a caller sees it who wants to make an environment of it, with more `columns`, about class `c`
+ * and its runner `r`. Whoever may use a runner may read its classes, which is asked first: it is asked in any case.
+ */
+export const usableClassQuery = (sql: Sql | Tx, caller: Caller, id: string | null, more: Fragment): Fragment => sql`
+  select ${columns(sql)}, role.uses, ${more} from environment_classes c join runners r on r.id = c.runner_id
+    cross join lateral (select ${usesRunner(sql, caller)} as uses offset 0) role
+  where c.id = ${id} and r.organization_id = ${caller.organizationId}
+    and (role.uses and r.deleted_at is null or ${readsClass(sql, caller)})`;
+
+export function toUsableClass(row: UsableClassRow): UsableClass {
   return {
     message: fromBinary(EnvironmentClassSchema, row.message),
     organizationId: row.organization_id,
     fits: row.fits,
-    administers: row.administers,
     uses: row.uses,
     runnerPhase: row.runner_phase,
     runnerKind: row.runner_kind,
@@ -75,26 +84,14 @@ export async function updateClass(tx: Tx, message: EnvironmentClass): Promise<vo
     where id = ${message.id}`;
 }
 
-async function readClass(sql: Sql | Tx, caller: Caller, id: string, locking: Fragment): Promise<StoredClass> {
-  const query = pieces`
-    select ${columns(pieces, caller)} from environment_classes c join runners r on r.id = c.runner_id
-    where c.id = ${id} and ${readsClass(pieces, caller)} ${locking}`;
-  const [row] = await run<ClassRow>(sql, assemble(query));
-  if (!row) throw notFound("environment class", id);
-  return toClass(row);
-}
-
 /** A class that the caller may read; NOT_FOUND otherwise. */
 export async function getClass(sql: Sql | Tx, caller: Caller, id: string, lock = false): Promise<StoredClass> {
-  return readClass(sql, caller, id, lock ? pieces`for update of c` : pieces``);
-}
-
-/**
- * As `getClass`, and holds its runner until the transaction ends: it cannot go, and nobody else can create or start an
- * environment on it.
- */
-export async function getClassHoldingRunner(tx: Tx, caller: Caller, id: string): Promise<StoredClass> {
-  return readClass(tx, caller, id, pieces`for no key update of r`);
+  const [row] = await sql<(UsableClassRow & { administers: boolean })[]>`
+    select ${columns(sql)}, ${administersRunner(sql, caller)} as administers, ${usesRunner(sql, caller)} as uses
+    from environment_classes c join runners r on r.id = c.runner_id
+    where c.id = ${id} and ${readsClass(sql, caller)} ${lock ? sql`for update of c` : sql``}`;
+  if (!row) throw notFound("environment class", id);
+  return { ...toUsableClass(row), administers: row.administers };
 }
 
 /** Throws NOT_FOUND unless the caller may read all of these classes; they cannot go until the transaction ends. */

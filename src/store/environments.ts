@@ -36,8 +36,8 @@ import { followEnvironment } from "./automation/environment.ts";
 import type { Firing } from "./automation/triggers.ts";
 import { conjunction, containing, oneOf } from "./conditions.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
-import { ranProject, usedProject } from "./project-usage.ts";
-import { type Actor, type Attribution, recorded } from "./record.ts";
+import { ranProject } from "./project-usage.ts";
+import { type Attribution, recorded } from "./record.ts";
 import { revised } from "./runners.ts";
 import { assemble, pieces, run } from "./statement.ts";
 
@@ -88,7 +88,7 @@ const DATES = [
   "runnerBackSince",
 ] as const satisfies (keyof EnvironmentFacts)[];
 
-function encodeFacts(facts: EnvironmentFacts): string {
+export function encodeFacts(facts: EnvironmentFacts): string {
   const urls = facts.reportedUrls && toJsonString(EnvironmentStatus_EnvironmentURLsSchema, facts.reportedUrls);
   return JSON.stringify({ ...facts, reportedUrls: urls });
 }
@@ -105,7 +105,7 @@ function decodeFacts(text: string): EnvironmentFacts {
 }
 
 /** When a sweep has to look at an environment again. */
-const nextDueAt = (state: EnvironmentState) => nextDeadline(state) ?? tombstoneEnd(state);
+export const nextDueAt = (state: EnvironmentState) => nextDeadline(state) ?? tombstoneEnd(state);
 
 const columns = (sql: Sql | Tx) =>
   sql`e.id, e.organization_id, e.metadata, e.spec, e.status, e.facts, e.report_epoch, e.report_seq`;
@@ -147,7 +147,7 @@ function relationOf(row: Pick<EnvironmentRow, "owner" | "e_user">, caller: Calle
 }
 
 /** Text that `search` looks through. */
-function searchText(id: string, { metadata, spec, status }: EnvironmentState): string {
+export function searchText(id: string, { metadata, spec, status }: EnvironmentState): string {
   const remotes = spec.content?.initializer?.specs.flatMap(({ spec: each }) => {
     if (each.case === "git") return [each.value.remoteUri, each.value.cloneTarget];
     return each.case === "contextUrl" ? [each.value.url] : [];
@@ -164,48 +164,8 @@ function searchText(id: string, { metadata, spec, status }: EnvironmentState): s
   return parts.join("\n").toLowerCase();
 }
 
-const date = (timestamp: Parameters<typeof timestampDate>[0] | undefined) => timestamp && timestampDate(timestamp);
-
-/** An environment about to be stored; quota and visibility have been checked under the locks of the transaction. */
-export async function insertEnvironment(
-  tx: Tx,
-  state: StoredEnvironment,
-  actor: Actor,
-  auditId: string,
-  at: Date,
-): Promise<void> {
-  const { id, organizationId, metadata, spec, status } = state;
-  const creator = metadata.creator;
-  const change = {
-    organizationId,
-    resourceType: ResourceType.ENVIRONMENT,
-    resourceId: id,
-    operation: ResourceOperation.CREATE,
-    creatorId: creator?.id,
-    environmentId: id,
-    runnerId: metadata.runnerId,
-    at,
-    audit: { id: auditId, actor, action: "Environment created" },
-  };
-  const { projectId } = metadata;
-  const use = projectId ? pieces`, ${usedProject(pieces, { projectId, environmentId: id, creator, at })}` : pieces``;
-  const insertion = pieces`
-    with ${recorded(pieces, change)},
-    ${revised(pieces, metadata.runnerId, { kind: ObjectKind.ENVIRONMENT, objectId: id }, at)},
-    session as (
-      insert into environment_sessions (id, organization_id, creator_id, creator_principal)
-      values (${metadata.sessionId}, ${organizationId}, ${creator?.id}, ${creator?.principal}) on conflict do nothing
-    ) ${use}
-    insert into environments (id, organization_id, creator_id, creator_principal, runner_id, class_id, project_id, session_id, role,
-      phase, desired_phase, admission, created_at, lockdown_at, search, metadata, spec, status, facts, due_at,
-      archivable_since)
-    values (${id}, ${organizationId}, ${creator?.id}, ${creator?.principal}, ${metadata.runnerId}, ${spec.machine?.class},
-      ${metadata.projectId || null}, ${metadata.sessionId}, ${metadata.role}, ${status.phase}, ${spec.desiredPhase}, ${spec.admission},
-      ${at}, ${date(metadata.lockdownAt)}, ${searchText(id, state)}, ${toBinary(EnvironmentMetadataSchema, metadata)},
-      ${toBinary(EnvironmentSpecSchema, spec)}, ${toBinary(EnvironmentStatusSchema, status)}, ${encodeFacts(state.facts)},
-      ${nextDueAt(state)}, ${archivableSince(state)})`;
-  await run(tx, assemble(insertion));
-}
+export const optionalDate = (timestamp: Parameters<typeof timestampDate>[0] | undefined) =>
+  timestamp && timestampDate(timestamp);
 
 /**
  * Writes the next state of an environment that this transaction holds locked, with its event, its audit entry and, if
@@ -267,7 +227,7 @@ export async function advanceEnvironment(
   await tx`
     with ${told} ${revision} ${tokens} ${run}
     update environments set phase = ${status.phase}, desired_phase = ${spec.desiredPhase}, admission = ${spec.admission},
-      archived_at = ${date(metadata.archivedAt)}, lockdown_at = ${date(metadata.lockdownAt)}, search = ${searchText(id, next)},
+      archived_at = ${optionalDate(metadata.archivedAt)}, lockdown_at = ${optionalDate(metadata.lockdownAt)}, search = ${searchText(id, next)},
       metadata = ${metadataBytes}, spec = ${specBytes}, status = ${toBinary(EnvironmentStatusSchema, status)}, facts = ${facts},
       report_epoch = ${next.reportEpoch ?? before.reportEpoch}, report_seq = ${next.reportSeq ?? before.reportSeq},
       due_at = ${nextDueAt(next)}, archivable_since = ${archivableSince(next)},
@@ -315,7 +275,7 @@ export async function readEnvironment(
 export type EncodedEnvironmentRow = EncodedEnvironment & { relation: Relation };
 
 /** Query for what `getEncodedEnvironment` needs. */
-export const encodedEnvironmentQuery = (sql: Sql, caller: Caller, id: string): Fragment => sql`
+export const encodedEnvironmentQuery = (sql: Sql, caller: Caller, [id]: readonly [string]): Fragment => sql`
   select e.id, e.metadata, e.spec, e.status, ${relations(sql, caller)} from environments e
   where e.id = ${id} and ${readsEnvironment(sql, caller)}`;
 
@@ -326,7 +286,7 @@ export async function getEncodedEnvironment(
   id: string,
   found?: object,
 ): Promise<EncodedEnvironmentRow> {
-  const query = () => run<EnvironmentRow>(sql, assemble(encodedEnvironmentQuery(pieces, caller, id)));
+  const query = () => run<EnvironmentRow>(sql, assemble(encodedEnvironmentQuery(pieces, caller, [id])));
   const [row] = found ? [found as EnvironmentRow] : await query();
   if (!row?.id) throw notFound("environment", id);
   const { metadata, spec, status } = row;
@@ -469,11 +429,7 @@ export interface QuotaUse {
 export async function countForQuota(tx: Tx, organizationId: string, creatorId: string): Promise<QuotaUse> {
   const held =
     tx`select pg_advisory_xact_lock(hashtextextended(${`quota ${organizationId} ${creatorId}`}, 0))`.execute();
-  const counted = tx<QuotaUse[]>`
-    select count(*)::int as total, count(*) filter (where desired_phase = ${EnvironmentPhase.RUNNING})::int as running
-    from environments where organization_id = ${organizationId} and creator_id = ${creatorId} and archived_at is null
-      and role = any(${[EnvironmentRole.DEFAULT, EnvironmentRole.WORKFLOW] as number[]})
-      and desired_phase <> ${EnvironmentPhase.DELETED} and deleted_at is null`.execute();
+  const counted = tx<QuotaUse[]>`select total, running from quota_use(${organizationId}, ${creatorId})`.execute();
   const [, [row]] = await Promise.all([held, counted]);
   return row ?? { total: 0, running: 0 };
 }
@@ -485,9 +441,7 @@ export async function holdRunner(tx: Tx, runnerId: string): Promise<void> {
 
 /** Environments that want to run on a runner, which the transaction holds. */
 export async function countRunningOnRunner(tx: Tx, runnerId: string): Promise<number> {
-  const [row] = await tx<{ count: number }[]>`
-    select count(*)::int as count from environments
-    where runner_id = ${runnerId} and desired_phase = ${EnvironmentPhase.RUNNING} and deleted_at is null`.execute();
+  const [row] = await tx<{ count: number }[]>`select running_on(${runnerId}) as count`.execute();
   return row?.count ?? 0;
 }
 
@@ -560,7 +514,7 @@ function ordering(
 /** Position of an environment in the order that was asked for. */
 export function listPosition(sort: ListEnvironmentsRequest["sort"], state: StoredEnvironment): string {
   if (sort?.field !== SortField.ARCHIVED_AT) return state.id;
-  return `${date(state.metadata.archivedAt)?.getTime() ?? ""}/${state.id}`;
+  return `${optionalDate(state.metadata.archivedAt)?.getTime() ?? ""}/${state.id}`;
 }
 
 /** Environments that the caller may read, one more than the page holds. */

@@ -17,7 +17,6 @@ import { Scope } from "../domain/secret.ts";
 import { conjunction } from "./conditions.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
 import { type Attribution, type Change, recorded } from "./record.ts";
-import { effectiveIntegrations } from "./scm-integrations.ts";
 import { holdSecrets, told } from "./secrets.ts";
 
 /** A credential that a subject holds for a host on a runner; its secrets are sealed. */
@@ -203,10 +202,6 @@ export async function endHostTokens(tx: Tx, which: TokensToEnd, by: Described): 
   for (const row of rows) await tx`with ${noted(tx, toToken(row), ResourceOperation.DELETE, by)} select`;
 }
 
-/** Condition: token `t` can be used now, or renewed. */
-const isUsable = (sql: Sql | Tx, now: Date) =>
-  sql`(t.invalid_reason is null and (coalesce(t.expires_at > ${now}, true) or t.sealed_refresh_token is not null))`;
-
 /** The newest usable token of a subject for a host on a runner. */
 export async function usableHostToken(
   sql: Sql | Tx,
@@ -216,7 +211,7 @@ export async function usableHostToken(
   const [row] = await sql<TokenRow[]>`
     select ${columns(sql)} from host_tokens t
     where t.runner_id = ${which.runnerId} and t.host = ${which.host} and t.subject_id = ${which.subjectId}
-      and ${isUsable(sql, now)} order by t.id desc limit 1`;
+      and is_usable(t, ${now}) order by t.id desc limit 1`;
   return row && toToken(row);
 }
 
@@ -241,41 +236,6 @@ export async function lockRunnersToken(tx: Tx, runnerId: string, id: string): Pr
   const [row] = await tx<TokenRow[]>`
     select ${columns(tx)} from host_tokens t where t.id = ${id} and t.runner_id = ${runnerId} for update`;
   return row && toToken(row);
-}
-
-/** Those of these hosts for which a subject has a usable token on a runner. */
-export async function hostsWithToken(
-  sql: Sql | Tx,
-  which: { runnerId: string; hosts: readonly string[]; subjectId: string },
-  now: Date,
-): Promise<Set<string>> {
-  const rows = await sql<{ host: string }[]>`
-    select distinct t.host from host_tokens t
-    where t.runner_id = ${which.runnerId} and t.host = any(${which.hosts as string[]})
-      and t.subject_id = ${which.subjectId} and ${isUsable(sql, now)}`;
-  return new Set(rows.map((row) => row.host));
-}
-
-/**
- * Hosts that offer a way to sign in on a runner where a subject has not done so. `candidates` are names of one host
- * each, the more exact first: the first one that has an integration counts.
- */
-export async function missingSignIns(
-  sql: Sql | Tx,
-  which: { runnerId: string; subjectId: string },
-  candidates: readonly (readonly string[])[],
-  now: Date,
-): Promise<string[]> {
-  if (!candidates.length) return [];
-  const integrations = await effectiveIntegrations(sql, which.runnerId, candidates.flat());
-  const named = candidates.flatMap((hosts) => hosts.find((host) => integrations.has(host)) ?? []);
-  const asking = [...new Set(named)].filter((host) => {
-    const integration = integrations.get(host);
-    return integration && (integration.pat || integration.oauth);
-  });
-  if (!asking.length) return [];
-  const present = await hostsWithToken(sql, { ...which, hosts: asking }, now);
-  return asking.filter((host) => !present.has(host));
 }
 
 /** Whether a user or service account of the organization may use a runner, by any of its roles. */

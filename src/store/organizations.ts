@@ -22,7 +22,7 @@ import { defaultPolicies } from "../domain/policies.ts";
 import type { Caller } from "../domain/principal.ts";
 import { Scope } from "../domain/secret.ts";
 import { insertAssignment } from "./assignment-rows.ts";
-import type { Sql, Tx } from "./db.ts";
+import type { Fragment, Sql, Tx } from "./db.ts";
 import { syncBuiltInGroups } from "./groups.ts";
 import { type Actor, type Attribution, record } from "./record.ts";
 import { policiesRevised } from "./runners.ts";
@@ -168,17 +168,32 @@ export async function allPolicies(sql: Sql): Promise<{ organizationId: string; p
 }
 
 /** What limits the members of an organization, and whether its LOCAL runners are switched on. */
-export async function readPolicies(
-  sql: Sql | Tx,
-  organizationId: string,
-): Promise<{ policies: OrganizationPolicies; localRunners: boolean }> {
-  const [row] = await sql<{ policies: Uint8Array; local_active: boolean | null }[]>`
-    select o.policies, (select r.desired_phase = ${RunnerPhase.ACTIVE} from runners r
-      where r.organization_id = o.id and r.kind = ${RunnerKind.LOCAL_CONFIGURATION}) as local_active
-    from organizations o where o.id = ${organizationId}`;
-  if (!row) throw new Error(`organization ${organizationId} is gone`);
+export interface Limits {
+  policies: OrganizationPolicies;
+  localRunners: boolean;
+}
+
+export interface LimitsRow {
+  policies: Uint8Array;
+  local_active: boolean | null;
+}
+
+/** Columns of an organization `o`. */
+export const limitsColumns = (sql: Sql | Tx): Fragment => sql`o.policies,
+  (select r.desired_phase = ${RunnerPhase.ACTIVE} from runners r
+    where r.organization_id = o.id and r.kind = ${RunnerKind.LOCAL_CONFIGURATION}) as local_active`;
+
+export function toLimits(row: LimitsRow): Limits {
   const policies = fromBinary(OrganizationPoliciesSchema, row.policies);
   return { policies, localRunners: policies.allowLocalRunners && row.local_active === true };
+}
+
+export async function readPolicies(sql: Sql | Tx, organizationId: string): Promise<Limits> {
+  const [row] = await sql<
+    LimitsRow[]
+  >`select ${limitsColumns(sql)} from organizations o where o.id = ${organizationId}`;
+  if (!row) throw new Error(`organization ${organizationId} is gone`);
+  return toLimits(row);
 }
 
 /** Clears, in policies that the transaction holds, the one that names a group which is about to go as the one that may use tools of source control. */

@@ -3,16 +3,21 @@ import type { Caller } from "../domain/principal.ts";
 import { readsProject } from "./access.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
 
-/** CTEs `project_use` and `project_user`, which put down that somebody makes an environment from a project. */
+/**
+ * CTEs `project_use` and `project_user`, which put down that somebody makes an environment from a project, if the CTE
+ * `given`, which comes before, has a row.
+ */
 export function usedProject(
   tx: Tx,
   use: { projectId: string; environmentId: string; creator: Subject | undefined; at: Date },
+  given: Fragment,
 ): Fragment {
   return tx`project_use as (
-    insert into project_uses (project_id, environment_id, created_at) values (${use.projectId}, ${use.environmentId}, ${use.at})
+    insert into project_uses (project_id, environment_id, created_at)
+    select ${use.projectId}, ${use.environmentId}, ${use.at} from ${given}
   ), project_user as (
     insert into project_users (project_id, subject_id, subject_principal, used_at)
-    values (${use.projectId}, ${use.creator?.id}, ${use.creator?.principal}, ${use.at})
+    select ${use.projectId}, ${use.creator?.id}, ${use.creator?.principal}, ${use.at} from ${given}
     on conflict (project_id, subject_id) do update set used_at = excluded.used_at
   )`;
 }

@@ -52,34 +52,42 @@ function readersOf(sql: Sql | Tx, change: Change): Fragment {
   );
 }
 
-const list = (sql: Sql | Tx, rows: readonly Fragment[]): Fragment => rows.reduce((all, each) => sql`${all}, ${each}`);
+/** What is inserted: rows, or one row if there is something in the CTE `given`. */
+function source(sql: Sql | Tx, [row, ...rows]: [Fragment, ...Fragment[]], given: Fragment | undefined): Fragment {
+  if (given) return sql`select ${row} from ${given}`;
+  return rows.reduce((all, each) => sql`${all}, (${each})`, sql`values (${row})`);
+}
+
+function ctes(sql: Sql | Tx, [first, ...others]: [Change, ...Change[]], given?: Fragment): Fragment {
+  const eventRow = (change: Change) =>
+    sql`${change.organizationId}, ${change.environmentId}, ${change.runnerId}, ${change.resourceType},
+      ${change.resourceId}, ${change.operation}, ${change.creatorId}, ${readersOf(sql, change)}, ${change.at}`;
+  const event = sql`event as (
+    insert into events (organization_id, environment_id, runner_id, resource_type, resource_id, operation, creator_id, readers, created_at)
+    ${source(sql, [eventRow(first), ...others.map(eventRow)], given)}
+  )`;
+  const [entry, ...entries] = [first, ...others].flatMap(({ audit, ...change }) =>
+    audit
+      ? sql`${audit.id}, ${change.organizationId}, ${audit.actor.id}, ${audit.actor.principal}, ${audit.actor.tokenId}, ${audit.actor.issuerId},
+      ${change.resourceId}, ${audit.subjectType ?? change.resourceType}, ${audit.kind ?? AuditLogEntryKind.RESOURCE_CHANGE}, ${audit.action},
+      ${change.at}`
+      : [],
+  );
+  if (!entry) return event;
+  return sql`${event}, audit as (
+    insert into audit_log (id, organization_id, actor_id, actor_principal, credential_id, issuer_id, subject_id, subject_type, kind, action, created_at)
+    ${source(sql, [entry, ...entries], given)}
+  )`;
+}
 
 /**
  * CTEs `event` and `audit` that belong into the statement that makes these changes, which happen together; start the
  * statement with `with`.
  */
-export function recorded(sql: Sql | Tx, ...changes: [Change, ...Change[]]): Fragment {
-  const events = changes.map(
-    (change) => sql`(${change.organizationId}, ${change.environmentId}, ${change.runnerId}, ${change.resourceType},
-      ${change.resourceId}, ${change.operation}, ${change.creatorId}, ${readersOf(sql, change)}, ${change.at})`,
-  );
-  const event = sql`event as (
-    insert into events (organization_id, environment_id, runner_id, resource_type, resource_id, operation, creator_id, readers, created_at)
-    values ${list(sql, events)}
-  )`;
-  const entries = changes.flatMap(({ audit, ...change }) =>
-    audit
-      ? sql`(${audit.id}, ${change.organizationId}, ${audit.actor.id}, ${audit.actor.principal}, ${audit.actor.tokenId}, ${audit.actor.issuerId},
-      ${change.resourceId}, ${audit.subjectType ?? change.resourceType}, ${audit.kind ?? AuditLogEntryKind.RESOURCE_CHANGE}, ${audit.action},
-      ${change.at})`
-      : [],
-  );
-  if (!entries.length) return event;
-  return sql`${event}, audit as (
-    insert into audit_log (id, organization_id, actor_id, actor_principal, credential_id, issuer_id, subject_id, subject_type, kind, action, created_at)
-    values ${list(sql, entries)}
-  )`;
-}
+export const recorded = (sql: Sql | Tx, ...changes: [Change, ...Change[]]): Fragment => ctes(sql, changes);
+
+/** As `recorded`, for a change that is made if the CTE `given`, which comes before, has a row. */
+export const recordedIf = (sql: Sql | Tx, given: Fragment, change: Change): Fragment => ctes(sql, [change], given);
 
 /** Writes changes in a transaction that has already made them. */
 export async function record(tx: Tx, ...changes: [Change, ...Change[]]): Promise<void> {

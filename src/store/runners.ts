@@ -219,16 +219,19 @@ export async function connectedRunners(sql: Sql, caller: Caller): Promise<Stored
 
 /**
  * CTEs `head` and `revision`, which tell a runner that an object changed: they bump its revision and append to its log.
- * The row lock on the runner makes commit order equal revision order, so a reader never skips one.
+ * The row lock on the runner makes commit order equal revision order, so a reader never skips one. With `given`, the name
+ * of a CTE that comes before, only if that has a row.
  */
 export function revised(
   tx: Tx,
   runnerId: string,
   { kind, objectId, removed = false }: Omit<Revision, "revision" | "removed"> & { removed?: boolean },
   at: Date,
+  given?: Fragment,
 ): Fragment {
   return tx`head as (
-    update runners set head_revision = head_revision + 1 where id = ${runnerId} returning id, head_revision
+    update runners r set head_revision = r.head_revision + 1 ${given ? tx`from ${given}` : tx``} where r.id = ${runnerId}
+    returning r.id, r.head_revision
   ), revision as (
     insert into runner_revisions (runner_id, revision, object_kind, object_id, removed, created_at)
     select id, head_revision, ${kind}, ${objectId}, ${removed}, ${at} from head

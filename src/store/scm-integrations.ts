@@ -1,6 +1,10 @@
 import { fromBinary, toBinary } from "@bufbuild/protobuf";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
-import { RunnerKind, type SCMIntegration, SCMIntegrationSchema } from "../../gen/gitpod/v1/runner_configuration_pb.js";
+import {
+  type RunnerKind,
+  type SCMIntegration,
+  SCMIntegrationSchema,
+} from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { notFound, Refusal } from "../domain/errors.ts";
 import type { Page } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
@@ -89,15 +93,9 @@ export async function listIntegrations(
   return rows.map(toIntegration);
 }
 
-/** Condition: integration `i` serves runner `r`, by being its own or that of all local runners. */
-export const serves = (sql: Sql | Tx): Fragment => sql`(i.runner_id = r.id or (r.kind = ${RunnerKind.LOCAL}
-  and i.runner_id in (select l.id from runners l
-    where l.organization_id = r.organization_id and l.kind = ${RunnerKind.LOCAL_CONFIGURATION})))`;
-
 /** Condition: integration `i` is the one that counts on a runner for its host. */
-const countsFor = (sql: Sql, runnerId: string): Fragment => sql`i.id in (
-  select distinct on (i.host) i.id from runners r join scm_integrations i on ${serves(sql)}
-  where r.id = ${runnerId} order by i.host, i.runner_id = r.id desc)`;
+const countsFor = (sql: Sql, runnerId: string): Fragment =>
+  sql`i.id in (select id from effective_integrations(${runnerId}))`;
 
 /**
  * The integrations that hold for a runner, by host: its own, and for local runners those that all of them share, where
@@ -110,8 +108,7 @@ export async function effectiveIntegrations(
 ): Promise<Map<string, SCMIntegration>> {
   const named = hosts ? sql`and i.host = any(${hosts as string[]})` : sql``;
   const rows = await sql<{ message: Uint8Array }[]>`
-    select distinct on (i.host) i.message from runners r join scm_integrations i on ${serves(sql)}
-    where r.id = ${runnerId} ${named} order by i.host, i.runner_id = r.id desc`;
+    select i.message from effective_integrations(${runnerId}) i where true ${named}`;
   const messages = rows.map((row) => fromBinary(SCMIntegrationSchema, row.message));
   return new Map(messages.map((message) => [message.host, message]));
 }

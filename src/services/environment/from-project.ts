@@ -7,20 +7,27 @@ import {
 } from "../../../gen/gitpod/v1/environment_pb.js";
 import type { App } from "../../app.ts";
 import { goalProblems } from "../../domain/environment.ts";
-import { actionable, Refusal, refuseProblems } from "../../domain/errors.ts";
+import { actionable, notFound, Refusal, refuseProblems } from "../../domain/errors.ts";
 import type { Caller } from "../../domain/principal.ts";
 import { refuseDeleting, specFromProject } from "../../domain/project.ts";
-import { getClass, type StoredClass } from "../../store/environment-classes.ts";
+import { readBasis } from "../../store/creation.ts";
+import type { Sql, Tx } from "../../store/db.ts";
+import { readPolicies } from "../../store/organizations.ts";
 import { offersClass, usableClassIds } from "../../store/project-classes.ts";
 import { getProjectToUse, type StoredProject } from "../../store/projects.ts";
-import { make, type Rules, readRules } from "./create.ts";
+import { hostsOf, make } from "./create.ts";
 import { checkRepositories } from "./limits.ts";
 
 const MAX_NAMED_CLASSES = 100;
 
 /** INVALID_ARGUMENT that names what the caller could ask for instead. */
-async function notOffered(app: App, caller: Caller, project: StoredProject, { localRunners }: Rules): Promise<Refusal> {
-  const environmentClassIds = await usableClassIds(app.db.point, caller, {
+async function notOffered(
+  sql: Sql | Tx,
+  caller: Caller,
+  project: StoredProject,
+  localRunners: boolean,
+): Promise<Refusal> {
+  const environmentClassIds = await usableClassIds(sql, caller, {
     ...{ projectIds: [project.id], localRunners, limit: MAX_NAMED_CLASSES },
   });
   const problem = { field: "spec.machine.class", message: "is not a class of the project" };
@@ -33,21 +40,19 @@ async function notOffered(app: App, caller: Caller, project: StoredProject, { lo
 
 /** The class that was asked for, or else the best one of the project that the caller can use. */
 async function chooseClass(
-  app: App,
+  sql: Sql | Tx,
   caller: Caller,
   project: StoredProject,
   asked: string,
-  rules: Rules,
-): Promise<StoredClass> {
-  const { point } = app.db;
+  localRunners: boolean,
+): Promise<string> {
   if (asked) {
-    const isOffered = !project.classes.length || (await offersClass(point, caller, project.id, asked));
-    if (!isOffered) throw await notOffered(app, caller, project, rules);
-    return getClass(point, caller, asked);
+    const isOffered = !project.classes.length || (await offersClass(sql, caller, project.id, asked));
+    if (!isOffered) throw await notOffered(sql, caller, project, localRunners);
+    return asked;
   }
-  const { localRunners } = rules;
-  const [best] = await usableClassIds(point, caller, { projectIds: [project.id], localRunners, limit: 1 });
-  if (best) return getClass(point, caller, best);
+  const [best] = await usableClassIds(sql, caller, { projectIds: [project.id], localRunners, limit: 1 });
+  if (best) return best;
   throw actionable(
     "failed_precondition",
     "PROJECT_CLASS_NONE_USABLE",
@@ -63,16 +68,18 @@ export async function createEnvironmentFromProject(
   request: CreateEnvironmentFromProjectRequest,
 ): Promise<Environment> {
   const { projectId, name, annotations, sessionId } = request;
-  const { point } = app.db;
-  const [rules, project] = await Promise.all([readRules(point, caller), getProjectToUse(point, caller, projectId)]);
-  refuseDeleting(project);
-  checkRepositories(caller, rules.policies, request.spec?.content?.initializer, project.message.initializer);
-  refuseProblems(goalProblems(request.spec, project.classes.length === 0));
-  const asked = request.spec?.machine?.class ?? "";
-  const environmentClass = await chooseClass(app, caller, project, asked, rules);
-  const spec = specFromProject(project.message, request.spec ?? create(EnvironmentSpecSchema));
-  const wanted = { spec, name, annotations, sessionId, environmentClass, projectId: project.id };
-  return make(app, caller, wanted, rules, async (tx) =>
-    refuseDeleting(await getProjectToUse(tx, caller, projectId, true)),
-  );
+  return make(app, caller, async (sql, at) => {
+    const [{ policies, localRunners }, project] = await Promise.all([
+      readPolicies(sql, caller.organizationId),
+      getProjectToUse(sql, caller, projectId),
+    ]);
+    refuseDeleting(project);
+    checkRepositories(caller, policies, request.spec?.content?.initializer, project.message.initializer);
+    refuseProblems(goalProblems(request.spec, project.classes.length === 0));
+    const classId = await chooseClass(sql, caller, project, request.spec?.machine?.class ?? "", localRunners);
+    const spec = specFromProject(project.message, request.spec ?? create(EnvironmentSpecSchema));
+    const basis = await readBasis(sql, caller, [classId, hostsOf(spec.content?.initializer), project.id], at);
+    if (!basis.found) throw notFound("environment class", classId);
+    return { ...{ spec, name, annotations, sessionId, projectId: project.id, basis }, ...basis.found };
+  });
 }

@@ -19,7 +19,7 @@ import { viewer } from "./view.ts";
 
 /** What GetEnvironment reads along with the credential of its caller. */
 export const besideGetEnvironment = ({ environmentId }: GetEnvironmentRequest): Beside | undefined =>
-  isUuid(environmentId) ? { query: encodedEnvironmentQuery, id: environmentId } : undefined;
+  isUuid(environmentId) ? { query: encodedEnvironmentQuery, values: [environmentId] } : undefined;
 
 /** GetEnvironment: what is stored is what is sent, so that binary callers get it without its being looked into. */
 export async function readEnvironment(
