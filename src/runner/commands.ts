@@ -1,8 +1,8 @@
-import { type ChildProcess, spawn } from "node:child_process";
-import { constants, homedir } from "node:os";
-import { Readable } from "node:stream";
-import { invocation, type RunAs } from "./supervisor/namespaces.ts";
-import { type ProcessRef, readProcess, terminateSession } from "./supervisor/processes.ts";
+import { homedir } from "node:os";
+import type { Readable } from "node:stream";
+import type { RunAs } from "./supervisor/namespaces.ts";
+import { type ProcessRef, terminateSession } from "./supervisor/processes.ts";
+import { startCommand } from "./supervisor/start-command.ts";
 
 /** How a command is run. Nothing of the runner's own environment reaches it but PATH. */
 export interface CommandOptions {
@@ -35,9 +35,7 @@ export class CommandTimeout extends Error {}
 
 const DEFAULT_MAX_OUTPUT = 64 * 1024;
 const GRACE_MS = 2000;
-const PIPE_GRACE_MS = 1000;
 const SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-const SIGNALED = 128;
 
 /**
  * PATH for commands and environments: the usual places, then what the runner was started with, without its own
@@ -50,48 +48,32 @@ export function commandPath(): string {
   return [...new Set([...SYSTEM_PATH.split(":"), ...usable])].join(":");
 }
 
-/** A text as one word of a shell. */
-export const shellQuoted = (text: string): string => `'${text.replaceAll("'", "'\\''")}'`;
+/** Variables that every command gets. */
+export const commandVariables = (): Record<string, string> => ({
+  PATH: commandPath(),
+  LANG: "C.UTF-8",
+  LC_ALL: "C.UTF-8",
+});
 
-function collect(
-  stream: NodeJS.ReadableStream | null,
-  limit: number,
-  onOutput?: (chunk: Buffer) => void,
-): () => string {
-  const chunks: Buffer[] = [];
-  let size = 0;
-  stream?.on("data", (chunk: Buffer) => {
-    onOutput?.(chunk);
-    if (size >= limit) return;
-    chunks.push(chunk.subarray(0, limit - size));
-    size += chunk.length;
-  });
-  stream?.on("error", () => undefined);
-  return () => Buffer.concat(chunks).toString("utf8");
-}
+/** What a stream has said, up to a limit. */
+class Collected {
+  readonly #limit: number;
+  readonly #chunks: Buffer[] = [];
+  #size = 0;
 
-function ending(child: ChildProcess): Promise<number> {
-  return new Promise((resolve, reject) => {
-    child.once("error", reject);
-    child.once("exit", (code, signal) => {
-      const ended = () => resolve(code ?? SIGNALED + (signal ? constants.signals[signal] : 0));
-      // Something the command left behind may hold its output open for ever.
-      const late = setTimeout(ended, PIPE_GRACE_MS);
-      child.once("close", () => {
-        clearTimeout(late);
-        ended();
-      });
-    });
-  });
-}
+  constructor(limit: number) {
+    this.#limit = limit;
+  }
 
-/** Writes to the input of a program, which need not read it. */
-function feed({ stdin }: ChildProcess, input: string | Readable): void {
-  if (!stdin) return;
-  stdin.on("error", () => undefined);
-  const source = typeof input === "string" ? Readable.from([input]) : input;
-  source.on("error", () => stdin.destroy());
-  source.pipe(stdin);
+  add(chunk: Buffer): void {
+    if (this.#size >= this.#limit) return;
+    this.#chunks.push(chunk.subarray(0, this.#limit - this.#size));
+    this.#size += chunk.length;
+  }
+
+  get text(): string {
+    return Buffer.concat(this.#chunks).toString("utf8");
+  }
 }
 
 /**
@@ -103,20 +85,14 @@ export async function runCommand(
   args: readonly string[],
   options: CommandOptions,
 ): Promise<CommandResult> {
-  const { cwd, env, user, timeoutMs, signal, maxOutput = DEFAULT_MAX_OUTPUT, onOutput, onStart, input } = options;
+  const { cwd = "/", env, user, input, timeoutMs, signal, maxOutput = DEFAULT_MAX_OUTPUT, onOutput, onStart } = options;
   signal?.throwIfAborted();
-  const { descriptors, ...started } = invocation(file, args, { cwd: cwd ?? "/", ...user });
-  const child = spawn(started.file, started.args, {
-    ...{ cwd: started.cwd, uid: started.uid, gid: started.gid },
-    env: { PATH: commandPath(), LANG: "C.UTF-8", LC_ALL: "C.UTF-8", ...env },
-    detached: true,
-    stdio: [input === undefined ? "ignore" : "pipe", "pipe", "pipe", ...descriptors],
+  const said = { stdout: new Collected(maxOutput), stderr: new Collected(maxOutput) };
+  const place = { ...user, cwd, env: { ...commandVariables(), ...env }, input };
+  const { leader, ended, release } = startCommand(file, args, place, (chunk, stream) => {
+    onOutput?.(chunk);
+    said[stream].add(chunk);
   });
-  const ended = ending(child);
-  if (input !== undefined) feed(child, input);
-  const stdout = collect(child.stdout, maxOutput, onOutput);
-  const stderr = collect(child.stderr, maxOutput, onOutput);
-  const leader = child.pid === undefined ? undefined : readProcess(child.pid);
   let cut: Error | undefined;
   const terminate = (reason: Error) => {
     cut ??= reason;
@@ -132,11 +108,10 @@ export async function runCommand(
     if (leader) await onStart?.(leader);
     const code = await ended;
     if (cut) throw cut;
-    return { code, stdout: stdout(), stderr: stderr() };
+    return { code, stdout: said.stdout.text, stderr: said.stderr.text };
   } finally {
     clearTimeout(timer);
     signal?.removeEventListener("abort", aborted);
-    child.stdout?.destroy();
-    child.stderr?.destroy();
+    release();
   }
 }

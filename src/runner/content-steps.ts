@@ -16,6 +16,7 @@ import { ContentError } from "./git.ts";
 import type { ContentFacts } from "./record.ts";
 import { devContainerHash } from "./repository-files.ts";
 import { gitHelpers } from "./secrets/git-helper.ts";
+import { allOf } from "./side-work.ts";
 import { type EnvironmentSite, textOf, userOf } from "./site.ts";
 import { isReady } from "./status.ts";
 
@@ -52,7 +53,7 @@ export async function keepContent(
   const isFirst = site.record.content.session === "";
   await endCommands(site);
   site.sections.open("content");
-  await site.edit(({ status }) => {
+  site.note(({ status }) => {
     const { git, contentLocationInMachine = "" } = status.content ?? {};
     const phase = isFirst ? ContentPhase.INITIALIZING : ContentPhase.UPDATING;
     status.content = create(EnvironmentStatus_ContentSchema, { session, phase, git, contentLocationInMachine });
@@ -74,10 +75,8 @@ async function placeContent(site: EnvironmentSite, spec: EnvironmentSpec, signal
   const content = contentOf(spec);
   const workspace = workspaceOf(site, signal);
   const placed = await initializeContent(workspace, content.session, content.initializer, site.record.content);
-  const [git] = await Promise.all([
-    contentGitStatus(site.id, site.paths, userOf(site), placed.facts, placed.pristine),
-    configureGit(workspace, content, placed.facts),
-  ]);
+  await configureGit(workspace, content, placed.facts);
+  const git = await contentGitStatus(site.id, site.paths, userOf(site), placed.facts, placed.pristine);
   return { ...placed, git };
 }
 
@@ -116,7 +115,7 @@ async function contentReady(
   const folder = facts.folder || site.paths.workspace;
   if (warningMessage) site.log.write(`Warning: ${warningMessage}`);
   site.sections.end("content", LogSectionOutcome.SUCCESS);
-  await site.edit((record) => {
+  const written = site.edit((record) => {
     record.content = facts;
     record.gitIdentity = gitIdentity(content, facts);
     record.status.content = create(EnvironmentStatus_ContentSchema, {
@@ -129,7 +128,7 @@ async function contentReady(
     if (automations) automations.phase = ContentPhase.CREATING;
   });
   // One that does not answer is not the content's failure: the next pass replaces it, and its successor knows.
-  await site.supervision.setWorkspaceFolder(folder);
+  await allOf(written, site.supervision.setWorkspaceFolder(folder));
 }
 
 /** Name and address for commits can change at any time. */

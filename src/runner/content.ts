@@ -1,5 +1,6 @@
 import { createHash } from "node:crypto";
-import { dirname, join } from "node:path";
+import { readdir } from "node:fs/promises";
+import { join } from "node:path";
 import type {
   EnvironmentGitStatus,
   EnvironmentInitializer,
@@ -22,6 +23,7 @@ import type { Inhabitant } from "./users.ts";
 import {
   CONFIGURE_GIT,
   EVERYTHING,
+  gitConfiguration,
   HAS_SUBMODULES,
   IN_THE_WAY,
   LOOK_AFTERWARDS,
@@ -159,7 +161,7 @@ async function fetchRepository(
   let present = plan;
   for (let redirects = 0; ; redirects++) {
     const lines = lineWriter(workspace.write);
-    const context = gitContext(workspace, dirname(folder), present, deadline);
+    const context = gitContext(workspace, workspace.paths.workspace, present, deadline);
     const args = ["clone", ...options, "--", present.url, folder];
     const { code, stdout, stderr } = await git(
       { ...context, onOutput: lines.push, onStart },
@@ -220,7 +222,7 @@ async function checkOut(
   }
 }
 
-/** Clones one repository into a folder whose parent is there, with warnings about submodules that cannot be had. */
+/** Clones one repository into a folder that git makes, with warnings about submodules that cannot be had. */
 async function clone(
   workspace: Workspace,
   wanted: ClonePlan,
@@ -325,11 +327,10 @@ export async function initializeContent(
   try {
     if (replacing) await prepare(workspace, [".partial-*"]);
     else {
-      await prepare(workspace, isFirst ? EVERYTHING : [".partial-*", ".berth-ready-*"], [partial]);
+      const isClean = isFirst && (await readdir(paths.workspace)).length === 0;
+      if (!isClean) await prepare(workspace, isFirst ? EVERYTHING : [".partial-*", ".berth-ready-*"], [partial]);
       for (const plan of plans) {
-        const folder = join(partial, plan.location);
-        if (dirname(folder) !== partial) await prepare(workspace, [], [dirname(folder)]);
-        cloned.push(await clone(workspace, plan, folder, deadline, facts));
+        cloned.push(await clone(workspace, plan, join(partial, plan.location), deadline, facts));
       }
       if (!isFirst) {
         await change(workspace, "mv", "-T", "--", partial, ready);
@@ -367,7 +368,8 @@ export async function configureGit(
   const env = { HOME: paths.home, BERTH_ENVIRONMENT_ID: environmentId, GIT_CONFIG_NOSYSTEM: "1" };
   const options = { cwd: paths.home, env, user: commandUser(user), timeoutMs: GIT_DEADLINE_MS, signal };
   const trusted = checkouts.map(({ location }) => join(paths.workspace, location));
-  const args = ["-c", CONFIGURE_GIT, "sh", gitUsername, gitEmail, ...trusted];
+  const fresh = gitConfiguration(gitUsername, gitEmail, trusted);
+  const args = ["-c", CONFIGURE_GIT, "sh", fresh, gitUsername, gitEmail, ...trusted];
   const { code, stderr } = await runCommand("sh", args, options);
   if (code !== 0) throw failed("git config", stderr);
 }

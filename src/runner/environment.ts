@@ -127,8 +127,8 @@ export class ManagedEnvironment {
       () => this.wake(),
     );
     this.automations = relayFor(this.#site, events.automations);
-    this.#mayRun = this.#site.machinePhase !== MachinePhase.STOPPED;
-    this.log.live = record !== undefined && this.#mayRun;
+    this.#mayRun = record !== undefined && this.#site.machinePhase !== MachinePhase.STOPPED;
+    this.log.live = this.#mayRun;
     this.#ended = this.#work();
   }
 
@@ -385,7 +385,8 @@ export class ManagedEnvironment {
     const work = {
       onState: ({ activity }: SupervisorState) => this.#signalActivity(activity),
       // A specification that is refused while the environment runs changes nothing.
-      meanwhile: async (ends: AbortSignal) => void (refusal || (await this.#keepFiles(spec, ends))),
+      meanwhile: async (endowed: Promise<void>, ends: AbortSignal) =>
+        void (refusal || (await this.#keepFiles(spec, ends, endowed))),
     };
     if (!(await keepMachine(site, desired, spec, work, signal))) return undefined;
     site.containers.open();
@@ -407,10 +408,11 @@ export class ManagedEnvironment {
   }
 
   /** Everything that needs no supervisor; false if the first content has failed. */
-  async #keepFiles(spec: EnvironmentSpec, signal: AbortSignal): Promise<boolean> {
+  async #keepFiles(spec: EnvironmentSpec, signal: AbortSignal, endowed = Promise.resolve()): Promise<boolean> {
     const site = this.#site;
     await keepSecrets(site, spec, false, signal);
-    const [isInUse, content] = await allOf(keepSsh(site, spec, signal), keepContent(site, spec, signal));
+    const ssh = endowed.then(() => keepSsh(site, spec, signal));
+    const [isInUse, content] = await allOf(ssh, keepContent(site, spec, signal));
     if (isInUse) this.#signalActivity({ source: "SSH", at: new Date() });
     if (content === "placed") this.#gitWatch.seen();
     return content !== "failed";

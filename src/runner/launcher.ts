@@ -1,9 +1,10 @@
 import { chmod } from "node:fs/promises";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { runCommand, shellQuoted } from "./commands.ts";
+import { runCommand } from "./commands.ts";
 import { makeFolder, readSmall, writeAtomically } from "./files.ts";
 import type { EnvironmentPaths } from "./paths.ts";
+import { shellQuoted } from "./supervisor/shell.ts";
 import type { UnixUser } from "./users.ts";
 
 // The `berth` of an environment's processes: this program, in a folder at the end of their PATH that is the runner's.
@@ -24,7 +25,7 @@ async function canRun({ own, uid, gid }: UnixUser): Promise<boolean> {
 
 /** Puts the program where the environment finds it; false if its user cannot run it, for example from root's home. */
 export async function writeLauncher({ bin }: EnvironmentPaths, user: UnixUser): Promise<boolean> {
-  await makeFolder(bin, 0o755);
+  makeFolder(bin, 0o755);
   isReadable ??= canRun(user).catch((error: unknown) => {
     isReadable = undefined;
     throw error;

@@ -1,4 +1,3 @@
-import { once } from "node:events";
 import { create } from "@bufbuild/protobuf";
 import type { DesiredEnvironment } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { LogSectionOutcome } from "../../gen/gitpod/v1/environment_logs_pb.js";
@@ -22,14 +21,15 @@ import {
   writeToken,
   writeVariables,
 } from "./machine.ts";
-import { allOf, SideWork } from "./side-work.ts";
+import { allOf, SideWork, unheard, unlessOver } from "./side-work.ts";
 import { type EnvironmentSite, textOf } from "./site.ts";
 import { enabledAgents, enabledRules, startedStatus } from "./status.ts";
 import { isWornOut, LOST_TOO_OFTEN, recentRestarts } from "./supervision.ts";
 import { ANOTHER_SERVES, SupervisorStartError } from "./supervisor/launch.ts";
+import type { Namespaces } from "./supervisor/namespaces.ts";
 import type { SupervisorState } from "./supervisor/private-http.ts";
 import { bootId, isAlive, userOf } from "./supervisor/processes.ts";
-import { distinctUid, ensureUser, type Inhabitant, type UnixUser } from "./users.ts";
+import { claimUser, distinctUid, type Inhabitant, type UnixUser, UserTakenError } from "./users.ts";
 
 // Steps that bring the machine of an environment up and keep it up.
 
@@ -41,13 +41,13 @@ export async function beginStart(
   signal: AbortSignal,
 ): Promise<void> {
   if (mayRun) await site.endProcesses(false, signal);
-  await makeRoot(site.paths);
+  makeRoot(site.paths);
   site.onDisk = true;
   site.supervision.reset();
   site.sections.endAll(LogSectionOutcome.CANCELLED);
   site.log.live = true;
   site.sections.open("machine");
-  await site.edit((record) => {
+  site.note((record) => {
     record.status = startedStatus(record.status, spec, record.content.session);
     record.restarts = [];
     record.gatesPassedSession = "";
@@ -60,10 +60,10 @@ export async function beginStart(
 export interface MachineWork {
   onState(state: SupervisorState): void;
   /**
-   * Needs the user, its folders and its variables, and not the supervisor: it is done while that one starts. What it
-   * throws is not the machine's failure.
+   * Needs the folders of the user, and not the supervisor: it is done while that one starts. What needs the account or
+   * its variables waits for `endowed`. What it throws is not the machine's failure.
    */
-  meanwhile(signal: AbortSignal): Promise<void>;
+  meanwhile(endowed: Promise<void>, signal: AbortSignal): Promise<void>;
 }
 
 /** Brings the machine up, or finds it up; false if it has failed for good. */
@@ -77,32 +77,47 @@ export async function keepMachine(
   const wasUp = site.machinePhase === MachinePhase.RUNNING;
   if (wasUp && ((await site.supervision.isPresent(work.onState)) || (await adopt(site)))) return true;
   if (wasUp && !(await recover(site, signal))) return false;
-  const [token, user] = await allOf(
-    environmentToken(site, spec, signal),
-    attempt(site, () => prepareMachine(site), signal),
-  );
-  if (!user) return false;
-  let meanwhile: SideWork | undefined;
-  const isUp = await attempt(
-    site,
-    async () => {
-      await endow(site, desired, user, token);
-      signal.throwIfAborted();
-      if (site.sections.isOpen("machine")) site.log.hold();
-      const view = Promise.withResolvers<void>();
-      // What it runs as the environment's user must see what that may see.
-      meanwhile = new SideWork(async (ends) => {
-        if (!ends.aborted) await Promise.race([view.promise, once(ends, "abort")]);
-        ends.throwIfAborted();
-        await work.meanwhile(ends);
-      }, signal);
-      await startMachine(site, spec, user, meanwhile, view.resolve, signal);
-      return true;
-    },
-    signal,
-  );
-  await meanwhile?.done;
-  return isUp ?? false;
+  const token = unheard(environmentToken(site, spec, signal));
+  const claim = await attempt(site, () => prepareMachine(site), signal);
+  if (!claim) return false;
+  if (site.sections.isOpen("machine")) site.log.hold();
+  const [view, endowed] = [Promise.withResolvers<void>(), Promise.withResolvers<void>()];
+  // What it runs as the environment's user must see what that may see.
+  const meanwhile = new SideWork(async (ends) => {
+    await unlessOver(view.promise, ends);
+    await work.meanwhile(unheard(unlessOver(endowed.promise, ends)), ends);
+  }, signal);
+  const bringUp = async () => {
+    signal.throwIfAborted();
+    if (!site.host.sandbox) view.resolve();
+    const [text, user] = await allOf(token, claim.settled);
+    const start = async () => {
+      try {
+        await endow(site, desired, user, text);
+        endowed.resolve();
+        await startMachine(site, spec, { ...user, inside: site.supervision.inside }, view.resolve);
+        return true;
+      } catch (error) {
+        await meanwhile.cancel();
+        const outcome = signal.aborted ? LogSectionOutcome.CANCELLED : LogSectionOutcome.FAILURE;
+        site.log.release(() => site.sections.end("machine", outcome));
+        throw error;
+      }
+    };
+    return await attempt(site, start, signal);
+  };
+  try {
+    const isUp = await site.host.startGate(bringUp);
+    await meanwhile.done;
+    return isUp ?? false;
+  } catch (error) {
+    await meanwhile.cancel();
+    await Promise.allSettled([token, claim.settled]);
+    site.log.release(() => undefined);
+    // Nothing of it may run on as a user that is somebody else.
+    if (error instanceof UserTakenError) await site.endProcesses(false, signal);
+    throw error;
+  }
 }
 
 /** Undefined if the machine has failed for good with it. */
@@ -120,20 +135,19 @@ async function attempt<T>(site: EnvironmentSite, work: () => Promise<T>, signal:
   }
 }
 
-/** Makes the user and its folders. */
-async function prepareMachine(site: EnvironmentSite): Promise<Inhabitant> {
-  const user: Inhabitant = { ...(await keepUser(site)), inside: site.supervision.inside };
-  await makeFolders(site.paths, user);
-  const hasLauncher = await writeLauncher(site.paths, user);
+/** Makes the folders of a user, whose account may be on its way. */
+async function prepareMachine(site: EnvironmentSite): Promise<MachineUser> {
+  const machineUser = await keepUser(site);
+  const { user } = machineUser;
+  makeFolders(site.paths, user);
   if (site.machinePhase === MachinePhase.CREATING) {
     site.log.write(user.own ? `User ${user.name} and folders are ready` : "Folders are ready");
-    if (!hasLauncher) site.log.write(`Without the command berth: ${user.name} cannot read the program of the runner`);
-    await site.edit(({ status }) => {
+    site.note(({ status }) => {
       if (status.machine) status.machine.phase = MachinePhase.STARTING;
     });
   }
   await site.endStrayGit();
-  return user;
+  return machineUser;
 }
 
 /** What processes of the environment find, and the limits that they will have. */
@@ -145,69 +159,73 @@ async function endow(
 ): Promise<void> {
   const { host, id, paths } = site;
   const { limits, inContainer } = classSettings(host.schema, environmentClass);
-  await allOf(
+  const [hasLauncher] = await allOf(
+    writeLauncher(paths, user),
     writeToken(paths, user, token),
     writeEnvironmentVariables(site, user, token),
     prepareGroup(host, id, limits),
     markContained(paths, inContainer),
   );
+  const isNews = !hasLauncher && site.sections.isOpen("machine");
+  if (isNews) site.log.write(`Without the command berth: ${user.name} cannot read the program of the runner`);
 }
 
 async function startMachine(
   site: EnvironmentSite,
   spec: EnvironmentSpec,
   user: Inhabitant,
-  meanwhile: SideWork,
   onView: () => void,
-  signal: AbortSignal,
 ): Promise<void> {
   const { host, id, paths, folder, record } = site;
-  try {
-    const supervisor = await host.startGate(async () => {
-      signal.throwIfAborted();
-      const known = await adoptSupervisor(id, paths, user, folder, record.supervisor);
-      if (known) return known;
-      if (!host.sandbox) onView();
-      return await startSupervisor(host, id, paths, user, folder, (namespaces) => {
-        site.supervision.enter(namespaces);
-        onView();
-      });
-    });
-    site.supervision.use(supervisor);
+  const known = await adoptSupervisor(id, paths, user, folder, record.supervisor);
+  const enter = (namespaces: Namespaces | undefined) => {
+    site.supervision.enter(namespaces);
     onView();
-    site.log.release(() => {
-      if (site.sections.isOpen("machine")) site.log.write("The supervisor answers");
-      site.sections.end("machine", LogSectionOutcome.SUCCESS);
-    });
-    await site.edit((record) => {
-      record.supervisor = supervisor.process;
-      const { version: supervisorVersion, commit: supervisorCommit } = host.program;
-      const versions = create(EnvironmentStatus_Machine_VersionsSchema, { supervisorVersion, supervisorCommit });
-      const machine = record.status.machine ?? create(EnvironmentStatus_MachineSchema);
-      const warningMessage = machineWarnings(site, user, spec);
-      record.status.machine = { ...machine, phase: MachinePhase.RUNNING, versions, warningMessage };
-    });
-    // The content may have come while nobody could be told.
-    if (site.folder !== folder) await site.supervision.setWorkspaceFolder(site.folder);
-  } catch (error) {
-    await meanwhile.cancel();
-    const outcome = signal.aborted ? LogSectionOutcome.CANCELLED : LogSectionOutcome.FAILURE;
-    site.log.release(() => site.sections.end("machine", outcome));
-    throw error;
-  }
+  };
+  const supervisor = known ?? (await startSupervisor(host, id, paths, user, folder, enter));
+  site.supervision.use(supervisor);
+  onView();
+  site.log.release(() => {
+    if (site.sections.isOpen("machine")) site.log.write("The supervisor answers");
+    site.sections.end("machine", LogSectionOutcome.SUCCESS);
+  });
+  await site.edit((record) => {
+    record.supervisor = supervisor.process;
+    const { version: supervisorVersion, commit: supervisorCommit } = host.program;
+    const versions = create(EnvironmentStatus_Machine_VersionsSchema, { supervisorVersion, supervisorCommit });
+    const machine = record.status.machine ?? create(EnvironmentStatus_MachineSchema);
+    const warningMessage = machineWarnings(site, user, spec);
+    record.status.machine = { ...machine, phase: MachinePhase.RUNNING, versions, warningMessage };
+  });
+  // The content may have come while nobody could be told.
+  if (site.folder !== folder) await site.supervision.setWorkspaceFolder(site.folder);
+}
+
+/** The user of a machine, and when its account is there. */
+interface MachineUser {
+  user: UnixUser;
+  settled: Promise<UnixUser>;
 }
 
 /** The user of the environment. Where its account was lost and its id given away, its files get the new owner. */
-async function keepUser(site: EnvironmentSite): Promise<UnixUser> {
+async function keepUser(site: EnvironmentSite): Promise<MachineUser> {
   const before = site.record.user;
-  const user = await ensureUser(site.id, site.paths.home, site.host.reservedUids(site.id), before);
-  const isSame = before?.uid === user.uid && before.gid === user.gid && before.unlisted === user.unlisted;
-  if (isSame) return user;
+  const keep = (user: UnixUser) =>
+    site.edit((record) => {
+      record.user = user;
+    });
+  const { user, settle } = await claimUser(site.id, site.paths.home, site.host.reservedUids(site.id), before);
   if (before?.own && before.uid !== user.uid) await changeOwner(site.paths, before, user);
-  await site.edit((record) => {
-    record.user = user;
+  const isSame = before?.uid === user.uid && before.gid === user.gid && before.unlisted === user.unlisted;
+  // Its files must be known by its id before there are any.
+  const written = isSame ? undefined : keep(user);
+  const settled = settle().then(async (final) => {
+    if (final.unlisted !== user.unlisted) await keep(final);
+    return final;
   });
-  return user;
+  unheard(settled);
+  await written;
+  return { user, settled };
 }
 
 export async function writeEnvironmentVariables(site: EnvironmentSite, user: UnixUser, token: string): Promise<void> {
@@ -250,7 +268,7 @@ async function environmentToken(site: EnvironmentSite, spec: EnvironmentSpec, si
   if (site.record.token?.session === machineSession) return site.record.token.text;
   const request = { environmentId: site.id, machineSession };
   const { token } = await site.host.controlPlane.control.createEnvironmentToken(request, { signal });
-  await site.edit((record) => {
+  site.note((record) => {
     record.token = { session: machineSession, text: token };
   });
   return token;

@@ -61,7 +61,7 @@ const isRoot = () => process.getuid?.() === 0;
 export const ownerOf = (user: UnixUser): Owner | undefined => (user.own ? { uid: user.uid, gid: user.gid } : undefined);
 
 /** How commands of an environment are run. */
-export const commandUser = (user: Inhabitant): RunAs => ({ ...ownerOf(user), inside: user.inside });
+export const commandUser = (user: Inhabitant): RunAs => ({ ...ownerOf(user), inside: user.inside, shell: user.shell });
 
 /**
  * Makes the folders of the runner and returns the real path of the data folder. As root, users of environments pass
@@ -71,13 +71,13 @@ export async function prepareDataDir(path: string): Promise<string> {
   const passable = isRoot() ? 0o711 : 0o700;
   await mkdir(path, { recursive: true, mode: passable });
   const dataDir = await realpath(path);
-  await makeFolder(dataDir, passable);
+  makeFolder(dataDir, passable);
   if (isRoot()) await makePassable(dataDir);
-  await makeFolder(environmentsFolder(dataDir), passable);
-  await makeFolder(quarantineFolder(dataDir), 0o700);
-  await makeFolder(trashFolder(dataDir), 0o700);
-  await makeFolder(compiledFolder(dataDir), 0o700);
-  await makeFolder(runtimeFolder(dataDir), 0o755);
+  makeFolder(environmentsFolder(dataDir), passable);
+  makeFolder(quarantineFolder(dataDir), 0o700);
+  makeFolder(trashFolder(dataDir), 0o700);
+  makeFolder(compiledFolder(dataDir), 0o700);
+  makeFolder(runtimeFolder(dataDir), 0o755);
   return dataDir;
 }
 
@@ -100,15 +100,14 @@ async function makePassable(dataDir: string): Promise<void> {
 }
 
 /** Folder of one environment, still without what belongs to its user. */
-export async function makeRoot(paths: EnvironmentPaths): Promise<void> {
-  await makeFolder(paths.root, 0o700);
+export function makeRoot(paths: EnvironmentPaths): void {
+  makeFolder(paths.root, 0o700);
 }
 
-export async function makeFolders(paths: EnvironmentPaths, user: UnixUser): Promise<void> {
-  await makeFolder(paths.root, user.own ? 0o710 : 0o700, user.own ? { uid: 0, gid: user.gid } : undefined);
-  for (const folder of [paths.workspace, paths.home, paths.secrets, paths.logs, paths.run, paths.ssh]) {
-    await makeFolder(folder, 0o700, ownerOf(user));
-  }
+export function makeFolders(paths: EnvironmentPaths, user: UnixUser): void {
+  makeFolder(paths.root, user.own ? 0o710 : 0o700, user.own ? { uid: 0, gid: user.gid } : undefined);
+  const folders = [paths.workspace, paths.home, paths.secrets, paths.logs, paths.run, paths.ssh];
+  for (const folder of folders) makeFolder(folder, 0o700, ownerOf(user));
 }
 
 /**
@@ -130,7 +129,7 @@ export async function changeOwner(paths: EnvironmentPaths, before: UnixUser, { u
 export async function markContained(paths: EnvironmentPaths, inContainer: boolean): Promise<void> {
   const mark = join(paths.root, CONTAINED);
   if (!inContainer) return await rm(mark, { force: true });
-  await makeFolder(paths.container, 0o755);
+  makeFolder(paths.container, 0o755);
   await writeAtomically(mark, "");
 }
 
@@ -147,7 +146,7 @@ export async function baseVariables(
     HOME: paths.home,
     USER: user.name,
     LOGNAME: user.name,
-    SHELL: await loginShell(),
+    SHELL: loginShell(),
     PATH: `${commandPath()}:${paths.bin}`,
     LANG: "C.UTF-8",
     ...gitAuthorities(),
@@ -197,7 +196,7 @@ export async function startSupervisor(
     workspaceFolder,
     ...ownerOf(user),
     userName: user.name,
-    shell: await loginShell(),
+    shell: loginShell(),
     envFile: paths.variables,
     version: host.program.version,
   };

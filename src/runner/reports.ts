@@ -2,11 +2,23 @@ import { clone, equals } from "@bufbuild/protobuf";
 import { Code, ConnectError } from "@connectrpc/connect";
 import type { Logger } from "pino";
 import { ReportResult_Outcome as Outcome, type ReportResult } from "../../gen/berth/runner/v1/runner_control_pb.js";
-import { type EnvironmentStatus, EnvironmentStatusSchema } from "../../gen/gitpod/v1/environment_pb.js";
+import {
+  type EnvironmentStatus,
+  EnvironmentStatusSchema,
+  EnvironmentStatus_Machine_Phase as MachinePhase,
+} from "../../gen/gitpod/v1/environment_pb.js";
 import type { ControlPlane } from "./control-plane.ts";
 import { Waiting } from "./waiting.ts";
 
 const BATCH = 100;
+// What comes on the way to a state that somebody waits for follows so soon that most of it need not be told by itself.
+const LINGER_MS = 100;
+
+/** Somebody may be waiting for this state: the environment serves, has stopped, or is in trouble. */
+const isAwaited = ({ machine, content, environmentUrls }: EnvironmentStatus) =>
+  Boolean(environmentUrls?.ops || machine?.failureMessage || content?.failureMessage) ||
+  machine?.phase === MachinePhase.STOPPED ||
+  machine?.phase === MachinePhase.DELETED;
 
 /** What a report came to, for whoever acts on it. */
 export type Judged = (environmentId: string, outcome: Outcome, status: EnvironmentStatus) => void;
@@ -22,6 +34,7 @@ export class Reports {
   readonly #accepted = new Map<string, EnvironmentStatus>();
   readonly #seq = new Map<string, bigint>();
   readonly #waiting = new Waiting();
+  #lingering: NodeJS.Timeout | undefined;
 
   constructor(log: Logger, judged: Judged) {
     this.#log = log;
@@ -32,6 +45,13 @@ export class Reports {
     const known = this.#accepted.get(environmentId);
     if (known && !this.#pending.has(environmentId) && equals(EnvironmentStatusSchema, known, status)) return;
     this.#pending.set(environmentId, status);
+    if (isAwaited(status)) this.#due();
+    else this.#lingering ??= setTimeout(() => this.#due(), LINGER_MS);
+  }
+
+  #due(): void {
+    clearTimeout(this.#lingering);
+    this.#lingering = undefined;
     this.#waiting.wake();
   }
 
@@ -48,7 +68,7 @@ export class Reports {
 
   /** Something waits to be sent; resolves at once if it does already, or when the signal fires. */
   waiting(signal: AbortSignal): Promise<void> {
-    return this.#waiting.until(() => this.#pending.size > 0, signal);
+    return this.#waiting.until(() => this.#pending.size > 0 && !this.#lingering, signal);
   }
 
   /** Sends one batch. What could not be delivered waits on, unless it is outdated by now; the error is thrown. */

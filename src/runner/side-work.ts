@@ -11,6 +11,23 @@ export async function allOf<T extends readonly unknown[]>(
   return await (Promise.all(work) as unknown as Promise<T>);
 }
 
+/** What may fail before anybody waits for it; whoever does hears of it. */
+export function unheard<T>(work: Promise<T>): Promise<T> {
+  work.catch(() => undefined);
+  return work;
+}
+
+/** Waits for something, or until it is pointless: throws the signal's reason then. */
+export async function unlessOver(awaited: Promise<void>, signal: AbortSignal): Promise<void> {
+  if (!signal.aborted) {
+    const stop = Promise.withResolvers<void>();
+    const over = () => stop.resolve();
+    signal.addEventListener("abort", over, { once: true });
+    await Promise.race([awaited, stop.promise]).finally(() => signal.removeEventListener("abort", over));
+  }
+  signal.throwIfAborted();
+}
+
 /** Work beside other work, which may turn out to be pointless meanwhile. */
 export class SideWork {
   readonly #stop = new AbortController();
@@ -19,8 +36,7 @@ export class SideWork {
 
   constructor(work: (signal: AbortSignal) => Promise<void>, signal: AbortSignal) {
     this.#ended = work(AbortSignal.any([signal, this.#stop.signal]));
-    // It is looked at later.
-    this.#ended.catch(() => undefined);
+    unheard(this.#ended);
   }
 
   /** Resolves or rejects with the work; resolves if it was cancelled. */

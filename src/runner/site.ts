@@ -6,20 +6,23 @@ import {
   EnvironmentStatus_Machine_Phase as MachinePhase,
 } from "../../gen/gitpod/v1/environment_pb.js";
 import type { ClassSettings } from "./classes.ts";
+import { commandVariables } from "./commands.ts";
 import { EnvironmentContainers } from "./containers/environment-containers.ts";
 import { removeContainer, stopContainer } from "./devcontainer/belongings.ts";
 import type { Run } from "./devcontainer/run.ts";
 import type { Host } from "./host.ts";
 import { EnvironmentLog, LogSections } from "./logs.ts";
-import { stopProcesses } from "./machine.ts";
+import { ownerOf, stopProcesses } from "./machine.ts";
 import { type EnvironmentPaths, environmentPaths } from "./paths.ts";
 import { type EnvironmentRecord, newRecord, writeRecord } from "./record.ts";
 import { redact } from "./redact.ts";
 import type { Application } from "./repository-files.ts";
+import { unheard } from "./side-work.ts";
 import { acknowledgement, type Refusal } from "./status.ts";
 import { Supervision } from "./supervision.ts";
 import { type SupervisorClient, withGitOf } from "./supervisor/client.ts";
 import { bootId, terminateSession } from "./supervisor/processes.ts";
+import { CommandShell } from "./supervisor/shell.ts";
 import type { Inhabitant } from "./users.ts";
 
 const MESSAGE_CHARACTERS = 500;
@@ -29,9 +32,10 @@ export const textOf = (error: unknown): string =>
   redact(error instanceof Error ? error.message : String(error)).slice(0, MESSAGE_CHARACTERS);
 
 /** The user of an environment whose machine is up. */
-export function userOf({ record, supervision }: EnvironmentSite): Inhabitant {
+export function userOf(site: EnvironmentSite): Inhabitant {
+  const { record, supervision } = site;
   if (!record.user) throw new Error("the machine has no user");
-  return { ...record.user, inside: supervision.inside };
+  return { ...record.user, inside: supervision.inside, shell: site.shell };
 }
 
 /** What this process knows about the SSH server of an environment. */
@@ -81,9 +85,11 @@ export class EnvironmentSite {
   /** Lets the next pass begin at once. */
   readonly wake: () => void;
   readonly #changed: () => void;
+  #shell: CommandShell | undefined;
   #writing: Promise<void> = Promise.resolve();
   #nextWrite: Promise<void> | undefined;
   #unwritten = 0;
+  #isNoted = false;
   #written: EnvironmentStatus | undefined;
 
   constructor(host: Host, id: string, record: EnvironmentRecord | undefined, changed: () => void, wake: () => void) {
@@ -122,9 +128,24 @@ export class EnvironmentSite {
     return this.#unwritten > 0 && this.#written ? this.#written : this.status;
   }
 
+  /** Runs short commands of its user, in what its processes run in at the moment. */
+  get shell(): CommandShell | undefined {
+    const { user } = this.record;
+    if (!user) return undefined;
+    const runAs = { ...ownerOf(user), inside: this.supervision.inside };
+    const known = this.#shell?.user;
+    if (!known || known.uid !== runAs.uid || known.inside !== runAs.inside) {
+      this.#shell?.close();
+      const env = { ...commandVariables(), HOME: this.paths.home, BERTH_ENVIRONMENT_ID: this.id };
+      this.#shell = new CommandShell(runAs, env);
+    }
+    return this.#shell;
+  }
+
   /** Applies a change, writes it to disk, then reports it. */
   async edit(change: (record: EnvironmentRecord) => void): Promise<void> {
     change(this.record);
+    this.#isNoted = false;
     if (this.onDisk) await this.#write();
     this.#changed();
   }
@@ -150,6 +171,19 @@ export class EnvironmentSite {
     const status = clone(EnvironmentStatusSchema, this.status);
     await writeRecord(this.paths, this.record);
     this.#written = status;
+  }
+
+  /**
+   * As `edit`, soon and without waiting for it, for what nothing has to be found by after a crash: the next change that is
+   * waited for takes it along. A failure to write shows with that.
+   */
+  note(change: (record: EnvironmentRecord) => void): void {
+    change(this.record);
+    if (this.#isNoted) return;
+    this.#isNoted = true;
+    setImmediate(() => {
+      if (this.#isNoted) unheard(this.edit(() => undefined));
+    });
   }
 
   /** As `edit`, for what leads to an end: a full disk must not hold that up, and a later pass finds out again. */
@@ -239,6 +273,8 @@ export class EnvironmentSite {
     this.application?.work?.abandon();
     this.attached?.abandon();
     this.application = this.attached = undefined;
+    this.#shell?.close();
+    this.#shell = undefined;
   }
 
   /** Git that a runner before this one started goes on writing into a folder that nobody wants any more. */

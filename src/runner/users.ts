@@ -1,10 +1,11 @@
 import { randomInt } from "node:crypto";
-import { constants } from "node:fs";
-import { access, readFile } from "node:fs/promises";
+import { readFileSync } from "node:fs";
 import { userInfo } from "node:os";
 import { setTimeout as delay } from "node:timers/promises";
 import { runCommand } from "./commands.ts";
 import type { Namespaces } from "./supervisor/namespaces.ts";
+import { isProgram } from "./supervisor/programs.ts";
+import type { Shell } from "./supervisor/started-command.ts";
 
 /** The Unix user that the processes of an environment run as. */
 export interface UnixUser {
@@ -20,6 +21,8 @@ export interface UnixUser {
 /** The user, and what else its processes run in. */
 export interface Inhabitant extends UnixUser {
   inside?: Namespaces | undefined;
+  /** Runs its short commands. */
+  shell?: Shell | undefined;
 }
 
 // High enough to keep out of people's way, low enough for user namespaces.
@@ -37,8 +40,8 @@ const NO_SUCH_USER = 6;
 const LOCAL_SOURCES: ReadonlySet<string> = new Set(["files", "systemd"]);
 const SHELLS = ["/bin/bash", "/bin/sh"];
 
-// Ids that were given out without an account, by environment: nothing else shows that they are taken.
-const unlisted = new Map<string, number>();
+// Ids that were given out without an account, for now or for good, by environment: nothing else shows that they are taken.
+const claimed = new Map<string, number>();
 
 // One at a time: the tools lock the user database and give up when they have to wait for each other.
 let queue: Promise<unknown> = Promise.resolve();
@@ -55,16 +58,7 @@ export function userName(environmentId: string, attempt = 0): string {
 }
 
 /** Shell of the environments' users: bash where there is one. */
-export async function loginShell(): Promise<string> {
-  for (const shell of SHELLS) {
-    const isUsable = await access(shell, constants.X_OK).then(
-      () => true,
-      () => false,
-    );
-    if (isUsable) return shell;
-  }
-  return "/bin/sh";
-}
+export const loginShell = (): string => SHELLS.find(isProgram) ?? "/bin/sh";
 
 interface Account {
   name: string;
@@ -74,10 +68,19 @@ interface Account {
   home: string;
 }
 
+/** A small local file of the system; empty if it cannot be read. */
+function textOf(path: string): string {
+  try {
+    return readFileSync(path, "utf8");
+  } catch {
+    return "";
+  }
+}
+
 /** The local user database; accounts of other sources are never the runner's. */
-async function accounts(): Promise<Account[]> {
-  const lines = (await readFile("/etc/passwd", "utf8").catch(() => "")).split("\n");
-  return lines
+function accounts(): Account[] {
+  return textOf("/etc/passwd")
+    .split("\n")
     .map((line) => line.split(":"))
     .filter((fields) => fields.length >= 7)
     .map(([name = "", , uid, gid, comment = "", home = ""]) => {
@@ -92,7 +95,7 @@ const isOurs = (environmentId: string) => (account: Account) =>
 
 /** Exit code of useradd; undefined if it cannot be started. */
 async function addUser(name: string, uid: number, environmentId: string, home: string): Promise<number | undefined> {
-  const identity = ["--home-dir", home, "--shell", await loginShell(), "--comment", commentOf(environmentId)];
+  const identity = ["--home-dir", home, "--shell", loginShell(), "--comment", commentOf(environmentId)];
   const bare = ["--no-create-home", "--no-log-init", "--user-group", "-K", "SUB_UID_COUNT=0", "-K", "SUB_GID_COUNT=0"];
   const args = [...bare, ...identity, "--uid", String(uid), name];
   return await runCommand("useradd", args, { timeoutMs: DEADLINE_MS }).then(
@@ -102,66 +105,100 @@ async function addUser(name: string, uid: number, environmentId: string, home: s
 }
 
 /** The system asks nobody but the local database, and those that know no ids of the range, for users. */
-async function hasLocalUsersOnly(): Promise<boolean> {
-  const text = await readFile("/etc/nsswitch.conf", "utf8").catch(() => "");
-  const sources = /^\s*passwd:([^#\n]*)/m.exec(text)?.[1]?.trim().split(/\s+/);
+function hasLocalUsersOnly(): boolean {
+  const sources = /^\s*passwd:([^#\n]*)/m.exec(textOf("/etc/nsswitch.conf"))?.[1]?.trim().split(/\s+/);
   return sources?.every((source) => LOCAL_SOURCES.has(source)) ?? false;
 }
 
 /** A user of another source than the local database has the id, such as one of a directory service. */
 async function isKnownElsewhere(uid: number): Promise<boolean> {
-  if (await hasLocalUsersOnly()) return false;
+  if (hasLocalUsersOnly()) return false;
   const { code } = await runCommand("getent", ["passwd", String(uid)], { timeoutMs: DEADLINE_MS }).catch(() => ({
     code: 2,
   }));
   return code === 0;
 }
 
-async function freeUid(present: readonly Account[], reserved: ReadonlySet<number>): Promise<number> {
-  const listed = present.flatMap(({ uid, gid }) => [uid, gid]);
-  const taken = new Set([...listed, ...reserved, ...unlisted.values()]);
+/** Claims an id for an environment. */
+async function claimId(environmentId: string, present: readonly Account[], reserved: ReadonlySet<number>) {
+  const taken = new Set([...present.flatMap(({ uid, gid }) => [uid, gid]), ...reserved]);
+  const isClaimed = (uid: number) => [...claimed.values()].includes(uid);
   // Anywhere in the range: what a former holder has left somewhere should not soon belong to a new environment.
   const start = randomInt(UIDS);
   for (let step = 0; step < UIDS; step++) {
     const uid = FIRST_UID + ((start + step) % UIDS);
-    if (!taken.has(uid) && !(await isKnownElsewhere(uid))) return uid;
+    if (taken.has(uid) || isClaimed(uid) || (await isKnownElsewhere(uid)) || isClaimed(uid)) continue;
+    claimed.set(environmentId, uid);
+    return uid;
   }
   throw new Error(`no user id from ${FIRST_UID} to ${LAST_UID} is free`);
 }
+
+/** The user an environment is to have. */
+export interface UserClaim {
+  /** Its files and processes may be that user's from now on: the id is nobody else's as far as is known. */
+  user: UnixUser;
+  /**
+   * Makes it known to the system; resolves once it is, or cannot be. UserTakenError if somebody else was given the id or
+   * the name.
+   */
+  settle(): Promise<UnixUser>;
+}
+
+/** Somebody else was given the id or the name at the same time; a claim made anew has others. */
+export class UserTakenError extends Error {}
 
 /**
  * The user of an environment: one of its own if the runner is root, made on demand and found again after a crash; else
  * the runner's. `before` is the user its files belong to, whose id is kept if nobody has it by now; `reserved` are ids
  * of other environments, whose accounts may be missing. Where no account can be made, the id alone has to do.
  */
-export async function ensureUser(
+export async function claimUser(
   environmentId: string,
   home: string,
   reserved: ReadonlySet<number>,
   before?: UnixUser,
-): Promise<UnixUser> {
+): Promise<UserClaim> {
   if (process.getuid?.() !== 0) {
     const { username, uid, gid } = userInfo();
-    return { name: username, uid, gid, own: false };
+    return settledClaim({ name: username, uid, gid, own: false });
   }
-  return await inTurn(async () => {
-    let nameAttempt = 0;
-    for (let attempt = 0; ; attempt++) {
-      const present = await accounts();
-      const found = present.find(isOurs(environmentId));
-      if (found) return { name: found.name, uid: found.uid, gid: found.gid, own: true };
-      const isFree = before?.own && !reserved.has(before.uid) && !present.some(({ uid }) => uid === before.uid);
-      const uid = isFree ? before.uid : await freeUid(present, reserved);
-      while (present.some(({ name }) => name === userName(environmentId, nameAttempt))) nameAttempt++;
-      const name = userName(environmentId, nameAttempt);
-      const code = attempt < ATTEMPTS ? await addUser(name, uid, environmentId, home) : undefined;
-      if (code === undefined) {
-        unlisted.set(environmentId, uid);
-        return { name, uid, gid: uid, own: true, unlisted: true };
-      }
-      if (code !== 0 && code !== NAME_TAKEN && code !== UID_TAKEN) await delay(RETRY_MS * 2 ** attempt);
+  const present = accounts();
+  const found = present.find(isOurs(environmentId));
+  if (found) return settledClaim({ name: found.name, uid: found.uid, gid: found.gid, own: true });
+  const others = new Set([...claimed].flatMap(([id, uid]) => (id === environmentId ? [] : uid)));
+  const isFree = before?.own && ![reserved, others].some((ids) => ids.has(before.uid)) && !hasId(present, before.uid);
+  claimed.delete(environmentId);
+  if (isFree) claimed.set(environmentId, before.uid);
+  const uid = isFree ? before.uid : await claimId(environmentId, present, reserved);
+  let nameAttempt = 0;
+  while (present.some(({ name }) => name === userName(environmentId, nameAttempt))) nameAttempt++;
+  const user = { name: userName(environmentId, nameAttempt), uid, gid: uid, own: true };
+  return {
+    user: isFree && before.unlisted ? { ...user, unlisted: true } : user,
+    settle: () => inTurn(() => makeAccount(user, environmentId, home)),
+  };
+}
+
+const settledClaim = (user: UnixUser): UserClaim => ({ user, settle: () => Promise.resolve(user) });
+const hasId = (present: readonly Account[], id: number) => present.some(({ uid, gid }) => uid === id || gid === id);
+
+async function makeAccount(user: UnixUser, environmentId: string, home: string): Promise<UnixUser> {
+  for (let attempt = 0; attempt < ATTEMPTS; attempt++) {
+    const isThere = accounts().some((account) => isOurs(environmentId)(account) && account.uid === user.uid);
+    const code = isThere ? 0 : await addUser(user.name, user.uid, environmentId, home);
+    if (code === undefined) break;
+    if (code === 0) {
+      claimed.delete(environmentId);
+      return user;
     }
-  });
+    if (code === NAME_TAKEN || code === UID_TAKEN) {
+      claimed.delete(environmentId);
+      throw new UserTakenError(`the user ${user.name} (${user.uid}) is somebody else by now`);
+    }
+    await delay(RETRY_MS * 2 ** attempt);
+  }
+  return { ...user, unlisted: true };
 }
 
 /**
@@ -170,7 +207,7 @@ export async function ensureUser(
  */
 export async function distinctUid(environmentId: string, user: UnixUser | undefined): Promise<number | undefined> {
   if (!user?.own || process.getuid?.() !== 0) return undefined;
-  const holder = (await accounts()).find(({ uid }) => uid === user.uid);
+  const holder = accounts().find(({ uid }) => uid === user.uid);
   return holder && !isOurs(environmentId)(holder) ? undefined : user.uid;
 }
 
@@ -185,13 +222,13 @@ async function removeLeftovers(uid: number): Promise<void> {
  * is left alone.
  */
 export async function removeUser(environmentId: string, user?: UnixUser): Promise<void> {
-  unlisted.delete(environmentId);
+  claimed.delete(environmentId);
   if (user?.own === false || process.getuid?.() !== 0) return;
-  const uid = (await accounts()).find(isOurs(environmentId))?.uid ?? (await distinctUid(environmentId, user));
-  if (uid !== undefined && ![...unlisted.values()].includes(uid)) await removeLeftovers(uid);
+  const uid = accounts().find(isOurs(environmentId))?.uid ?? (await distinctUid(environmentId, user));
+  if (uid !== undefined && ![...claimed.values()].includes(uid)) await removeLeftovers(uid);
   await inTurn(async () => {
     for (let attempt = 0; attempt < ATTEMPTS; attempt++) {
-      const found = (await accounts()).find(isOurs(environmentId));
+      const found = accounts().find(isOurs(environmentId));
       if (!found) return;
       const { code } = await runCommand("userdel", [found.name], { timeoutMs: DEADLINE_MS });
       if (code === 0 || code === NO_SUCH_USER) return;
@@ -203,7 +240,7 @@ export async function removeUser(environmentId: string, user?: UnixUser): Promis
 
 /** Ids of environments that have an account with its home below a folder. */
 export async function usersBelow(folder: string): Promise<string[]> {
-  return (await accounts())
+  return accounts()
     .filter(({ home }) => home.startsWith(`${folder}/`))
     .map(({ comment }) => comment.slice(commentOf("").length))
     .filter((id) => id !== "");

@@ -56,8 +56,27 @@ rm -rf -- "$ready"`;
 export const LOOK_AFTERWARDS = `"$@" || exit
 if [ -e "$0/.gitmodules" ] || [ -L "$0/.gitmodules" ]; then echo ${HAS_SUBMODULES}; fi`;
 
-/** Arguments: who commits, their address, and the folders that git trusts. */
+/** A configuration of git's with just these values. */
+export function gitConfiguration(name: string, email: string, trusted: readonly string[]): string {
+  const quoted = (text: string) =>
+    `"${text.replace(/[\\"]/g, "\\$&").replaceAll("\n", "\\n").replaceAll("\t", "\\t")}"`;
+  const user = [name && `\tname = ${quoted(name)}\n`, email && `\temail = ${quoted(email)}\n`].join("");
+  const safe = trusted.map((folder) => `\tdirectory = ${quoted(folder)}\n`).join("");
+  return [user && `[user]\n${user}`, safe && `[safe]\n${safe}`].join("");
+}
+
+/**
+ * Arguments: what `gitConfiguration` says where there is no configuration yet, who commits, their address, and the
+ * folders that git trusts.
+ */
 export const CONFIGURE_GIT = `set -eu
+file=$HOME/.gitconfig
+if [ ! -e "$file" ] && [ ! -L "$file" ] && [ ! -e "$HOME/.config/git/config" ]; then
+  umask 022
+  printf '%s' "$1" >"$file"
+  exit
+fi
+shift
 set_one() {
   if [ -n "$2" ]; then git config --global --replace-all -- "$1" "$2"; return; fi
   # 5: the value to remove was not there.

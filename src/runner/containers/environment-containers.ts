@@ -292,8 +292,8 @@ export class EnvironmentContainers {
     await this.#removeShared(run);
     const shared = this.#shared(run);
     const asUser = ownerOf(user);
-    await makeFolder(this.#folder, asUser ? 0o711 : 0o700);
-    await makeFolder(shared, 0o700, asUser);
+    makeFolder(this.#folder, asUser ? 0o711 : 0o700);
+    makeFolder(shared, 0o700, asUser);
     const pipes = [OUTPUT_PIPE, GIVEN_PIPE].map((name) => join(shared, name));
     const { code } = await runCommand("mkfifo", ["-m", "0600", "--", ...pipes], { user: asUser, timeoutMs: QUICK_MS });
     if (code !== 0) throw new ContainerProblem("the pipes of the container cannot be made");

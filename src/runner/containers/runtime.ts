@@ -155,7 +155,7 @@ const isNested = (path: string) => basename(path) === "node_modules";
  */
 export async function prepareRuntime(dataDir: string): Promise<ContainerRuntime> {
   const all = runtimeFolder(dataDir);
-  await makeFolder(all, 0o755);
+  makeFolder(all, 0o755);
   const found = await parts();
   const folder = join(all, found.key);
   if (!(await exists(folder))) {

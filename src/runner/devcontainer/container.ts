@@ -1,7 +1,6 @@
 import { chmod } from "node:fs/promises";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { shellQuoted } from "../commands.ts";
 import type { ContainerEngine, ContainerState } from "../containers/engine.ts";
 import type { ContainerRuntime } from "../containers/runtime.ts";
 import { makeFolder, writeAtomically } from "../files.ts";
@@ -13,6 +12,7 @@ import { connectSupervisor, type SupervisorClient } from "../supervisor/client.t
 import { ENTRANCE, parseSupervisorConfig } from "../supervisor/config.ts";
 import { processLimit } from "../supervisor/process-limit.ts";
 import { bootId, readProcess } from "../supervisor/processes.ts";
+import { shellQuoted } from "../supervisor/shell.ts";
 import { containerName, IMAGE_LABEL, labelsOf } from "./belongings.ts";
 
 // The container of an environment: its image, the environment's user and nothing more. Folders of the environment are at
@@ -50,7 +50,7 @@ async function writeProgram(path: string, text: string): Promise<void> {
 
 /** The folder of the runner's that the environment's user sees, inside of the container too. */
 export async function sharedFolder({ paths }: EnvironmentSite): Promise<string> {
-  await makeFolder(paths.container, 0o755);
+  makeFolder(paths.container, 0o755);
   return paths.container;
 }
 
@@ -61,7 +61,7 @@ async function writeEntry(site: EnvironmentSite, facts: ContainerFacts, runtime:
   const folder = paths.container;
   const bin = join(folder, "bin");
   await sharedFolder(site);
-  await makeFolder(bin, 0o755);
+  makeFolder(bin, 0o755);
   const config = parseSupervisorConfig({
     ...{ environmentId: id, root: paths.root, part: PART, socketPath: join(RUN_FOLDER, CONTAINER_SOCKET) },
     ...{ workspaceFolder: site.folder, userName: facts.userName, shell: "/bin/bash" },

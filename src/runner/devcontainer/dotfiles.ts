@@ -2,8 +2,8 @@ import { ScmError } from "../../scm/errors.ts";
 import type { AdmittedUrl, Guard } from "../../scm/guard.ts";
 import { remoteUriProblem } from "../../scm/initializer.ts";
 import { asUrl } from "../clone-plan.ts";
-import { shellQuoted } from "../commands.ts";
 import { ContentError, movedTo, pins, sshOptions } from "../git.ts";
+import { shellQuoted } from "../supervisor/shell.ts";
 import type { LifecycleCommand } from "./lifecycle.ts";
 
 /** Name of their installation among the commands of a dev container. */

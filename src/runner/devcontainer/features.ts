@@ -31,7 +31,7 @@ export async function addFeatures(work: FeatureWork, plan: ContainerPlan, base: 
   await inTurn(async () => {
     work.signal?.throwIfAborted();
     await removeTree(work.scratch);
-    await makeFolder(work.scratch, 0o700);
+    makeFolder(work.scratch, 0o700);
     try {
       await install(work, plan, base, tag);
     } finally {

@@ -1,6 +1,6 @@
 import { randomBytes } from "node:crypto";
-import { shellQuoted } from "../commands.ts";
 import { type ContainerEngine, EngineError, type EngineWork, type ImageFacts } from "../containers/engine.ts";
+import { shellQuoted } from "../supervisor/shell.ts";
 import type { UnixUser } from "../users.ts";
 import { type ContextPlace, openContext } from "./context.ts";
 import { addFeatures } from "./features.ts";

@@ -1,6 +1,6 @@
 import { basename } from "node:path";
 import { EnvironmentSpec_DevContainer_LifecycleStage as Stage } from "../../../gen/gitpod/v1/environment_pb.js";
-import { shellQuoted } from "../commands.ts";
+import { shellQuoted } from "../supervisor/shell.ts";
 
 // What a dev container file asks to be run, and when. Pure.
 

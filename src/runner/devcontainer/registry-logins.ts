@@ -38,7 +38,7 @@ export async function loginFolder(paths: EnvironmentPaths, user: UnixUser): Prom
   const logins = loginsOf(stdout);
   if (logins === undefined) return undefined;
   const folder = join(paths.root, "logins");
-  await makeFolder(folder, 0o700);
+  makeFolder(folder, 0o700);
   await writeAtomically(join(folder, "config.json"), logins);
   return folder;
 }

@@ -2,11 +2,11 @@ import { createHash } from "node:crypto";
 import { join } from "node:path";
 import { Code, ConnectError } from "@connectrpc/connect";
 import type { ExecResponse } from "../../../gen/supervisor/v1/environmentopts_pb.js";
-import { shellQuoted } from "../commands.ts";
 import { lineWriter } from "../logs.ts";
 import type { EnvironmentPaths } from "../paths.ts";
 import type { SupervisorClient } from "../supervisor/client.ts";
 import { UNATTENDED } from "../supervisor/private-http.ts";
+import { shellQuoted } from "../supervisor/shell.ts";
 import type { CommandPart, LifecycleCommand, StepOutcome } from "./lifecycle.ts";
 import { followOutput } from "./output.ts";
 

@@ -76,7 +76,7 @@ async function tryOut(sandbox: Sandbox, dataDir: string): Promise<string> {
   const shmRoot = join("/dev/shm", `berth-${name}`);
   const scratch = { root, tmp: join(root, "tmp"), varTmp: join(root, "var-tmp"), shmRoot, shm: join(shmRoot, "shm") };
   try {
-    await makeFolder(root, 0o711);
+    makeFolder(root, 0o711);
     await makeScratch(scratch, process.getuid?.() === 0 ? NOBODY : undefined);
     return await tryIn(sandbox, scratch, dataDir);
   } catch (error) {

@@ -75,11 +75,11 @@ async function programFolders(): Promise<string[]> {
 /** Makes the temporary folders of an environment; those that are there stay. */
 export async function makeScratch({ tmp, varTmp, shmRoot, shm }: Scratch, owner: Owner | undefined): Promise<void> {
   // As on the host, they belong to the runner: what it puts there cannot be exchanged.
-  await makeFolder(tmp, STICKY);
-  await makeFolder(varTmp, STICKY);
+  makeFolder(tmp, STICKY);
+  makeFolder(varTmp, STICKY);
   if (!(await exists(SHARED_MEMORY))) return;
-  await makeFolder(shmRoot, owner ? 0o710 : 0o700, owner && { uid: 0, gid: owner.gid });
-  await makeFolder(shm, STICKY);
+  makeFolder(shmRoot, owner ? 0o710 : 0o700, owner && { uid: 0, gid: owner.gid });
+  makeFolder(shm, STICKY);
 }
 
 /** Removes them with all that is in them. */
@@ -146,8 +146,8 @@ export class Sandbox {
   async unassigned(): Promise<Enclosure | undefined> {
     const { bwrap, mount, umount } = this.#options;
     if (!mount || !umount) return undefined;
-    await makeFolder(dirname(HOST_FOLDER), 0o711);
-    await makeFolder(HOST_FOLDER, 0o700);
+    makeFolder(dirname(HOST_FOLDER), 0o711);
+    makeFolder(HOST_FOLDER, 0o700);
     const views = [...["--dev-bind", "/", "/"], ...["--dev-bind", "/", HOST_FOLDER]];
     return {
       file: bwrap,

@@ -1,6 +1,6 @@
-import { shellQuoted } from "../commands.ts";
 import type { EnvironmentPaths } from "../paths.ts";
 import type { DeliveredSecret } from "../record.ts";
+import { shellQuoted } from "../supervisor/shell.ts";
 import { asUser, type Place, valueFile } from "./files.ts";
 
 // Git asks a helper for credentials. This one is configured for one host over https alone, and is a command that prints a

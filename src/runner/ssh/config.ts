@@ -1,5 +1,5 @@
 import type { EnvironmentSpec_SSHPublicKey } from "../../../gen/gitpod/v1/environment_pb.js";
-import { shellQuoted } from "../commands.ts";
+import { shellQuoted } from "../supervisor/shell.ts";
 
 // What the SSH server of an environment is told. Pure.
 

@@ -1,7 +1,8 @@
 import { Code, ConnectError } from "@connectrpc/connect";
 import { errnoOf, failedPrecondition } from "./errors.ts";
-import { invocation, type RunAs } from "./namespaces.ts";
-import { readProcess, spawnSession, terminateSession } from "./processes.ts";
+import type { RunAs } from "./namespaces.ts";
+import { terminateSession } from "./processes.ts";
+import { startCommand } from "./start-command.ts";
 
 // The repository belongs to the environment's user and its configuration may name commands. Git therefore runs with
 // that user's rights, with what it would start by itself switched off, and under a deadline.
@@ -50,47 +51,33 @@ export async function git(
   args: readonly string[],
   onData: (chunk: Buffer) => void,
 ): Promise<GitEnd> {
-  const { directory, uid, gid, inside, timeoutMs = TIMEOUT_MS } = options;
-  const settings = QUIET.flatMap((setting) => ["-c", setting]);
-  const env = gitEnvironment(options);
-  const {
-    file,
-    args: words,
-    ...place
-  } = invocation("git", [...settings, ...args], { cwd: directory, uid, gid, inside });
-  const child = spawnSession(file, words, { ...place, env });
-  const leader = child.pid === undefined ? undefined : readProcess(child.pid);
+  const { directory, uid, gid, inside, shell, timeoutMs = TIMEOUT_MS } = options;
+  const words = [...QUIET.flatMap((setting) => ["-c", setting]), ...args];
+  const place = { cwd: directory, env: gitEnvironment(options), uid, gid, inside, shell };
   let stderr = "";
-  return await new Promise((resolve, reject) => {
-    const giveUp = (error: unknown) => {
-      clearTimeout(timer);
-      if (leader) void terminateSession(leader, 1000);
-      child.stdout?.destroy();
-      child.stderr?.destroy();
-      reject(error);
-    };
-    const late = new ConnectError(`git took longer than ${timeoutMs / 1000} s`, Code.DeadlineExceeded);
-    const timer = setTimeout(giveUp, timeoutMs, late);
-    child.stdout?.on("data", (chunk: Buffer) => {
-      try {
-        onData(chunk);
-      } catch (error) {
-        giveUp(error);
-      }
-    });
-    child.stderr?.on("data", (chunk: Buffer) => {
+  const heard = Promise.withResolvers<never>();
+  const { leader, ended, release } = startCommand("git", words, place, (chunk, stream) => {
+    if (stream === "stderr") {
       stderr = (stderr + chunk.toString("utf8")).slice(0, 1024);
-    });
-    for (const stream of [child.stdout, child.stderr]) stream?.on("error", () => undefined);
-    child.once("error", (error) => {
-      clearTimeout(timer);
-      reject(errnoOf(error) === "ENOENT" ? failedPrecondition("no git, or no such checkout") : error);
-    });
-    child.once("close", (code) => {
-      clearTimeout(timer);
-      resolve({ code: code ?? 1, stderr });
-    });
+      return;
+    }
+    try {
+      onData(chunk);
+    } catch (error) {
+      heard.reject(error);
+    }
   });
+  const late = new ConnectError(`git took longer than ${timeoutMs / 1000} s`, Code.DeadlineExceeded);
+  const timer = setTimeout(() => heard.reject(late), timeoutMs);
+  try {
+    return { code: await Promise.race([ended, heard.promise]), stderr };
+  } catch (error) {
+    if (leader) void terminateSession(leader, 1000);
+    throw errnoOf(error) === "ENOENT" ? failedPrecondition("no git, or no such checkout") : error;
+  } finally {
+    clearTimeout(timer);
+    release();
+  }
 }
 
 /** As `git`; each item of its output, ended by NUL or by the end, goes to `onItem`. */

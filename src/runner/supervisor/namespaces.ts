@@ -1,6 +1,7 @@
 import { closeSync, fstatSync, openSync, readlinkSync, statSync } from "node:fs";
 import { isAlive, type ProcessRef } from "./processes.ts";
 import { findProgram } from "./programs.ts";
+import type { Shell } from "./started-command.ts";
 
 // The view of the host that a supervisor runs in. Whatever else runs for its environment joins it, so that there is one.
 
@@ -9,6 +10,8 @@ export interface RunAs {
   uid?: number;
   gid?: number;
   inside?: Namespaces | undefined;
+  /** One of that user's, in those namespaces, that runs the command if it is free. */
+  shell?: Shell | undefined;
 }
 
 /** How a command is started. */
