@@ -219,6 +219,8 @@ async function keepUser(site: EnvironmentSite): Promise<MachineUser> {
   const isSame = before?.uid === user.uid && before.gid === user.gid && before.unlisted === user.unlisted;
   // Its files must be known by its id before there are any.
   const written = isSame ? undefined : keep(user);
+  // Starting processes takes as long as the disk does.
+  if (!site.host.sandbox) site.shell?.prepare();
   const settled = settle().then(async (final) => {
     if (final.unlisted !== user.unlisted) await keep(final);
     return final;

@@ -12,7 +12,7 @@ import { Waiting } from "./waiting.ts";
 
 const BATCH = 100;
 // What comes on the way to a state that somebody waits for follows so soon that most of it need not be told by itself.
-const LINGER_MS = 100;
+const LINGER_MS = 250;
 
 /** Somebody may be waiting for this state: the environment serves, has stopped, or is in trouble. */
 const isAwaited = ({ machine, content, environmentUrls }: EnvironmentStatus) =>

@@ -103,6 +103,13 @@ printf '\\n%s %d\\n' ${mark} $code; printf '\\n%s %d\\n' ${mark} $code >&2
     return { leader, ended, release: () => undefined };
   }
 
+  /** Has it started before there is a command. */
+  prepare(): void {
+    if (this.#isClosed || this.#current || !this.#open()) return;
+    clearTimeout(this.#timer);
+    this.#rest();
+  }
+
   /** Takes no more commands; one that is at work goes on. */
   close(): void {
     this.#isClosed = true;
