@@ -1,4 +1,5 @@
 import { create } from "@bufbuild/protobuf";
+import { ConnectError } from "@connectrpc/connect";
 import type { DesiredEnvironment } from "../../gen/berth/runner/v1/runner_control_pb.js";
 import { LogSectionOutcome } from "../../gen/gitpod/v1/environment_logs_pb.js";
 import {
@@ -10,26 +11,25 @@ import {
 import { classSettings } from "./classes.ts";
 import { writeLauncher } from "./launcher.ts";
 import {
-  adoptSupervisor,
   baseVariables,
   changeOwner,
   makeFolders,
   makeRoot,
   markContained,
   prepareGroup,
-  startSupervisor,
   writeToken,
   writeVariables,
 } from "./machine.ts";
+import { adoptSupervisor, arrangeSupervisor, type Supervisor, startSupervisor } from "./machine-supervisor.ts";
 import { allOf, SideWork, unheard, unlessOver } from "./side-work.ts";
 import { type EnvironmentSite, textOf } from "./site.ts";
 import { enabledAgents, enabledRules, startedStatus } from "./status.ts";
 import { isWornOut, LOST_TOO_OFTEN, recentRestarts } from "./supervision.ts";
-import { ANOTHER_SERVES, SupervisorStartError } from "./supervisor/launch.ts";
+import { ANOTHER_SERVES, endWaiting, SupervisorStartError } from "./supervisor/launch.ts";
 import type { Namespaces } from "./supervisor/namespaces.ts";
 import type { SupervisorState } from "./supervisor/private-http.ts";
 import { bootId, isAlive, userOf } from "./supervisor/processes.ts";
-import { claimUser, distinctUid, type Inhabitant, type UnixUser, UserTakenError } from "./users.ts";
+import { claimUser, distinctUid, type UnixUser, UserTakenError } from "./users.ts";
 
 // Steps that bring the machine of an environment up and keep it up.
 
@@ -78,47 +78,33 @@ export async function keepMachine(
   if (wasUp && ((await site.supervision.isPresent(work.onState)) || (await adopt(site)))) return true;
   if (wasUp && !(await recover(site, signal))) return false;
   const token = unheard(environmentToken(site, spec, signal));
-  const claim = await attempt(site, () => prepareMachine(site), signal);
-  if (!claim) return false;
+  const claimed = await attempt(site, () => prepareMachine(site), signal);
+  if (!claimed) return false;
   if (site.sections.isOpen("machine")) site.log.hold();
-  const [view, endowed] = [Promise.withResolvers<void>(), Promise.withResolvers<void>()];
-  // What it runs as the environment's user must see what that may see.
-  const meanwhile = new SideWork(async (ends) => {
-    await unlessOver(view.promise, ends);
-    await work.meanwhile(unheard(unlessOver(endowed.promise, ends)), ends);
-  }, signal);
+  const start = new MachineStart(site, desired, spec, { ...claimed, token });
+  const meanwhile = new SideWork((ends) => start.accompany(work, ends), signal);
   const bringUp = async () => {
-    signal.throwIfAborted();
-    if (!site.host.sandbox) view.resolve();
-    const [text, user] = await allOf(token, claim.settled);
-    const start = async () => {
-      try {
-        await endow(site, desired, user, text);
-        endowed.resolve();
-        await startMachine(site, spec, { ...user, inside: site.supervision.inside }, view.resolve);
-        return true;
-      } catch (error) {
-        await meanwhile.cancel();
-        const outcome = signal.aborted ? LogSectionOutcome.CANCELLED : LogSectionOutcome.FAILURE;
-        site.log.release(() => site.sections.end("machine", outcome));
-        throw error;
-      }
-    };
-    return await attempt(site, start, signal);
+    try {
+      signal.throwIfAborted();
+      await start.run();
+      return true;
+    } catch (error) {
+      await meanwhile.cancel();
+      await Promise.allSettled([token, claimed.settled]);
+      const outcome = signal.aborted ? LogSectionOutcome.CANCELLED : LogSectionOutcome.FAILURE;
+      site.log.release(() => isPassing(error) || site.sections.end("machine", outcome));
+      // Nothing of it may run on as a user that is somebody else.
+      if (error instanceof UserTakenError) await site.endProcesses(false, signal);
+      throw error;
+    }
   };
-  try {
-    const isUp = await site.host.startGate(bringUp);
-    await meanwhile.done;
-    return isUp ?? false;
-  } catch (error) {
-    await meanwhile.cancel();
-    await Promise.allSettled([token, claim.settled]);
-    site.log.release(() => undefined);
-    // Nothing of it may run on as a user that is somebody else.
-    if (error instanceof UserTakenError) await site.endProcesses(false, signal);
-    throw error;
-  }
+  const isUp = await attempt(site, () => site.host.startGate(bringUp), signal);
+  await meanwhile.done;
+  return isUp ?? false;
 }
+
+/** What says nothing about the machine, and is tried again. */
+const isPassing = (error: unknown) => error instanceof ConnectError || error instanceof UserTakenError;
 
 /** Undefined if the machine has failed for good with it. */
 async function attempt<T>(site: EnvironmentSite, work: () => Promise<T>, signal: AbortSignal): Promise<T | undefined> {
@@ -127,7 +113,7 @@ async function attempt<T>(site: EnvironmentSite, work: () => Promise<T>, signal:
   } catch (error) {
     // A machine that was up has more tries. One that an earlier runner process has begun to start is found the next time.
     const isStarted = error instanceof SupervisorStartError && error.code === ANOTHER_SERVES;
-    if (signal.aborted || isStarted || site.machinePhase === MachinePhase.RUNNING) throw error;
+    if (signal.aborted || isStarted || isPassing(error) || site.machinePhase === MachinePhase.RUNNING) throw error;
     await site.endProcesses(false, signal);
     site.sections.endAll(LogSectionOutcome.FAILURE);
     await site.failMachine(`the machine could not be started: ${textOf(error)}`);
@@ -170,35 +156,76 @@ async function endow(
   if (isNews) site.log.write(`Without the command berth: ${user.name} cannot read the program of the runner`);
 }
 
-async function startMachine(
-  site: EnvironmentSite,
-  spec: EnvironmentSpec,
-  user: Inhabitant,
-  onView: () => void,
-): Promise<void> {
-  const { host, id, paths, folder, record } = site;
-  const known = await adoptSupervisor(id, paths, user, folder, record.supervisor);
-  const enter = (namespaces: Namespaces | undefined) => {
-    site.supervision.enter(namespaces);
-    onView();
-  };
-  const supervisor = known ?? (await startSupervisor(host, id, paths, user, folder, enter));
-  site.supervision.use(supervisor);
-  onView();
-  site.log.release(() => {
-    if (site.sections.isOpen("machine")) site.log.write("The supervisor answers");
-    site.sections.end("machine", LogSectionOutcome.SUCCESS);
-  });
-  await site.edit((record) => {
-    record.supervisor = supervisor.process;
-    const { version: supervisorVersion, commit: supervisorCommit } = host.program;
-    const versions = create(EnvironmentStatus_Machine_VersionsSchema, { supervisorVersion, supervisorCommit });
-    const machine = record.status.machine ?? create(EnvironmentStatus_MachineSchema);
-    const warningMessage = machineWarnings(site, user, spec);
-    record.status.machine = { ...machine, phase: MachinePhase.RUNNING, versions, warningMessage };
-  });
-  // The content may have come while nobody could be told.
-  if (site.folder !== folder) await site.supervision.setWorkspaceFolder(site.folder);
+/** What a start needs besides folders. */
+type Given = MachineUser & { token: Promise<string> };
+
+/** One attempt to bring a machine up whose folders are there. */
+class MachineStart {
+  readonly #site: EnvironmentSite;
+  readonly #desired: DesiredEnvironment;
+  readonly #spec: EnvironmentSpec;
+  readonly #given: Given;
+  readonly #view = Promise.withResolvers<void>();
+  readonly #endowed = Promise.withResolvers<void>();
+
+  constructor(site: EnvironmentSite, desired: DesiredEnvironment, spec: EnvironmentSpec, given: Given) {
+    this.#site = site;
+    this.#desired = desired;
+    this.#spec = spec;
+    this.#given = given;
+  }
+
+  /** What is done meanwhile: run as the environment's user, it must see what that may see. */
+  async accompany(work: MachineWork, ends: AbortSignal): Promise<void> {
+    await unlessOver(this.#view.promise, ends);
+    await work.meanwhile(unheard(unlessOver(this.#endowed.promise, ends)), ends);
+  }
+
+  async run(): Promise<void> {
+    const { host, id, paths, folder, record } = this.#site;
+    const { user, settled, token } = this.#given;
+    const present = await adoptSupervisor(id, paths, user, folder, record.supervisor);
+    const arranged = present ? undefined : await arrangeSupervisor(host, paths, user);
+    if (arranged || !host.sandbox) this.#enter(arranged?.namespaces);
+    try {
+      const [text] = await allOf(token, settled);
+      await endow(this.#site, this.#desired, user, text);
+      this.#endowed.resolve();
+    } catch (error) {
+      if (arranged) await endWaiting(arranged.waiting);
+      throw error;
+    }
+    const known = await settled;
+    const inhabitant = { ...known, inside: this.#site.supervision.inside };
+    const enter = (namespaces: Namespaces | undefined) => this.#enter(namespaces);
+    await this.#use(present ?? (await startSupervisor(host, id, paths, inhabitant, folder, enter, arranged)), known);
+    // The content may have come while nobody could be told.
+    if (this.#site.folder !== folder) await this.#site.supervision.setWorkspaceFolder(this.#site.folder);
+  }
+
+  /** Its processes run there from now on. */
+  #enter(namespaces: Namespaces | undefined): void {
+    this.#site.supervision.enter(namespaces);
+    this.#view.resolve();
+  }
+
+  async #use(supervisor: Supervisor, user: UnixUser): Promise<void> {
+    const { host, sections, log } = this.#site;
+    this.#site.supervision.use(supervisor);
+    this.#view.resolve();
+    log.release(() => {
+      if (sections.isOpen("machine")) log.write("The supervisor answers");
+      sections.end("machine", LogSectionOutcome.SUCCESS);
+    });
+    await this.#site.edit((record) => {
+      record.supervisor = supervisor.process;
+      const { version: supervisorVersion, commit: supervisorCommit } = host.program;
+      const versions = create(EnvironmentStatus_Machine_VersionsSchema, { supervisorVersion, supervisorCommit });
+      const machine = record.status.machine ?? create(EnvironmentStatus_MachineSchema);
+      const warningMessage = machineWarnings(this.#site, user, this.#spec);
+      record.status.machine = { ...machine, phase: MachinePhase.RUNNING, versions, warningMessage };
+    });
+  }
 }
 
 /** The user of a machine, and when its account is there. */

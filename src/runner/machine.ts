@@ -14,26 +14,13 @@ import {
   forgetSocket,
   quarantineFolder,
   runtimeFolder,
-  supervisorSocket,
   trashFolder,
 } from "./paths.ts";
-import type { RecordedProcess, RecordedSupervisor } from "./record.ts";
-import { makeScratch, removeScratch, type Sandbox } from "./sandbox/sandbox.ts";
-import { connectSupervisor, type SupervisorClient } from "./supervisor/client.ts";
-import { CONTAINED, type SupervisorConfig } from "./supervisor/config.ts";
-import type { Enclosed } from "./supervisor/enclosure.ts";
-import { endWaiting, type LaunchOptions, launchSupervisor, PROGRAM } from "./supervisor/launch.ts";
-import { hasOwnView, Namespaces, type RunAs } from "./supervisor/namespaces.ts";
-import {
-  bootId,
-  environmentProcesses,
-  isAlive,
-  killEnvironmentProcesses,
-  type ProcessEntry,
-  type ProcessRef,
-  readProcess,
-} from "./supervisor/processes.ts";
-import { liveSupervisor } from "./supervisor/record.ts";
+import type { RecordedProcess } from "./record.ts";
+import { removeScratch } from "./sandbox/sandbox.ts";
+import { CONTAINED } from "./supervisor/config.ts";
+import type { RunAs } from "./supervisor/namespaces.ts";
+import { bootId, isAlive, killEnvironmentProcesses, type ProcessEntry } from "./supervisor/processes.ts";
 import { distinctUid, type Inhabitant, loginShell, removeUser, type UnixUser } from "./users.ts";
 
 // The machine of an environment on a plain Linux host: a user, folders, and a supervisor process with all it starts.
@@ -43,17 +30,7 @@ import { distinctUid, type Inhabitant, loginShell, removeUser, type UnixUser } f
 const SUPERVISOR_GRACE_MS = 150_000;
 const KILL_DEADLINE_MS = 60_000;
 const OWNER_DEADLINE_MS = 5 * 60_000;
-const COMPILE_MS = 60_000;
-const ARRANGE_MS = 10_000;
 const POLL_MS = 50;
-
-/** A supervisor that answers. */
-export interface Supervisor {
-  process: RecordedSupervisor;
-  client: SupervisorClient;
-  /** What it runs in, if that is not the host as it is. */
-  namespaces?: Namespaces | undefined;
-}
 
 const isRoot = () => process.getuid?.() === 0;
 
@@ -174,141 +151,6 @@ export async function writeToken(paths: EnvironmentPaths, user: UnixUser, token:
 /** Sets the limits of the class for all processes to come, where they can be enforced. */
 export async function prepareGroup(host: Host, environmentId: string, limits: Limits): Promise<void> {
   await host.controlGroups?.prepare(environmentId, limits);
-}
-
-/**
- * Starts the supervisor, inside the limits that were set and apart from other environments. `onView` is given what it
- * runs in before it serves.
- */
-export async function startSupervisor(
-  host: Host,
-  environmentId: string,
-  paths: EnvironmentPaths,
-  user: Inhabitant,
-  workspaceFolder: string,
-  onView: (namespaces: Namespaces | undefined) => void,
-): Promise<Supervisor> {
-  const socketPath = await supervisorSocket(paths);
-  const config: SupervisorConfig = {
-    environmentId,
-    root: paths.root,
-    socketPath,
-    workspaceFolder,
-    ...ownerOf(user),
-    userName: user.name,
-    shell: loginShell(),
-    envFile: paths.variables,
-    version: host.program.version,
-  };
-  let namespaces: Namespaces | undefined;
-  const { record, client } = await launchApart(host, paths, user, config, (process) => {
-    namespaces = Namespaces.of(process);
-    onView(namespaces);
-  });
-  // It has started nothing yet, so all that it ever starts is limited.
-  await host.controlGroups?.add(environmentId, record.pid);
-  const { pid, startTime } = record;
-  return { process: { pid, startTime, bootId: bootId(), apart: host.sandbox !== undefined }, client, namespaces };
-}
-
-/**
- * Compiles what supervisors run, for those of an ordinary user: what one of them wrote would be run by the others, so
- * that they can read the result only. Never throws.
- */
-export async function compileAhead(host: Host): Promise<void> {
-  if (isRoot() || !host.sandbox) return;
-  const env = { NODE_COMPILE_CACHE: compiledFolder(host.config.dataDir) };
-  // Without a configuration it ends once everything is loaded.
-  await runCommand(process.execPath, [PROGRAM], { env, timeoutMs: COMPILE_MS }).catch(() => undefined);
-}
-
-/** Launches a supervisor apart from other environments, where that can be done. */
-async function launchApart(
-  host: Host,
-  paths: EnvironmentPaths,
-  user: Inhabitant,
-  config: SupervisorConfig,
-  onEntered: (process: ProcessRef) => void,
-) {
-  const compiled = compiledFolder(host.config.dataDir);
-  const launch = (more: LaunchOptions) =>
-    launchSupervisor(paths.supervisorConfig, config, compiled, { onEntered, ...more });
-  const waiting = user.own ? host.waitingSupervisor?.take() : undefined;
-  if (!host.sandbox) return await launch({ waiting });
-  await makeScratch(paths, ownerOf(user));
-  const arranged = waiting && (await arrange(host.sandbox, waiting, paths, config));
-  if (arranged) onEntered(arranged);
-  // A user namespace keeps those outside from looking at what an earlier supervisor has left in another one.
-  const left = user.own || user.inside ? undefined : await survivor(config.environmentId);
-  try {
-    const enclosure = await host.sandbox.enclosure(paths, config.socketPath, user.inside ?? left);
-    return await launch({ waiting: arranged && waiting, enclosure });
-  } finally {
-    left?.close();
-  }
-}
-
-/** Gives a waiting supervisor the view of its environment; undefined if it cannot be had, and it has ended then. */
-async function arrange(
-  sandbox: Sandbox,
-  waiting: Enclosed,
-  paths: EnvironmentPaths,
-  config: SupervisorConfig,
-): Promise<ProcessRef | undefined> {
-  const found = readProcess((await waiting.entered) ?? 0);
-  const inside = found && Namespaces.of(found);
-  try {
-    const { file, args } = await sandbox.arrangement(paths, config.socketPath);
-    const isDone = inside && (await runCommand(file, args, { user: { inside }, timeoutMs: ARRANGE_MS })).code === 0;
-    if (isDone) return found;
-  } catch {
-    // One that is started for its environment may do.
-  } finally {
-    inside?.close();
-  }
-  await endWaiting(waiting);
-  return undefined;
-}
-
-/** Namespaces of the process that has run longest of those that an earlier supervisor has left. */
-async function survivor(environmentId: string): Promise<Namespaces | undefined> {
-  const left = (await environmentProcesses({ environmentId })).sort((a, b) => a.startTime - b.startTime);
-  for (const each of left) {
-    const namespaces = Namespaces.of(each);
-    if (namespaces) return namespaces;
-  }
-  return undefined;
-}
-
-/**
- * The supervisor that an earlier runner process left, if it still answers as the one of this environment. That process
- * may have died before it could tell the folder.
- */
-export async function adoptSupervisor(
-  environmentId: string,
-  paths: EnvironmentPaths,
-  user: UnixUser,
-  workspaceFolder: string,
-  recorded: RecordedSupervisor | undefined,
-): Promise<Supervisor | undefined> {
-  const known = recorded?.bootId === bootId() && isAlive(recorded) ? recorded : undefined;
-  const found = known ?? liveSupervisor(paths.root, user.own ? user.uid : undefined);
-  if (!found) return undefined;
-  const client = connectSupervisor(await supervisorSocket(paths), environmentId, ownerOf(user));
-  try {
-    const state = await client.health();
-    if (state.environmentId !== environmentId || state.pid !== found.pid) return undefined;
-    if (state.workspaceFolder !== workspaceFolder) await client.setWorkspaceFolder(workspaceFolder);
-  } catch {
-    return undefined;
-  }
-  const namespaces = Namespaces.of(found);
-  // A view that its user has made must not be joined.
-  if (!namespaces && hasOwnView(found.pid)) return undefined;
-  // The runner may have a view of its own as well, and another one each time.
-  const apart = known ? known.apart : namespaces !== undefined;
-  const { pid, startTime } = found;
-  return { process: { pid, startTime, bootId: bootId(), apart }, client, namespaces };
 }
 
 function kill(supervisor: RecordedProcess): void {

@@ -1,4 +1,4 @@
-import type { Supervisor } from "./machine.ts";
+import type { Supervisor } from "./machine-supervisor.ts";
 import type { SupervisorClient } from "./supervisor/client.ts";
 import type { Namespaces } from "./supervisor/namespaces.ts";
 import type { SupervisorState } from "./supervisor/private-http.ts";

@@ -109,6 +109,7 @@ async function makeMountPoint({ folder, path, target }: MountPoint): Promise<voi
 /** Bubblewrap, as it is used on this host. */
 export class Sandbox {
   readonly #options: SandboxOptions;
+  #common: Promise<Pick<View, "kept" | "shown">> | undefined;
 
   constructor(options: SandboxOptions) {
     this.#options = options;
@@ -165,8 +166,8 @@ export class Sandbox {
   }
 
   async #view({ root, tmp, varTmp, shm }: Scratch, socketPath: string): Promise<View> {
-    const { hidden, compiledFolder } = this.#options;
-    const programs = await programFolders();
+    this.#common ??= this.#sharedView();
+    const { kept, shown } = await this.#common;
     const own: View["own"][number][] = [];
     for (const [path, source] of [
       ["/tmp", tmp],
@@ -176,19 +177,28 @@ export class Sandbox {
       const real = await realpath(path).catch(() => undefined);
       if (real && !own.some((each) => each.path === real)) own.push({ path: real, source });
     }
-    const needed = [...programs, ...this.#options.readable, ...(await this.#neededPaths())];
     // A long path is reached through a folder of links.
-    if (!socketPath.startsWith(`${root}/`)) needed.push(dirname(dirname(socketPath)));
+    const links = socketPath.startsWith(`${root}/`) ? [] : await realPaths([dirname(dirname(socketPath))]);
     return {
-      own,
-      hidden: await realPaths([...hidden, ...(isRoot() ? [] : hiddenByUser())]),
+      ...{ own, kept },
+      // Those that are not there yet may be with the next start.
+      hidden: await realPaths([...this.#options.hidden, ...(isRoot() ? [] : hiddenByUser())]),
       blocked: await reachableSockets(),
+      shown: [...shown, ...links.map((path) => ({ path, writable: false })), { path: root, writable: true }],
+    };
+  }
+
+  /** What is the same for all environments. */
+  async #sharedView(): Promise<Pick<View, "kept" | "shown">> {
+    const { compiledFolder } = this.#options;
+    const programs = await programFolders();
+    const needed = [...programs, ...this.#options.readable, ...(await this.#neededPaths())];
+    return {
       // Whatever belongs to the runner's own user could be written to.
       kept: isRoot() ? [] : (await realPaths([homedir(), ...programs])).filter((path) => path !== "/"),
       shown: [
         ...(await realPaths(needed)).map((path) => ({ path, writable: false })),
         { path: compiledFolder, writable: isRoot() },
-        { path: root, writable: true },
       ],
     };
   }
