@@ -262,6 +262,7 @@ export class ManagedEnvironment {
         if (!controller.signal.aborted) this.#stepFailed(error, failures);
       } finally {
         this.#pass = undefined;
+        this.#site.closeShell();
       }
     }
   }

@@ -273,6 +273,11 @@ export class EnvironmentSite {
     this.application?.work?.abandon();
     this.attached?.abandon();
     this.application = this.attached = undefined;
+    this.closeShell();
+  }
+
+  /** No more commands are to be run for now. */
+  closeShell(): void {
     this.#shell?.close();
     this.#shell = undefined;
   }

@@ -1,12 +1,10 @@
 import type { ChildProcess } from "node:child_process";
 import { randomBytes } from "node:crypto";
-import type { Socket } from "node:net";
 import { invocation, type RunAs } from "./namespaces.ts";
 import { exitCodeOf, type ProcessRef, readProcess, spawnSession } from "./processes.ts";
 import type { CommandOutput, Shell, ShellCommand, StartedCommand } from "./started-command.ts";
 
-// Between two commands of one piece of work, and no longer: it is a process of the environment's.
-const IDLE_MS = 1_000;
+const PIPE_GRACE_MS = 1_000;
 const NAME = /^[A-Za-z_][A-Za-z0-9_]*$/;
 const NEWLINE = 10;
 
@@ -54,19 +52,23 @@ class MarkedStream {
   }
 }
 
+/** A shell at work, and the command that it runs. */
+interface ShellProcess {
+  child: ChildProcess;
+  leader: ProcessRef;
+  current: Record<"stdout" | "stderr", MarkedStream> | undefined;
+}
+
 /**
  * A shell that runs commands of an environment's user one after the other. Starting a process takes this one, which is
  * large, some milliseconds in which it can do nothing else; the shell does that in less than one. It is started for the first
- * command, is left running for a second after the last one, and ends with this process.
+ * command, and ends with this process.
  */
 export class CommandShell implements Shell {
   /** What it runs as, and in. */
   readonly user: RunAs;
   readonly #env: Record<string, string>;
-  #child: ChildProcess | undefined;
-  #leader: ProcessRef | undefined;
-  #current: { stdout: MarkedStream; stderr: MarkedStream } | undefined;
-  #timer: NodeJS.Timeout | undefined;
+  #process: ShellProcess | undefined;
   #isClosed = false;
 
   /** `env` is what all commands get. */
@@ -78,46 +80,43 @@ export class CommandShell implements Shell {
   start({ file, args, cwd, env }: ShellCommand, output: CommandOutput): StartedCommand | undefined {
     const words = [file, ...args, cwd, ...Object.values(env)];
     const isUsable = Object.keys(env).every((name) => NAME.test(name)) && words.every((word) => !word.includes("\0"));
-    if (this.#isClosed || this.#current || !isUsable) return undefined;
-    const leader = this.#open();
-    if (!leader) return undefined;
-    clearTimeout(this.#timer);
+    if (this.#isClosed || this.#process?.current || !isUsable) return undefined;
+    const shell = this.#open();
+    if (!shell) return undefined;
     const mark = randomBytes(16).toString("hex");
     const current = {
       stdout: new MarkedStream(mark, (chunk) => output(chunk, "stdout")),
       stderr: new MarkedStream(mark, (chunk) => output(chunk, "stderr")),
     };
-    this.#current = current;
+    shell.current = current;
     const variables = Object.entries(env).map(([name, value]) => `export ${name}=${shellQuoted(value)};`);
     const command = [file, ...args].map(shellQuoted).join(" ");
-    this.#child?.stdin?.write(
+    shell.child.stdin?.write(
       `(${variables.join(" ")} cd -- ${shellQuoted(cwd)} || exit 127; exec ${command}) </dev/null; code=$?
 printf '\\n%s %d\\n' ${mark} $code; printf '\\n%s %d\\n' ${mark} $code >&2
 `,
     );
-    this.#hold(true);
     const ended = Promise.all([current.stdout.ended.promise, current.stderr.ended.promise]).then(([code]) => {
-      if (this.#current === current) this.#rest();
+      shell.current = undefined;
+      if (this.#isClosed) this.#end();
       return code;
     });
-    return { leader, ended, release: () => undefined };
+    return { leader: shell.leader, ended, release: () => undefined };
   }
 
   /** Has it started before there is a command. */
   prepare(): void {
-    if (this.#isClosed || this.#current || !this.#open()) return;
-    clearTimeout(this.#timer);
-    this.#rest();
+    if (!this.#isClosed) this.#open();
   }
 
   /** Takes no more commands; one that is at work goes on. */
   close(): void {
     this.#isClosed = true;
-    if (!this.#current) this.#end();
+    if (!this.#process?.current) this.#end();
   }
 
-  #open(): ProcessRef | undefined {
-    if (this.#child) return this.#leader;
+  #open(): ShellProcess | undefined {
+    if (this.#process) return this.#process;
     const { descriptors, file, args, ...place } = invocation("/bin/sh", [], { cwd: "/", ...this.user });
     const child = spawnSession(file, args, { ...place, env: this.#env, descriptors, input: "pipe" });
     const leader = child.pid === undefined ? undefined : readProcess(child.pid);
@@ -127,48 +126,32 @@ printf '\\n%s %d\\n' ${mark} $code; printf '\\n%s %d\\n' ${mark} $code >&2
       child.stdin?.destroy();
       return undefined;
     }
-    this.#child = child;
-    this.#leader = leader;
+    const shell: ShellProcess = { child, leader, current: undefined };
     for (const name of ["stdout", "stderr"] as const) {
-      child[name]?.on("data", (chunk: Buffer) => this.#current?.[name].push(chunk)).on("error", () => undefined);
+      child[name]?.on("data", (chunk: Buffer) => shell.current?.[name].push(chunk)).on("error", () => undefined);
     }
-    child.once("exit", (code, signal) => this.#gone(child, exitCodeOf({ code, signal })));
-    return leader;
+    child.once("exit", (code, signal) => this.#gone(shell, exitCodeOf({ code, signal })));
+    this.#process = shell;
+    return shell;
   }
 
-  #gone(child: ChildProcess, code: number): void {
-    const current = this.#child === child ? this.#current : undefined;
-    if (this.#child === child) this.#child = this.#leader = this.#current = undefined;
+  #gone(shell: ShellProcess, code: number): void {
+    if (this.#process === shell) this.#process = undefined;
     const close = () => {
-      current?.stdout.close(code);
-      current?.stderr.close(code);
-      for (const stream of child.stdio) stream?.destroy();
+      shell.current?.stdout.close(code);
+      shell.current?.stderr.close(code);
+      for (const stream of shell.child.stdio) stream?.destroy();
     };
     // What a command has left behind may hold the streams open for ever.
-    child.once("close", close);
-    if (current) setTimeout(close, IDLE_MS).unref();
-  }
-
-  #rest(): void {
-    this.#current = undefined;
-    this.#hold(false);
-    if (this.#isClosed) this.#end();
-    else this.#timer = setTimeout(() => this.#end(), IDLE_MS).unref();
+    const late = setTimeout(close, PIPE_GRACE_MS);
+    shell.child.once("close", () => {
+      clearTimeout(late);
+      close();
+    });
   }
 
   #end(): void {
-    clearTimeout(this.#timer);
-    this.#child?.stdin?.end();
-    this.#child = this.#leader = undefined;
-  }
-
-  /** Whether this process has to wait for it. */
-  #hold(isHeld: boolean): void {
-    const child = this.#child;
-    if (!child) return;
-    for (const each of [child, ...child.stdio.slice(0, 3)] as (ChildProcess | Socket | null)[]) {
-      if (isHeld) each?.ref();
-      else each?.unref();
-    }
+    this.#process?.child.stdin?.end();
+    this.#process = undefined;
   }
 }
