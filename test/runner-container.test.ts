@@ -398,6 +398,24 @@ describe.skipIf(missing)(`dev containers in containers${missing ? ` (${missing})
     await other[Symbol.asyncDispose]();
   });
 
+  test.concurrent("a class that keeps dev containers on the host is named where the file asks for a container", async () => {
+    await using other = await FakeControlPlane.start();
+    await using host = await TestRunner.create(other, git.host);
+    await host.start({ containerEngine: "docker", dockerHost: engine.dockerHost });
+    const warningOf = async (container: object) => {
+      const files = { ".devcontainer/devcontainer.json": JSON.stringify(container) };
+      const id = other.create(contentOf(fromGit((await git.createRepository(`c${++count}`, { files })).url)));
+      return containerOf(await other.untilPhase(id, RUNNING)).container.warningMessage;
+    };
+    const warning =
+      "the environment class keeps dev containers on the host: image and features of the dev container are ignored and commands run on the host";
+    const build = { build: { dockerfile: "Dockerfile" } };
+    for (const asked of [{ image: engine.image }, build, { features: { "a/b:1": {} } }]) {
+      expect(await warningOf(asked)).toBe(warning);
+    }
+    expect(await warningOf({ features: {}, postCreateCommand: "true" })).toBe("");
+  });
+
   test.concurrent("tasks and services run in the dev container, and on the host where they say so", async () => {
     await using stage = await startTestPlane();
     await liftQuotas(stage);

@@ -96,7 +96,9 @@ test.concurrent("ENV-35: without an engine the commands run on the host, in orde
     ...{ phase: DevContainerPhase.RUNNING, failureMessage: "", containerId: "", containerName: "" },
     ...{ remoteWorkspaceFolder: checkout, devcontainerconfigInSync: true },
   });
-  expect(container.warningMessage).toContain("commands run on the host");
+  expect(container.warningMessage).toBe(
+    "no container engine: image and features of the dev container are ignored and commands run on the host",
+  );
   expect(plane.environment(id).status?.warningMessage.join()).toContain("commands run on the host");
   await eventually(async () => (await textOf(home(id, "order"))).endsWith("attach\n"), "postAttachCommand");
   expect(await textOf(home(id, "order"))).toBe("initialize\non\nupdate\ncreate\nstart\nattach\n");

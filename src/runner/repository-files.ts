@@ -140,14 +140,26 @@ function parse(file: FoundFile | undefined): Record<string, unknown> {
   throw new Error(`${file.path} is not a JSON object`);
 }
 
-function hostWarnings(content: Record<string, unknown>, skipsCommands: boolean): string {
+/** What only a container can have. */
+const OF_CONTAINERS = ["image", "build", "dockerFile", "dockerComposeFile", "features"];
+const isNamed = (value: unknown) => (isRecord(value) ? Object.keys(value).length > 0 : Boolean(value));
+
+function hostWarnings(content: Record<string, unknown>, skipsCommands: boolean, hasEngine: boolean): string {
   const skipped = skipsCommands ? LIFECYCLE_COMMANDS.filter((name) => content[name] !== undefined) : [];
+  const reason = hasEngine ? "the environment class keeps dev containers on the host" : "no container engine";
+  // With an engine it is a choice of the operator, and worth a word where the file says otherwise.
+  const isNews = !hasEngine || OF_CONTAINERS.some((name) => isNamed(content[name]));
   const warnings = [
-    "no container engine: image and features of the dev container are ignored and commands run on the host",
+    isNews ? `${reason}: image and features of the dev container are ignored and commands run on the host` : "",
     skipped.length > 0 ? `commands skipped by configuration: ${skipped.join(", ")}` : "",
   ];
   return warnings.filter(Boolean).join("; ");
 }
+
+const noHost = (hasEngine: boolean) =>
+  hasEngine
+    ? "dev containers need an environment class with isolation container on this runner"
+    : "dev containers need a container engine on this runner";
 
 /** What has no effect of a dev container that runs in a container. */
 const containerWarning = ({ ignored }: ContainerPlan) =>
@@ -155,6 +167,7 @@ const containerWarning = ({ ignored }: ContainerPlan) =>
 
 /**
  * The dev container of a checkout: on the host with its image and features left out, or with the plan of a container.
+ * With an engine, it is the class of the environment that keeps it on the host.
  * FAILED if the named file is missing or unreadable, if it asks for what cannot be had or run, or if the operator wants
  * no dev container without a container.
  */
@@ -162,6 +175,7 @@ export async function findDevContainer(
   checkout: Checkout,
   spec: EnvironmentSpec_DevContainer,
   mode: DevContainerMode,
+  hasEngine: boolean,
 ): Promise<FoundDevContainer> {
   const { session, devcontainerFilePath: specified } = spec;
   const file = await devContainerFile(checkout, specified);
@@ -182,7 +196,7 @@ export async function findDevContainer(
     lifecycle: NO_LIFECYCLE,
   });
   if (specified && !file) return failed(`dev container file ${specified.slice(0, 200)} not found`);
-  if (file && mode === "fail") return failed("dev containers need a container engine on this runner");
+  if (file && mode === "fail") return failed(noHost(hasEngine));
   try {
     const content = parse(file);
     const { folder } = checkout;
@@ -194,7 +208,7 @@ export async function findDevContainer(
         lifecycle: lifecycleOf(content, spec.lifecycleStage, folder),
       };
     }
-    const warningMessage = hostWarnings(content, mode === "skip");
+    const warningMessage = hostWarnings(content, mode === "skip", hasEngine);
     return {
       status: { ...status, phase: DevContainerPhase.RUNNING, warningMessage },
       hash: hashOf(file),
