@@ -114,7 +114,7 @@ export class Namespaces {
 export function invocation(
   file: string,
   args: readonly string[],
-  { inside, ...options }: { cwd?: string } & RunAs,
+  { inside, shell: _, ...options }: { cwd?: string } & RunAs,
 ): Invocation {
   return inside ? inside.enter(file, args, options) : { file, args, ...options, descriptors: [] };
 }
