@@ -695,7 +695,7 @@ export class TestRunner implements AsyncDisposable {
   async record(id: string): Promise<{
     user?: { name: string; uid: number; own: boolean };
     supervisor?: { pid: number };
-    ssh?: { process?: ProcessRef };
+    ssh?: { port: number; process?: ProcessRef };
   }> {
     return JSON.parse(await readFile(this.folder(id, "state.json"), "utf8"));
   }

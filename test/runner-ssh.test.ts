@@ -12,10 +12,17 @@ import {
   EnvironmentPhase,
   EnvironmentSpec_SSHPublicKeySchema,
 } from "../gen/gitpod/v1/environment_pb.js";
-import { authorizedKeys, serverConfig, sessionScript, shellVariables } from "../src/runner/ssh/config.ts";
+import {
+  authorizedKeys,
+  containedSessionScript,
+  serverConfig,
+  sessionScript,
+  shellVariables,
+} from "../src/runner/ssh/config.ts";
 import { findSshServer } from "../src/runner/ssh/server.ts";
 import { hasSession } from "../src/runner/ssh/sessions.ts";
 import { isAlive } from "../src/runner/supervisor/processes.ts";
+import { clientArgs, clientKey, logIn, sshMissing } from "./harness/ssh-client.ts";
 import { eventually } from "./harness/wait.ts";
 import { FakeControlPlane, TestRunner } from "./runner-harness.ts";
 
@@ -25,11 +32,7 @@ const run = promisify(execFile);
 vi.setConfig({ testTimeout: 120_000 });
 
 const found = await findSshServer(process.env.PATH ?? "");
-const hasClient = await run("ssh", ["-V"]).then(
-  () => true,
-  () => false,
-);
-const canLogIn = found !== undefined && hasClient;
+const missing = await sshMissing();
 const KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ1yT2iJ0L9vS0QmYw0z0Z6bq3XkQ0m1o3v7b1yZ3x2c";
 
 let folder: string;
@@ -86,6 +89,7 @@ describe("what the server and its sessions are told", () => {
   const settings = {
     ...{ address: "127.0.0.1", port: 22_001, userName: "berth-1", hostKey: "/a b/k", sftpServer: "/usr/lib/sftp" },
     ...{ authorizedKeys: "/a b/100%/keys", sessionScript: "/a b/it's" },
+    isContained: false,
   };
 
   test("only keys log in, as the one user", () => {
@@ -131,6 +135,33 @@ describe("what the server and its sessions are told", () => {
     await writeFile(shell, '#!/bin/sh\necho "shell $*"\n', { mode: 0o755 });
     await writeFile(variables, shellVariables({ HOME: folder, SHELL: shell }));
     expect((await run("sh", [script], { env: {} })).stdout).toBe("shell \n");
+  });
+
+  test("a session of a container enters it, but for file transfers, and never ends up on the host", async () => {
+    const login = join(folder, "it's login");
+    const given = { environmentId: "id", variables: join(folder, "none"), login, sftpServer: "/usr/lib/sftp" };
+    const script = join(folder, "contained");
+    await writeFile(script, containedSessionScript(given));
+    const env = { NODE_OPTIONS: "--inspect", SHELL: "/bin/echo", HOME: folder };
+    const session = (command?: string) =>
+      run("sh", [script], { env: { ...env, ...(command !== undefined && { SSH_ORIGINAL_COMMAND: command }) } });
+    for (const command of [undefined, "ls", "/usr/lib/sftp -h"]) {
+      await expect(session(command)).rejects.toMatchObject({
+        code: 255,
+        stdout: "",
+        stderr: "the dev container is not up yet\n",
+      });
+    }
+    expect((await session("/usr/lib/sftp")).stdout).toBe("-c /usr/lib/sftp\n");
+    const shows =
+      // biome-ignore lint/suspicious/noTemplateCurlyInString: the shell's.
+      'printf "%s|" "${SSH_ORIGINAL_COMMAND-none}" "${NODE_OPTIONS-none}" $BERTH_SSH_SESSION $BERTH_ENVIRONMENT_ID';
+    await writeFile(login, `#!/bin/sh\n${shows}\nexit 7\n`, { mode: 0o755 });
+    await expect(session("a 'b' $c\nd")).rejects.toMatchObject({ code: 7, stdout: "a 'b' $c\nd|none|1|id|" });
+    await expect(session()).rejects.toMatchObject({ code: 7, stdout: "none|none|1|id|" });
+    // The home is that of the container, whose startup files are not for the host's shell.
+    expect(serverConfig({ ...settings, isContained: true }).split("\n")).toContain("SetEnv SHLVL=1");
+    expect(serverConfig(settings)).not.toContain("SHLVL");
   });
 
   test("a key is one line, and nothing else is written", () => {
@@ -280,32 +311,18 @@ describe("with a server that stands in for sshd", () => {
   });
 });
 
-describe.skipIf(!canLogIn)("with OpenSSH (skipped where sshd or ssh is not installed)", () => {
-  const options = ["-F", "/dev/null", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "LogLevel=ERROR"];
-  async function clientKey(name: string) {
-    const path = join(folder, name);
-    await run("ssh-keygen", ["-q", "-t", "ed25519", "-N", "", "-C", name, "-f", path]);
-    return { path, text: (await readFile(`${path}.pub`, "utf8")).trim() };
-  }
-  const argsOf = (url: string, key: string) => {
-    const { username, hostname, port } = new URL(url);
-    const known = ["-o", `UserKnownHostsFile=${join(folder, "known_hosts")}`];
-    return {
-      args: [...options, ...known, "-i", key, "-o", "IdentitiesOnly=yes"],
-      port,
-      target: `${username}@${hostname}`,
-    };
-  };
+describe.skipIf(missing)(`with OpenSSH${missing ? ` (${missing})` : ""}`, () => {
   const login = async (url: string, key: string, command: string) => {
-    const { args, port, target } = argsOf(url, key);
-    return (await run("ssh", [...args, "-p", port, target, command])).stdout.trim();
+    const { code, stdout, stderr } = await logIn(url, key, command);
+    if (code !== 0) throw new Error(stderr);
+    return stdout.trim();
   };
 
   test("ENV-30: a key that is READY logs in and transfers files, one that was removed does not", async () => {
     await using it = await withPrograms(undefined);
     const { plane, runner } = it;
     await runner.start();
-    const [one, two] = [await clientKey("one"), await clientKey("two")];
+    const [one, two] = [await clientKey(folder, "one"), await clientKey(folder, "two")];
     const mount = { case: "environmentVariable" as const, value: "PASSWORD" };
     const id = plane.create({ secrets: [plane.secret("PASSWORD", mount, "from a secret")] });
     const { url } = sshOf(await plane.untilPhase(id, RUNNING));
@@ -319,7 +336,7 @@ describe.skipIf(!canLogIn)("with OpenSSH (skipped where sshd or ssh is not insta
     expect(await login(url, one.path, "id -un")).toBe((await runner.record(id)).user?.name);
     await expect(login(url, two.path, "true")).rejects.toThrow("Permission denied (publickey)");
 
-    const { args, port, target } = argsOf(url, one.path);
+    const { args, port, target } = clientArgs(url, one.path);
     const batch = join(folder, "batch");
     await writeFile(join(folder, "sent"), "sent\n");
     await writeFile(batch, `put ${join(folder, "sent")} received\n`);
@@ -336,7 +353,7 @@ describe.skipIf(!canLogIn)("with OpenSSH (skipped where sshd or ssh is not insta
     await using it = await withPrograms(undefined);
     const { plane, runner } = it;
     await runner.start();
-    const { path, text } = await clientKey("active");
+    const { path, text } = await clientKey(folder, "active");
     const id = plane.create({ sshPublicKeys: [{ id: "k", value: text }] });
     const { url } = sshOf(await plane.untilPhase(id, RUNNING));
     await untilKeys(plane, id, { k: ContentPhase.READY });

@@ -45,6 +45,8 @@ export interface SshState {
   /** Keys and variables last written, the variables as a text that changes with them. */
   keys: string | undefined;
   variables: string | undefined;
+  /** Program of sessions last written. */
+  script: string | undefined;
   /** The server did not start for this reason, and is tried again then. */
   failure: string;
   retryAt: number;
@@ -53,7 +55,7 @@ export interface SshState {
 }
 
 export const newSshState = (): SshState => ({
-  ...{ problem: "", failure: "", keys: undefined, variables: undefined, retryAt: 0, seenAt: 0 },
+  ...{ problem: "", failure: "", keys: undefined, variables: undefined, script: undefined, retryAt: 0, seenAt: 0 },
 });
 
 /** What the steps for one environment work on. Only the pass that is under way changes it. */

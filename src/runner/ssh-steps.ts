@@ -1,6 +1,8 @@
+import { join } from "node:path";
 import { create, equals } from "@bufbuild/protobuf";
 import {
   EnvironmentStatus_ContentPhase as ContentPhase,
+  EnvironmentStatus_DevContainer_Phase as DevContainerPhase,
   type EnvironmentSpec,
   type EnvironmentStatus_SSHPublicKey,
   EnvironmentStatus_SSHPublicKeySchema,
@@ -11,10 +13,11 @@ import { commandUser, ownerOf } from "./machine.ts";
 import { machineWarnings } from "./machine-steps.ts";
 import { asUser, type Place, removeSecretFiles, VARIABLES_FILE, valueFile, writeSecretFile } from "./secrets/files.ts";
 import { type EnvironmentSite, newSshState, textOf, userOf } from "./site.ts";
-import { authorizedKeys, serverConfig, sessionScript, shellVariables } from "./ssh/config.ts";
+import { authorizedKeys, containedSessionScript, serverConfig, sessionScript, shellVariables } from "./ssh/config.ts";
 import { isFree, launchSshd } from "./ssh/launch.ts";
 import type { SshServer } from "./ssh/server.ts";
 import { hasSession } from "./ssh/sessions.ts";
+import { LOGIN } from "./supervisor/config.ts";
 import { bootId, isAlive } from "./supervisor/processes.ts";
 
 // Steps that let people log in to an environment: an SSH server of its own, its keys, and what their sessions get.
@@ -44,6 +47,7 @@ export async function keepSsh(site: EnvironmentSite, spec: EnvironmentSpec, sign
   try {
     await keepVariables(site);
     await keepKeys(site, spec);
+    await keepScript(site, spec, server);
     await keepServer(site, server, signal);
   } catch (error) {
     if (signal.aborted) throw error;
@@ -101,6 +105,27 @@ async function keepKeys(site: EnvironmentSite, spec: EnvironmentSpec): Promise<v
   site.ssh.keys = keys;
 }
 
+const ON_HOST = "the dev container has failed: this is the host";
+
+/**
+ * Sessions belong where the dev container does. That is the host once one has failed that was to have a container; until
+ * that is known nobody gets in.
+ */
+async function keepScript(site: EnvironmentSite, spec: EnvironmentSpec, { sftpServer }: SshServer): Promise<void> {
+  const { id, paths, record, settings, status } = site;
+  const { devcontainer } = status;
+  const isCurrent = devcontainer?.session === (spec.devcontainer?.session ?? "");
+  const hasFailed = isCurrent && devcontainer?.phase === DevContainerPhase.FAILED;
+  const variables = valueFile(paths, SESSION_FILE);
+  const contained = { environmentId: id, variables, login: join(paths.root, LOGIN), sftpServer };
+  const isInside = record.container !== undefined || (settings?.inContainer && !hasFailed);
+  const notice = settings?.inContainer ? ON_HOST : "";
+  const script = isInside ? containedSessionScript(contained) : sessionScript(variables, notice);
+  if (script === site.ssh.script) return;
+  await writeAtomically(paths.sshSession, script, ownerOf(userOf(site)));
+  site.ssh.script = script;
+}
+
 async function keepServer(site: EnvironmentSite, server: SshServer, signal: AbortSignal): Promise<void> {
   const { ssh } = site.record;
   if (ssh?.process?.bootId === bootId() && isAlive(ssh.process)) return;
@@ -139,13 +164,15 @@ async function startServer(site: EnvironmentSite, server: SshServer, signal: Abo
   const user = userOf(site);
   const address = host.config.host;
   const write = (path: string, text: string) => writeAtomically(path, text, ownerOf(user));
-  await write(paths.sshSession, sessionScript(valueFile(paths, SESSION_FILE)));
   let launches = 0;
   for (const port of portsOf(site)) {
     if (launches >= LAUNCHES) break;
     if (!(await isFree(address, port))) continue;
     const files = { hostKey: paths.hostKey, authorizedKeys: paths.authorizedKeys, sessionScript: paths.sshSession };
-    const settings = { address, port, userName: user.name, sftpServer: server.sftpServer, ...files };
+    const settings = {
+      ...{ address, port, userName: user.name, sftpServer: server.sftpServer, ...files },
+      isContained: site.settings?.inContainer ?? false,
+    };
     await write(paths.sshConfig, serverConfig(settings));
     launches++;
     const isUp = await launchSshd(

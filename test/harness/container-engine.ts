@@ -34,6 +34,9 @@ const TOOLS = [
   "setsid",
   "rm",
   "pwd",
+  "stty",
+  "tty",
+  "wc",
 ];
 
 /** Why tests with containers cannot run here; undefined if they can. */

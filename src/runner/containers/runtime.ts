@@ -15,6 +15,8 @@ export interface ContainerRuntime {
   supervisor: readonly string[];
   /** Runs a command in a container, from outside of it. */
   enter: readonly string[];
+  /** Logs in to a container, from outside of it. */
+  login: readonly string[];
   program: readonly string[];
 }
 
@@ -174,9 +176,11 @@ export async function prepareRuntime(dataDir: string): Promise<ContainerRuntime>
     join(folder, "lib"),
     join(folder, "node"),
   ];
+  // The signal by which Node is told to be debugged would let anybody of its user in.
+  const outside = [...node, "--disable-sigusr1"];
   return {
-    // The signal by which Node is told to be debugged would let anybody of its user in.
-    enter: [...node, "--disable-sigusr1", join(source, "supervisor", `enter.${SUFFIX}`)],
+    enter: [...outside, join(source, "supervisor", `enter.${SUFFIX}`)],
+    login: [...outside, join(source, "supervisor", `login.${SUFFIX}`)],
     supervisor: [...node, join(source, "supervisor", `main.${SUFFIX}`)],
     program: [...node, join(source, "..", `main.${SUFFIX}`)],
   };

@@ -4,7 +4,7 @@ import type { ContainerEngine } from "../containers/engine.ts";
 import { redact } from "../redact.ts";
 import { type EnvironmentSite, textOf, userOf } from "../site.ts";
 import type { SupervisorClient } from "../supervisor/client.ts";
-import { ENTRANCE } from "../supervisor/config.ts";
+import { ENTRANCE, LOGIN } from "../supervisor/config.ts";
 import { type ContainerProgress, labelsOf, removeContainer } from "./belongings.ts";
 import { sharedFolder, startContainer } from "./container.ts";
 import { type DevContainerImage, makeImage } from "./image.ts";
@@ -188,7 +188,7 @@ export class ContainerWork implements ContainerProgress {
 /** Takes the container of an environment away, and forgets it: its operations are the host's again. */
 export async function discardContainer(site: EnvironmentSite): Promise<void> {
   site.container.drop();
-  await rm(join(site.paths.root, ENTRANCE), { force: true });
+  for (const program of [ENTRANCE, LOGIN]) await rm(join(site.paths.root, program), { force: true });
   if (site.record.container) {
     await site.edit((record) => {
       delete record.container;

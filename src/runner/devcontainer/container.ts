@@ -10,7 +10,7 @@ import { CONTAINER_SOCKET, runtimeFolder, supervisorSocket } from "../paths.ts";
 import type { ContainerFacts } from "../record.ts";
 import { type EnvironmentSite, userOf } from "../site.ts";
 import { connectSupervisor, type SupervisorClient } from "../supervisor/client.ts";
-import { ENTRANCE, parseSupervisorConfig } from "../supervisor/config.ts";
+import { ENTRANCE, LOGIN, parseSupervisorConfig } from "../supervisor/config.ts";
 import { processLimit } from "../supervisor/process-limit.ts";
 import { bootId, readProcess } from "../supervisor/processes.ts";
 import { shellQuoted } from "../supervisor/shell.ts";
@@ -44,6 +44,8 @@ while [ -z "$ending" ] && [ "$left" -gt 0 ]; do
 done
 `;
 
+const program = (words: readonly string[]) => `#!/bin/sh\nexec ${words.map(shellQuoted).join(" ")} "$@"\n`;
+
 async function writeProgram(path: string, text: string): Promise<void> {
   await writeAtomically(path, text);
   await chmod(path, 0o755);
@@ -76,9 +78,10 @@ async function writeEntry(site: EnvironmentSite, facts: ContainerFacts, runtime:
     ...{ USER: facts.userName, LOGNAME: facts.userName, PATH: `${facts.variables.PATH ?? PATH}:${bin}` },
   };
   await writeAtomically(config.envFile, JSON.stringify(variables), user);
-  await writeProgram(join(bin, "berth"), `#!/bin/sh\nexec ${runtime.program.map(shellQuoted).join(" ")} "$@"\n`);
-  const enter = [...runtime.enter, await supervisorSocket(paths, CONTAINER_SOCKET), id];
-  await writeProgram(join(paths.root, ENTRANCE), `#!/bin/sh\nexec ${enter.map(shellQuoted).join(" ")} "$@"\n`);
+  await writeProgram(join(bin, "berth"), program(runtime.program));
+  const socketPath = await supervisorSocket(paths, CONTAINER_SOCKET);
+  await writeProgram(join(paths.root, ENTRANCE), program([...runtime.enter, socketPath, id]));
+  await writeProgram(join(paths.root, LOGIN), program([...runtime.login, socketPath, id, paths.run]));
   await writeProgram(join(paths.container, "entry"), entryScript(runtime.supervisor, join(folder, "supervisor.json")));
 }
 

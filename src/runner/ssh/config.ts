@@ -15,10 +15,15 @@ export interface ServerSettings {
   /** Program of each session. */
   sessionScript: string;
   sftpServer: string | undefined;
+  /** The home is that of a container, so that no shell of the host may read what is in it before the session begins. */
+  isContained: boolean;
 }
 
 // The server knows `%` tokens in paths, and takes a path with blanks in quotes.
 const pathOf = (path: string) => `"${path.replaceAll("%", "%%")}"`;
+
+// Bash takes its first level for a login by SSH.
+const NO_STARTUP_FILES = "SetEnv SHLVL=1\n";
 
 /**
  * The server runs as the environment's user, so that it can let nobody else in. It does not look at the folders above
@@ -49,23 +54,51 @@ MaxSessions 50
 ClientAliveInterval 30
 ClientAliveCountMax 4
 AcceptEnv LANG LC_* COLORTERM
-LogLevel ERROR
+${settings.isContained ? NO_STARTUP_FILES : ""}LogLevel ERROR
 ${settings.sftpServer ? `Subsystem sftp ${settings.sftpServer}\n` : ""}ForceCommand /bin/sh ${shellQuoted(settings.sessionScript)}
 `;
 
 /**
  * Program of a session: what every process of the environment gets, then the command or a shell. That is no login shell,
- * whose profile would replace PATH.
+ * whose profile would replace PATH. A notice is shown first.
  */
-export const sessionScript = (variables: string): string => `variables=${shellQuoted(variables)}
+export const sessionScript = (variables: string, notice = ""): string => `variables=${shellQuoted(variables)}
 if [ -r "$variables" ]; then . "$variables"; fi
 unset variables
 export ${SESSION_MARK}=1
 cd -- "$HOME" 2>/dev/null || cd /
-if [ -z "\${SSH_ORIGINAL_COMMAND+x}" ]; then exec "$SHELL"; fi
+${notice ? `unset SHLVL\necho ${shellQuoted(notice)} >&2\n` : ""}if [ -z "\${SSH_ORIGINAL_COMMAND+x}" ]; then exec "$SHELL"; fi
 set -- "$SSH_ORIGINAL_COMMAND"
 unset SSH_ORIGINAL_COMMAND
 exec "$SHELL" -c "$1"
+`;
+
+/** What a session in a container needs. */
+export interface ContainedSession {
+  environmentId: string;
+  variables: string;
+  /** Program that gets people into the container; not there while there is none. */
+  login: string;
+  /** Runs on the host, whose paths are the same. */
+  sftpServer: string | undefined;
+}
+
+const NO_CONTAINER = "the dev container is not up yet";
+
+/**
+ * Program of a session that belongs into a container. The one that gets people in is a program of the runner: what they
+ * have set for theirs is not for it.
+ */
+export const containedSessionScript = ({ environmentId, variables, login, sftpServer }: ContainedSession): string => `${
+  sftpServer ? `if [ "$SSH_ORIGINAL_COMMAND" = ${shellQuoted(sftpServer)} ]; then\n${sessionScript(variables)}fi\n` : ""
+}unset NODE_OPTIONS NODE_PATH NODE_EXTRA_CA_CERTS LD_PRELOAD LD_LIBRARY_PATH LD_AUDIT
+export ${SESSION_MARK}=1 BERTH_ENVIRONMENT_ID=${shellQuoted(environmentId)}
+login=${shellQuoted(login)}
+if [ ! -x "$login" ]; then
+  echo ${shellQuoted(NO_CONTAINER)} >&2
+  exit 255
+fi
+exec "$login"
 `;
 
 // Shells set these themselves, and end when somebody else tries to.

@@ -30,6 +30,8 @@ export interface SupervisorConfig {
 export const CONTAINED = "container/contained";
 /** Program below `root` that runs a command in that container. */
 export const ENTRANCE = "container/enter";
+/** Program below `root` that people who log in get there by. */
+export const LOGIN = "container/login";
 
 /** What a supervisor is started with when the path of its configuration comes later, as a line of its input. */
 export const WAIT = "--wait";

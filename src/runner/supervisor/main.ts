@@ -19,6 +19,7 @@ import { serveContainedRun } from "./contained-run.ts";
 import { Execs } from "./exec.ts";
 import { ExecJournal } from "./exec-journal.ts";
 import { BoundedLog } from "./log.ts";
+import { Logins } from "./logins.ts";
 import { createOpsRoutes } from "./ops.ts";
 import { controlHandler, isControl } from "./private-http.ts";
 import { dropPrivileges } from "./privileges.ts";
@@ -99,6 +100,10 @@ async function serve(config: SupervisorConfig, { run, logs }: ReturnType<typeof 
     environment: (more) => environment.read(more),
     recordPath: join(run, "terminals.json"),
   });
+  const logins = new Logins({
+    ...{ run: join(root, "run"), socketPath, shell: config.shell, recordPath: join(run, "logins.json") },
+    environment: (more) => environment.read(more),
+  });
   let { workspaceFolder } = config;
   const watches = new Watches(
     () => workspaceFolder,
@@ -151,6 +156,9 @@ async function serve(config: SupervisorConfig, { run, logs }: ReturnType<typeof 
     run: (request, response) => {
       serveContainedRun(request, response, (more) => environment.read(more)).catch(() => response.destroy());
     },
+    login: (request, response) => {
+      logins.serve(request, response).catch(() => response.destroy());
+    },
     automations: (request, response) => {
       automations.serve(request, response).catch(() => response.destroy());
     },
@@ -173,7 +181,7 @@ async function serve(config: SupervisorConfig, { run, logs }: ReturnType<typeof 
   server.on("error", (error) => log.write("error", "connection refused", { error: error.message }));
   const orphans = journal.open();
   for (const orphan of orphans) void terminateSession(orphan);
-  for (const orphan of terminals.open()) void terminateSession(orphan, CLOSE_GRACE_MS, "first");
+  for (const orphan of [...terminals.open(), ...logins.open()]) void terminateSession(orphan, CLOSE_GRACE_MS, "first");
   // One in a container is known by its container.
   if (part === undefined) writeSupervisorRecord(root, { pid: process.pid, startTime, version });
   setInterval(() => journal.prune(), PRUNE_MS).unref();
@@ -183,7 +191,7 @@ async function serve(config: SupervisorConfig, { run, logs }: ReturnType<typeof 
   const stop = async () => {
     setTimeout(() => process.exit(0), SHUTDOWN_LIMIT_MS).unref();
     watches.stopAll();
-    await Promise.all([engine.close(), execs.stopAll(), terminals.stopAll()]);
+    await Promise.all([engine.close(), execs.stopAll(), terminals.stopAll(), logins.stopAll()]);
     const closed = new Promise((resolve) => server.close(resolve));
     automations.close();
     setTimeout(() => server.closeAllConnections(), ANSWER_MS).unref();

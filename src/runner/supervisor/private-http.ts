@@ -23,29 +23,34 @@ export const UNATTENDED = "berth-unattended";
 const MAX_BODY_BYTES = 8192;
 
 export const isControl = (request: IncomingMessage) =>
-  ["/healthz", "/workspace-folder", "/automations", "/run"].includes(request.url ?? "");
+  ["/healthz", "/workspace-folder", "/automations", "/run", "/login"].includes(request.url ?? "");
 
 /**
  * For the runner only, on the supervisor's socket: `GET /healthz` answers SupervisorState as JSON,
  * `PUT /workspace-folder` takes the absolute path of the primary checkout as its body, `POST /automations` opens the
- * conversation about services and executions, `POST /run` runs a command in a container.
+ * conversation about services and executions, `POST /run` runs a command in a container, `POST /login` is somebody who
+ * has logged in.
  */
 export function controlHandler(supervisor: {
   health(): SupervisorState;
   setWorkspaceFolder(path: string): void;
   automations(request: IncomingMessage, response: ServerResponse): void;
   run(request: IncomingMessage, response: ServerResponse): void;
+  login(request: IncomingMessage, response: ServerResponse): void;
 }): (request: IncomingMessage, response: ServerResponse) => void {
+  const conversations = new Map([
+    ["/automations", supervisor.automations],
+    ["/run", supervisor.run],
+    ["/login", supervisor.login],
+  ]);
   return (request, response) => {
     const answer = (status: number, body = "") => {
       response.writeHead(status, { "content-type": "application/json" });
       response.end(body);
     };
     if (request.url === "/healthz") return answer(200, JSON.stringify(supervisor.health()));
-    if (request.url === "/automations" || request.url === "/run") {
-      if (request.method !== "POST") return answer(405);
-      return request.url === "/run" ? supervisor.run(request, response) : supervisor.automations(request, response);
-    }
+    const converse = conversations.get(request.url ?? "");
+    if (converse) return request.method === "POST" ? converse(request, response) : answer(405);
     if (request.method !== "PUT") return answer(405);
     let body = "";
     request.setEncoding("utf8");

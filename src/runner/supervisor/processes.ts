@@ -117,25 +117,31 @@ async function carriesMarker(pid: number, marker: string): Promise<boolean> {
   );
 }
 
-/** Starts a command as leader of its own session and process group, with stdin empty if not asked for and nothing else inherited. */
+/**
+ * Starts a command as leader of its own session and process group, with stdin empty if not asked for, or with streams
+ * of the caller's, and nothing else inherited.
+ */
 export function spawnSession(
   file: string,
   args: readonly string[],
   {
     input = "ignore",
     output = "pipe",
+    streams,
     ...options
   }: Pick<SpawnOptions, "uid" | "gid"> & {
     cwd?: string;
     env: Readonly<Record<string, string>>;
     input?: "pipe" | "ignore";
     output?: "pipe" | "ignore";
+    /** Descriptors for its input, output and errors. */
+    streams?: readonly [number, number, number];
     /** Descriptors to be passed on, from the fourth on. */
     descriptors?: readonly number[];
   },
 ): ChildProcess {
   const { descriptors = [], ...rest } = options;
-  const stdio = childStdio([input, output, output]);
+  const stdio = childStdio(streams ? [...streams] : [input, output, output]);
   return spawn(file, args, {
     ...rest,
     detached: true,

@@ -30,6 +30,7 @@ const write = promisify(fsWrite);
 export interface PtyCommand {
   /** Absolute path. */
   file: string;
+  args?: readonly string[];
   cwd: string;
   env: Record<string, string>;
   cols: number;
@@ -37,7 +38,7 @@ export interface PtyCommand {
 }
 
 // A session leader without a terminal gets the one it opens.
-const TAKE_TERMINAL = 'exec "$0" <>"$1" >&0 2>&0';
+const TAKE_TERMINAL = 'exec "$@" <>"$0" >&0 2>&0';
 const QUIET_MS = 30;
 const MAX_DRAIN_MS = 1000;
 const MAX_WAITING_INPUT = 1024 * 1024;
@@ -51,8 +52,8 @@ function openPair({ cols, rows }: PtyCommand): Pair {
   }
 }
 
-const spawnOn = ({ ptsName }: Pair, { file, cwd, env }: PtyCommand): ChildProcess =>
-  spawnSession("/bin/sh", ["-c", TAKE_TERMINAL, file, ptsName], { cwd, env, output: "ignore" });
+const spawnOn = ({ ptsName }: Pair, { file, args = [], cwd, env }: PtyCommand): ChildProcess =>
+  spawnSession("/bin/sh", ["-c", TAKE_TERMINAL, ptsName, file, ...args], { cwd, env, output: "ignore" });
 
 /** A program on a terminal of its own. */
 export class Pty {
@@ -66,6 +67,7 @@ export class Pty {
   #writing: Promise<void> | undefined;
   #received = 0;
   #isOver = false;
+  #isClosed = false;
   /** How the program ended; by then all its output has been handed on. */
   readonly ended: Promise<ProcessEnd>;
 
@@ -126,6 +128,17 @@ export class Pty {
     return true;
   }
 
+  /** Resolves when the program could have read all that was written. */
+  get written(): Promise<void> {
+    return this.#writing ?? Promise.resolve();
+  }
+
+  /** Takes the terminal away, as a line does that drops: the kernel tells its programs. */
+  async hangUp(): Promise<void> {
+    this.#isOver = true;
+    await this.#close();
+  }
+
   resize(cols: number, rows: number): void {
     if (!this.#isOver) this.#pair.resize(cols, rows);
   }
@@ -166,8 +179,14 @@ export class Pty {
       await turn();
     }
     this.#isOver = true;
+    await this.#close();
+  }
+
+  async #close(): Promise<void> {
     // The number of the descriptor may mean another file at once.
     await this.#writing;
+    if (this.#isClosed) return;
+    this.#isClosed = true;
     this.#reveal();
     this.#pair.master.destroy();
     closeSync(this.#held);
