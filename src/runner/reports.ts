@@ -46,7 +46,7 @@ export class Reports {
     if (known && !this.#pending.has(environmentId) && equals(EnvironmentStatusSchema, known, status)) return;
     this.#pending.set(environmentId, status);
     if (isAwaited(status)) this.#due();
-    else this.#lingering ??= setTimeout(() => this.#due(), LINGER_MS);
+    else this.#lingering ??= setTimeout(() => this.#due(), LINGER_MS).unref();
   }
 
   #due(): void {
