@@ -133,6 +133,35 @@ describe("ENV-31 a person opens a port in a browser", () => {
     expect([theirs.status, new URL(theirs.url).pathname]).toEqual([404, "/auth/port"]);
   });
 
+  test("the token in the address is good for one cookie and for nothing else", async () => {
+    const url = await admit(CREATOR_ONLY);
+    const browser = await signedIn(creator);
+    const stop = await browser.visit(url, { stopAt: (to) => to.includes("berth_port_token=") });
+    const address = stop.headers.get("location") ?? "";
+    const token = new URL(address).searchParams.get("berth_port_token") ?? "";
+    // Whoever has read it along the way can do nothing else with it.
+    expect((await fetch(url, { headers: { authorization: `Bearer ${token}` } })).status).toBe(401);
+    expect((await fetch(url, { headers: { cookie: `berth_port=${token}` } })).status).toBe(401);
+    const first = await browser.visit(address);
+    expect([first.status, first.url]).toEqual([200, url]);
+    const cookie = browser.cookie(url, "berth_port");
+    expect(cookie).toMatch(/^berth_prt_\w{49}$/);
+    expect(cookie).not.toBe(token);
+    const thief = await new Browser().visit(address);
+    expect([thief.status, thief.redirects]).toEqual([401, []]);
+    const reloaded = await browser.visit(address);
+    expect([reloaded.status, reloaded.url, browser.cookie(url, "berth_port")]).toEqual([200, url, cookie]);
+  });
+
+  test("a token in the address that nobody comes with is over after a minute", async () => {
+    const url = await admit(CREATOR_ONLY);
+    const browser = await signedIn(creator);
+    const stop = await browser.visit(url, { stopAt: (to) => to.includes("berth_port_token=") });
+    await db().write`update tokens set expires_at = ${new Date()} where kind = ${TokenKind.PORT_ACCESS} and to_redeem`;
+    const late = await browser.visit(stop.headers.get("location") ?? "");
+    expect(late.status).toBe(401);
+  });
+
   test("a token in the address that opens nothing is not asked for again, without end", async () => {
     const url = await admit(CREATOR_ONLY);
     const page = await (await signedIn(creator)).visit(`${url}?berth_port_token=x`);

@@ -95,6 +95,8 @@ export class FakeControlPlane implements AsyncDisposable {
   readonly registrations: RegisterRequest[] = [];
   readonly completed: CompleteCallRequest[] = [];
   readonly introspected: string[] = [];
+  /** Port tokens that can be exchanged, and what for. */
+  readonly redeemable = new Map<string, string>();
   readonly activity: string[] = [];
   readonly activitySources: string[] = [];
   readonly deregistered: number[] = [];
@@ -196,6 +198,12 @@ export class FakeControlPlane implements AsyncDisposable {
             const isActive = grant && (!grant.expiresAt || grant.expiresAt > new Date());
             if (!isActive) return { active: false };
             return { ...grant, active: true, expiresAt: grant.expiresAt && timestampFromDate(grant.expiresAt) };
+          },
+          redeemPortToken: (request, context) => {
+            this.#check(context);
+            const next = this.redeemable.get(request.token) ?? "";
+            this.redeemable.delete(request.token);
+            return { token: next };
           },
           completeCall: (request, context) => {
             this.#check(context);

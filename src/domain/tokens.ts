@@ -38,6 +38,10 @@ const DAY_MS = 24 * 60 * 60_000;
 /** Lifetimes that nobody asked for otherwise, in milliseconds. */
 export const PERSONAL_ACCESS_MS = 30 * DAY_MS;
 export const SERVICE_ACCOUNT_MS = 90 * DAY_MS;
+/** Tokens for the endpoints of runners. */
+export const RUNNER_ACCESS_MS = 60 * 60_000;
+/** A port token that stands in an address, until it is exchanged: browsers come with it at once. */
+export const REDEEM_MS = 60_000;
 /** Lifetime of a token that lets a person act as a service account. */
 export const SERVICE_ACCOUNT_ACCESS_MS = 30 * 60_000;
 /** How long the list of somebody's tokens shows one after its end. */

@@ -288,6 +288,7 @@ const runnerControl: Lines<typeof RunnerControlService> = {
   putHostToken: runners,
   createEnvironmentToken: runners,
   introspectToken: runners,
+  redeemPortToken: runners,
   completeCall: runners,
   deregister: runners,
 };

@@ -71,6 +71,13 @@ export class Access {
     }
   }
 
+  /** The token that a browser is to have in place of one from an address; undefined if that is not to be exchanged. */
+  async redeem(token: string): Promise<string | undefined> {
+    if (tokenKind(token) !== TokenKind.PORT_ACCESS) return undefined;
+    const { token: next } = await this.#limit(() => this.#controlPlane.control.redeemPortToken({ token }));
+    return next || undefined;
+  }
+
   async #introspect(token: string): Promise<Grant | undefined> {
     const kind = tokenKind(token);
     if (!kind || !INTROSPECTED.has(kind)) return undefined;

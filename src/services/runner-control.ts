@@ -37,7 +37,7 @@ import {
   LOCAL_RUNNERS_OFF,
   PROTOCOL_VERSION,
 } from "../domain/runner.ts";
-import { TokenKind } from "../domain/tokens.ts";
+import { RUNNER_ACCESS_MS, TokenKind } from "../domain/tokens.ts";
 import { principal } from "../rpc/authenticate.ts";
 import { streamOpened } from "../rpc/call.ts";
 import { completeCall, openCalls } from "../store/calls.ts";
@@ -56,7 +56,7 @@ import {
   setRunnerStatus,
   startLink,
 } from "../store/runners.ts";
-import { findRunnerToken, insertToken, revokeEnvironmentToken } from "../store/tokens.ts";
+import { findRunnerToken, insertToken, redeemPortToken, revokeEnvironmentToken } from "../store/tokens.ts";
 import { reportAutomations } from "./runner-control/automations.ts";
 import { hostToken, putHostToken } from "./runner-control/host-tokens.ts";
 import { bookmark, changesSince, step } from "./runner-control/objects.ts";
@@ -356,6 +356,14 @@ async function introspect(app: App, caller: Caller, text: string) {
   };
 }
 
+/** Text of the token that a browser is to have in place of the one in the address. */
+async function redeem(app: App, caller: Caller, text: string): Promise<string> {
+  const next = newTokenText(app, TokenKind.PORT_ACCESS);
+  const expiresAt = new Date(app.now().getTime() + RUNNER_ACCESS_MS);
+  const isRedeemed = await redeemPortToken(app.db.write, caller.id, text, { text: next, expiresAt }, app.now());
+  return isRedeemed ? next : "";
+}
+
 async function deregister(app: App, caller: Caller, request: DeregisterRequest): Promise<void> {
   await transact(app, async (tx, touched) => {
     const runner = checkLink(await getOwnRunner(tx, caller.id, true), request.linkId);
@@ -399,6 +407,9 @@ export function runnerControlService(app: App): ServiceImpl<typeof RunnerControl
       return { token: await createEnvironmentToken(app, principal(context), request) };
     },
     introspectToken: (request, context) => introspect(app, principal(context), request.token),
+    async redeemPortToken(request, context) {
+      return { token: await redeem(app, principal(context), request.token) };
+    },
     async completeCall(request, context) {
       await completeCall(app.db.write, principal(context).id, request, app.now());
       app.hub.wake(callTopic(request.callId));

@@ -30,6 +30,8 @@ export interface NewToken {
   authNonce?: bigint;
   readOnly?: boolean;
   description?: string;
+  /** Opens nothing, and is exchanged for one that does. */
+  toRedeem?: boolean;
 }
 
 /** Kinds that only the endpoints of a runner take. */
@@ -43,11 +45,11 @@ const RUNNER_KINDS: readonly TokenKind[] = [
 export async function insertToken(sql: Sql | Tx, token: NewToken): Promise<void> {
   await sql`
     insert into tokens (id, hash, kind, organization_id, subject_id, subject_principal, environment_id, runner_id, issuer_id, port, auth_nonce,
-      read_only, description, created_at, expires_at, idle_seconds)
+      read_only, description, created_at, expires_at, idle_seconds, to_redeem)
     values (${token.id}, ${tokenHash(token.text)}, ${token.kind}, ${token.organizationId}, ${token.subjectId},
       ${token.subjectPrincipal}, ${token.environmentId}, ${token.runnerId}, ${token.issuerId}, ${token.port},
       ${token.authNonce === undefined ? null : String(token.authNonce)}, ${token.readOnly ?? false},
-      ${token.description ?? ""}, ${token.createdAt}, ${token.expiresAt}, ${token.idleSeconds})`;
+      ${token.description ?? ""}, ${token.createdAt}, ${token.expiresAt}, ${token.idleSeconds}, ${token.toRedeem ?? false})`;
 }
 
 /** Uses an exchange token up; of two callers at once one gets the runner's id, the other undefined. */
@@ -59,6 +61,22 @@ export async function redeemExchangeToken(tx: Tx, text: string, now: Date): Prom
       and r.id = t.runner_id and r.deleted_at is null
     returning t.runner_id`;
   return row?.runner_id;
+}
+
+/** Gives a port token that is to be redeemed on this runner another text and end; false for all others. */
+export async function redeemPortToken(
+  sql: Sql,
+  runnerId: string,
+  text: string,
+  next: { text: string; expiresAt: Date },
+  now: Date,
+): Promise<boolean> {
+  if (tokenKind(text) !== TokenKind.PORT_ACCESS) return false;
+  const { count } = await sql`
+    update tokens t set hash = ${tokenHash(next.text)}, expires_at = ${next.expiresAt}, to_redeem = false from environments e
+    where t.hash = ${tokenHash(text)} and t.kind = ${TokenKind.PORT_ACCESS} and t.to_redeem and t.expires_at > ${now}
+      and e.id = t.environment_id and e.runner_id = ${runnerId} and e.deleted_at is null`;
+  return count > 0;
 }
 
 /** A port token opens its port as long as it is open the same way, for whom it admits. */
@@ -114,7 +132,7 @@ export async function findRunnerToken(
       left join users u on t.subject_principal = ${Principal.USER} and u.id = t.subject_id
       left join service_accounts s on t.subject_principal = ${Principal.SERVICE_ACCOUNT} and s.id = t.subject_id
     where t.hash = ${tokenHash(text)} and t.kind = ${claimed} and coalesce(t.expires_at > ${now}, true)
-      and (e.runner_id = ${runnerId} or t.runner_id = ${runnerId}) and e.deleted_at is null
+      and not t.to_redeem and (e.runner_id = ${runnerId} or t.runner_id = ${runnerId}) and e.deleted_at is null
       and case t.subject_principal
         when ${Principal.USER} then u.status = ${UserStatus.ACTIVE}
         when ${Principal.SERVICE_ACCOUNT} then not s.suspended and coalesce(s.valid_until > ${now}, true)

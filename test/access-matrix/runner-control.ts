@@ -21,6 +21,7 @@ const TABLE = `
   putHostToken           U  D  D  D  D  D  D  D  D  N  N  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
   createEnvironmentToken U  D  D  D  D  D  D  D  D  F  N  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
   introspectToken        U  D  D  D  D  D  D  D  D  ✓  ✓  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
+  redeemPortToken        U  D  D  D  D  D  D  D  D  ✓  ✓  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
   completeCall           U  D  D  D  D  D  D  D  D  ✓  ✓  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
   deregister             U  D  D  D  D  D  D  D  D  A  A  D  D  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .
 `;
@@ -49,6 +50,7 @@ export const runnerControl = section(RunnerControlService, TABLE, {
   // Of another session than the present one.
   createEnvironmentToken: { request: ({ environmentId }) => ({ environmentId, machineSession: "another" }) },
   introspectToken: { request: () => ({ token: "x" }) },
+  redeemPortToken: { request: () => ({ token: "x" }) },
   completeCall: { request: ({ unknownId }) => ({ callId: unknownId }) },
   // Of another link, or that of the test would end.
   deregister: { request: ({ unknownId }) => ({ linkId: unknownId, reason: Reason.STOPPING }) },

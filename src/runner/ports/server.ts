@@ -186,15 +186,31 @@ export function portServer(deps: PortDeps) {
     response.end();
   }
 
+  /**
+   * Somebody comes with a token in the address: it moves into a cookie. The control plane's are exchanged, once; whoever
+   * comes with one again goes on with the cookie that they have.
+   */
+  async function moveIn(route: PortRoute, request: HttpRequest, response: HttpResponse, given: string): Promise<void> {
+    const port = portOf(route);
+    if (isRefused(port)) return refuse(route, request, response, port, "query");
+    let token: string;
+    try {
+      token = (await access.redeem(given)) ?? given;
+    } catch {
+      return refuse(route, request, response, UNCHECKED, "query");
+    }
+    const refused = await judge(route, port, { token, by: "query" });
+    if (!refused || !isRefused(refused)) return keep(route, token, response);
+    const earlier = presented(request.headers, route.prefix);
+    const found = earlier?.by === "cookie" ? await judge(route, port, earlier) : refused;
+    if (earlier && found && !isRefused(found)) return keep(route, earlier.token, response);
+    refuse(route, request, response, refused, "query");
+  }
+
   return {
     async serve(route: PortRoute, request: HttpRequest, response: HttpResponse): Promise<void> {
       const credential = presented(request.headers, route.target);
-      if (credential?.by === "query") {
-        const port = portOf(route);
-        const refused = isRefused(port) ? port : await judge(route, port, credential);
-        if (refused && isRefused(refused)) return refuse(route, request, response, refused, "query");
-        return keep(route, credential.token, response);
-      }
+      if (credential?.by === "query") return await moveIn(route, request, response, credential.token);
       const passage = await pass(route, credential);
       if (isRefused(passage)) return refuse(route, request, response, passage, credential?.by);
       const refused = await whileOpen(route.environmentId, passage, (signal) =>

@@ -6,7 +6,7 @@ import { addressBelow, admits, type PortVisit, portOf, withPortToken } from "../
 import { denied, invalid, notFound, precondition } from "../../domain/errors.ts";
 import { policyRefusal } from "../../domain/policies.ts";
 import type { Caller } from "../../domain/principal.ts";
-import { TokenKind } from "../../domain/tokens.ts";
+import { REDEEM_MS, RUNNER_ACCESS_MS, TokenKind } from "../../domain/tokens.ts";
 import type { Sql, Tx } from "../../store/db.ts";
 import { findEnvironment, getEnvironment, type StoredEnvironment } from "../../store/environments.ts";
 import { readPolicies } from "../../store/organizations.ts";
@@ -14,15 +14,13 @@ import { recordAccess } from "../../store/record.ts";
 import { insertToken, type NewToken } from "../../store/tokens.ts";
 import { allow } from "./move.ts";
 
-const ACCESS_MS = 60 * 60_000;
-
 /** A token that the runner's endpoints accept for one environment, for an hour. */
 async function mint(
   app: App,
   tx: Tx,
   caller: Caller,
   stored: StoredEnvironment,
-  token: Pick<NewToken, "kind" | "port" | "authNonce">,
+  token: Pick<NewToken, "kind" | "port" | "authNonce" | "toRedeem">,
   what: string,
 ): Promise<string> {
   const text = newTokenText(app, token.kind);
@@ -36,7 +34,7 @@ async function mint(
     subjectPrincipal: caller.principal,
     environmentId: stored.id,
     createdAt: at,
-    expiresAt: new Date(at.getTime() + ACCESS_MS),
+    expiresAt: new Date(at.getTime() + (token.toRedeem ? REDEEM_MS : RUNNER_ACCESS_MS)),
   });
   await recordAccess(tx, {
     id: app.newId(),
@@ -101,18 +99,24 @@ async function openDoor(tx: Tx, caller: Caller, id: string, number: number) {
   return { stored, port };
 }
 
-function mintForPort(app: App, tx: Tx, caller: Caller, { stored, port }: Awaited<ReturnType<typeof openDoor>>) {
-  const token = { kind: TokenKind.PORT_ACCESS, port: port.port, authNonce: port.authNonce };
+function mintForPort(
+  app: App,
+  tx: Tx,
+  caller: Caller,
+  { stored, port }: Awaited<ReturnType<typeof openDoor>>,
+  toRedeem: boolean,
+) {
+  const token = { kind: TokenKind.PORT_ACCESS, port: port.port, authNonce: port.authNonce, toRedeem };
   return mint(app, tx, caller, stored, token, `Access token for port ${port.port}`);
 }
 
 /** CreatePortAccessToken: opens one port for whom it admits. */
 export async function issuePortToken(app: App, caller: Caller, id: string, number: number): Promise<string> {
-  return transact(app, async (tx) => mintForPort(app, tx, caller, await openDoor(tx, caller, id, number)));
+  return transact(app, async (tx) => mintForPort(app, tx, caller, await openDoor(tx, caller, id, number), false));
 }
 
 /**
- * As CreatePortAccessToken, for a browser: where to send it with the token. FAILED_PRECONDITION while the environment does
+ * As CreatePortAccessToken, for a browser: where to send it with a token that its runner exchanges, once. FAILED_PRECONDITION while the environment does
  * not run, INVALID_ARGUMENT for an address that is not the port's.
  */
 export async function enterPort(
@@ -126,7 +130,7 @@ export async function enterPort(
     if (!url) throw precondition("the environment is not running");
     const address = addressBelow(url, returnTo);
     if (!address) throw invalid({ field: "return_to", message: "is no address of the port" });
-    return withPortToken(address, await mintForPort(app, tx, caller, door));
+    return withPortToken(address, await mintForPort(app, tx, caller, door, true));
   });
 }
 

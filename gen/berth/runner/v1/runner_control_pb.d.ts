@@ -1436,6 +1436,46 @@ export declare type IntrospectTokenRequest = Message<"berth.runner.v1.Introspect
 export declare const IntrospectTokenRequestSchema: GenMessage<IntrospectTokenRequest>;
 
 /**
+ * What a browser came with.
+ *
+ * @generated from message berth.runner.v1.RedeemPortTokenRequest
+ */
+export declare type RedeemPortTokenRequest = Message<"berth.runner.v1.RedeemPortTokenRequest"> & {
+  /**
+   * Text of the token.
+   *
+   * @generated from field: string token = 1;
+   */
+  token: string;
+};
+
+/**
+ * Describes the message berth.runner.v1.RedeemPortTokenRequest.
+ * Use `create(RedeemPortTokenRequestSchema)` to create a new message.
+ */
+export declare const RedeemPortTokenRequestSchema: GenMessage<RedeemPortTokenRequest>;
+
+/**
+ * What it is to have instead.
+ *
+ * @generated from message berth.runner.v1.RedeemPortTokenResponse
+ */
+export declare type RedeemPortTokenResponse = Message<"berth.runner.v1.RedeemPortTokenResponse"> & {
+  /**
+   * Text of the new token; empty if the other one is not to be exchanged here, or was before.
+   *
+   * @generated from field: string token = 1;
+   */
+  token: string;
+};
+
+/**
+ * Describes the message berth.runner.v1.RedeemPortTokenResponse.
+ * Use `create(RedeemPortTokenResponseSchema)` to create a new message.
+ */
+export declare const RedeemPortTokenResponseSchema: GenMessage<RedeemPortTokenResponse>;
+
+/**
  * What it opens; an answer may be kept for at most 30 seconds.
  *
  * @generated from message berth.runner.v1.IntrospectTokenResponse
@@ -1914,6 +1954,16 @@ export declare const RunnerControlService: GenService<{
     methodKind: "unary";
     input: typeof IntrospectTokenRequestSchema;
     output: typeof IntrospectTokenResponseSchema;
+  },
+  /**
+   * Exchanges a port token that came in an address for one that nobody has seen; it opens nothing itself, and only once this.
+   *
+   * @generated from rpc berth.runner.v1.RunnerControlService.RedeemPortToken
+   */
+  redeemPortToken: {
+    methodKind: "unary";
+    input: typeof RedeemPortTokenRequestSchema;
+    output: typeof RedeemPortTokenResponseSchema;
   },
   /**
    * Answers a relayed call. The first answer wins, later ones are accepted and ignored.
