@@ -36,7 +36,7 @@ import { organizationService } from "./services/organization.ts";
 import { projectService } from "./services/project.ts";
 import { runnerService } from "./services/runner.ts";
 import { runnerConfigurationService } from "./services/runner-configuration.ts";
-import { runnerControlService } from "./services/runner-control.ts";
+import { besideReport, runnerControlService } from "./services/runner-control.ts";
 import { secretService } from "./services/secret.ts";
 import { serviceAccountService } from "./services/service-account.ts";
 import { usageService } from "./services/usage.ts";
@@ -71,6 +71,8 @@ export const besides = new Map<DescMethod, (request: Message) => Beside | undefi
     EnvironmentService.method.createEnvironment,
     (request) => besideCreateEnvironment(request as CreateEnvironmentRequest),
   ],
+  [RunnerControlService.method.reportEnvironments, () => besideReport],
+  [RunnerControlService.method.reportAutomations, () => besideReport],
 ]);
 
 /** Their implementations; one of which nothing is built yet is absent, and its RPCs answer UNIMPLEMENTED. */

@@ -23,7 +23,7 @@ import { ResourceOperation } from "../../gen/gitpod/v1/event_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase, type RunnerStatus } from "../../gen/gitpod/v1/runner_pb.js";
-import { type App, actorOf, newTokenText, pacer, runnerChange, transact } from "../app.ts";
+import { type App, actorOf, attribution, newTokenText, pacer, runnerChange, transact } from "../app.ts";
 import { consequences } from "../domain/automation-environment.ts";
 import { validateConfiguration } from "../domain/environment-class.ts";
 import { invalid, precondition, Refusal } from "../domain/errors.ts";
@@ -38,10 +38,10 @@ import {
   PROTOCOL_VERSION,
 } from "../domain/runner.ts";
 import { RUNNER_ACCESS_MS, TokenKind } from "../domain/tokens.ts";
-import { principal } from "../rpc/authenticate.ts";
+import { principal, readBeside } from "../rpc/authenticate.ts";
 import { streamOpened } from "../rpc/call.ts";
 import { completeCall, openCalls } from "../store/calls.ts";
-import { refreshCaller } from "../store/credentials.ts";
+import { type Beside, refreshCaller } from "../store/credentials.ts";
 import type { Tx } from "../store/db.ts";
 import { refitClasses } from "../store/environment-classes.ts";
 import { advanceEnvironment, lockEnvironment, noteReport } from "../store/environments.ts";
@@ -50,7 +50,10 @@ import { readPolicies } from "../store/organizations.ts";
 import { record } from "../store/record.ts";
 import {
   getOwnRunner,
+  type Link,
+  linkQuery,
   markDeleted,
+  readLink,
   runnerMessage,
   type StoredRunner,
   setRunnerStatus,
@@ -72,14 +75,22 @@ async function ownRunner(app: App, caller: Caller, linkId: string): Promise<Stor
   return checkLink(await getOwnRunner(app.db.point, caller.id), linkId);
 }
 
-function checkLink(runner: StoredRunner, linkId: string): StoredRunner {
+function checkLink<T extends Link>(runner: T, linkId: string): T {
   checkExists(runner);
   if (runner.linkId !== linkId) throw new Refusal("aborted", "another process has registered for this runner");
   return runner;
 }
 
+/** What reports read along with the credential of their runner. */
+export const besideReport: Beside = { query: linkQuery, values: [] };
+
+/** The link that reports of the caller come by, if it is the one in force; it may have been read already. */
+async function ownLink(app: App, context: HandlerContext, linkId: string): Promise<Link> {
+  return checkLink(await readLink(app.db.point, principal(context), readBeside(context)), linkId);
+}
+
 /** Its tokens are gone with a runner, but a call may have been let in just before. */
-function checkExists(runner: StoredRunner): StoredRunner {
+function checkExists<T extends Link>(runner: T): T {
   if (runner.phase === RunnerPhase.DELETED) throw new Refusal("unauthenticated", "the runner is deleted");
   return runner;
 }
@@ -260,7 +271,7 @@ async function reportEnvironment(
       statusVersion: state?.status.statusVersion,
       specVersion: state?.spec.specVersion,
     });
-  return transact(app, async (tx, touched) => {
+  return transact(app, async (tx, touched, last) => {
     const stored = await lockEnvironment(tx, report.environmentId);
     if (!stored || stored.metadata.runnerId !== caller.id || stored.status.phase === EnvironmentPhase.DELETED) {
       return answer(Outcome.NOT_ASSIGNED);
@@ -272,7 +283,7 @@ async function reportEnvironment(
     const { result, next } = applyReport(stored, report.status ?? create(EnvironmentStatusSchema), app.now());
     if (result === "not_assigned") return answer(Outcome.NOT_ASSIGNED);
     if (result === "rejected") return answer(Outcome.REJECTED, stored);
-    const by = { actor: actorOf(caller), newId: app.newId, at: app.now() };
+    const by = { ...attribution(app, caller), last };
     const advanced = await advanceEnvironment(tx, stored, { ...next, reportEpoch: epoch, reportSeq: seq }, by);
     // The order counts even where the content is the same: an older report may still be on its way.
     if (!advanced) await noteReport(tx, stored.id, epoch, seq);
@@ -285,10 +296,9 @@ async function reportEnvironment(
 async function reportEnvironments(
   app: App,
   caller: Caller,
-  linkId: string,
+  epoch: number,
   items: readonly EnvironmentReport[],
 ): Promise<ReportResult[]> {
-  const { epoch } = await ownRunner(app, caller, linkId);
   const results: ReportResult[] = [];
   for (const item of items) {
     // A report that cannot be stored will not get better by being sent again, and must not block the others.
@@ -388,12 +398,12 @@ export function runnerControlService(app: App): ServiceImpl<typeof RunnerControl
     heartbeat: (request, context) => heartbeat(app, principal(context), request),
     watch: (request, context) => watch(app, principal(context), request, context),
     async reportEnvironments(request, context) {
-      return { results: await reportEnvironments(app, principal(context), request.linkId, request.items) };
+      const { epoch } = await ownLink(app, context, request.linkId);
+      return { results: await reportEnvironments(app, principal(context), epoch, request.items) };
     },
     async reportAutomations(request, context) {
-      const caller = principal(context);
-      const { epoch } = await ownRunner(app, caller, request.linkId);
-      return reportAutomations(app, caller, epoch, request);
+      const { epoch } = await ownLink(app, context, request.linkId);
+      return reportAutomations(app, principal(context), epoch, request);
     },
     async getEnvironmentSecrets(request, context) {
       return { secrets: await environmentSecrets(app, principal(context), request) };

@@ -26,7 +26,8 @@ export interface Db {
   /**
    * Runs `work` in a transaction of its own. Throws what `work` throws, after a rollback. Transactions of one `crowd`
    * wait for each other under the same lock: they get half of the connections at most, and longer to wait for one, so
-   * that nobody else has to wait behind all of them.
+   * that nobody else has to wait behind all of them. If the transaction could not even begin, because its connection had
+   * died unnoticed, `work` runs again, after its first statement has failed.
    */
   begin<T>(work: Work<T>, crowd?: string): Promise<T>;
   /** As `begin`, for one statement that is all of the transaction and commits with it. */
@@ -201,6 +202,7 @@ class Session {
   readonly #sql: Sql;
   /** The connection is gone, and with it whatever it was in. */
   isLost = false;
+  #isConnected = false;
 
   constructor(open: Open) {
     this.#sql = open(() => {
@@ -210,15 +212,14 @@ class Session {
     });
   }
 
-  begin(): Promise<unknown> {
-    return this.#sql.unsafe("begin");
-  }
-
   once<T>(statement: (sql: Sql) => Promise<T>): Promise<T> {
     return statement(this.#sql);
   }
 
-  /** Runs `work` in the transaction that has begun, and ends it. */
+  /**
+   * Runs `work` in a transaction; NotBegun if that could not even begin. Its beginning is sent along with the first
+   * statement, but not to make a connection: what follows would go into the next one if that fails.
+   */
   async run<T>(work: Work<T>): Promise<T> {
     let isOver = false;
     let last: Promise<unknown> | undefined;
@@ -236,6 +237,15 @@ class Session {
         return Reflect.get(sql, name);
       },
     });
+    const begun = this.#sql.unsafe("begin").then(
+      () => undefined,
+      (error: unknown) => new NotBegun(error),
+    );
+    if (!this.#isConnected) {
+      const failure = await begun;
+      if (failure) throw failure;
+      this.#isConnected = true;
+    }
     try {
       const result = await work(tx, (statement) => {
         statement.catch(NOOP);
@@ -248,7 +258,7 @@ class Session {
       return result;
     } catch (error) {
       if (!this.isLost) await this.#sql.unsafe("rollback").catch(() => this.end());
-      throw error;
+      throw (await begun) ?? error;
     } finally {
       isOver = true;
     }
@@ -262,6 +272,13 @@ class Session {
 
 const lost = () => Object.assign(new Error("the connection of the transaction is lost"), { code: "CONNECTION_CLOSED" });
 const closed = () => Object.assign(new Error("the database has been closed"), { code: "CONNECTION_ENDED" });
+
+/** A transaction that has not even begun, and why. */
+class NotBegun extends Error {
+  constructor(cause: unknown) {
+    super("the transaction could not begin", { cause });
+  }
+}
 
 /** Somebody who waits for a connection. */
 interface Waiter {
@@ -282,44 +299,53 @@ class Sessions {
     this.#open = open;
   }
 
-  begin<T>(work: Work<T>, crowd?: string): Promise<T> {
-    return this.#with(
-      () => this.#begun(),
-      (session) => session.run(work),
-      crowd,
-    );
+  async begin<T>(work: Work<T>, crowd?: string): Promise<T> {
+    return this.#inTurn(crowd, async () => {
+      for (;;) {
+        const { session, isNew } = this.#take();
+        try {
+          return await this.#use(session, () => session.run(work));
+        } catch (error) {
+          if (!(error instanceof NotBegun)) throw error;
+          // An idle one may have died unnoticed; nothing is lost by trying the next.
+          if (isNew) throw error.cause;
+        }
+      }
+    });
   }
 
-  once<T>(statement: (sql: Sql) => Promise<T>, crowd?: string): Promise<T> {
-    return this.#with(
-      async () => this.#fresh(),
-      (session) => session.once(statement),
-      crowd,
-    );
+  async once<T>(statement: (sql: Sql) => Promise<T>, crowd?: string): Promise<T> {
+    return this.#inTurn(crowd, () => {
+      const { session } = this.#take();
+      return this.#use(session, () => session.once(statement));
+    });
   }
 
-  async #with<T>(
-    take: () => Promise<Session>,
-    work: (session: Session) => Promise<T>,
-    crowd: string | undefined,
-  ): Promise<T> {
+  async #inTurn<T>(crowd: string | undefined, work: () => Promise<T>): Promise<T> {
     await this.#turn(crowd);
-    let session: Session | undefined;
     try {
-      session = await take();
-      return await work(session);
+      return await work();
     } finally {
-      if (session && !session.isLost && !this.#ended) this.#idle.push(session);
-      else void session?.end();
       this.#count(crowd, -1);
       this.#startNext();
     }
   }
 
+  async #use<T>(session: Session, work: () => Promise<T>): Promise<T> {
+    try {
+      return await work();
+    } finally {
+      if (session.isLost || this.#ended) void session.end();
+      else this.#idle.push(session);
+    }
+  }
+
   /** One that is not known to be lost. */
-  #fresh(): Session {
-    for (let session = this.#idle.pop(); session; session = this.#idle.pop()) if (!session.isLost) return session;
-    return new Session(this.#open);
+  #take(): { session: Session; isNew: boolean } {
+    for (let session = this.#idle.pop(); session; session = this.#idle.pop()) {
+      if (!session.isLost) return { session, isNew: false };
+    }
+    return { session: new Session(this.#open), isNew: true };
   }
 
   /** Waits until fewer than the allowed number of transactions run, in the order of asking. */
@@ -359,27 +385,6 @@ class Sessions {
     const busy = (this.#busyCrowds.get(crowd) ?? 0) + change;
     if (busy > 0) this.#busyCrowds.set(crowd, busy);
     else this.#busyCrowds.delete(crowd);
-  }
-
-  /** A session in a new transaction. Idle ones may have died unnoticed; nothing is lost by trying the next. */
-  async #begun(): Promise<Session> {
-    for (let session = this.#idle.pop(); session; session = this.#idle.pop()) {
-      if (session.isLost) continue;
-      const begun = await session.begin().then(
-        () => true,
-        () => false,
-      );
-      if (begun) return session;
-      void session.end();
-    }
-    const session = new Session(this.#open);
-    try {
-      await session.begin();
-      return session;
-    } catch (error) {
-      void session.end();
-      throw error;
-    }
   }
 
   async end(): Promise<void> {

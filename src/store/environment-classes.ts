@@ -151,11 +151,3 @@ export async function refitClasses(
     if (now !== row.fits) await tx`update environment_classes set fits = ${now} where id = ${row.id}`;
   }
 }
-
-/** Classes by id, for the runner that they lie on. */
-export async function classesById(sql: Sql, ids: readonly string[]): Promise<Map<string, EnvironmentClass>> {
-  if (!ids.length) return new Map();
-  const rows = await sql<{ id: string; message: Uint8Array }[]>`
-    select id, message from environment_classes where id = any(${[...new Set(ids)]})`;
-  return new Map(rows.map((row) => [row.id, fromBinary(EnvironmentClassSchema, row.message)]));
-}

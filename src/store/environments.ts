@@ -17,6 +17,8 @@ import { ResourceOperation, ResourceType } from "../../gen/gitpod/v1/event_pb.js
 import { ResourceRole } from "../../gen/gitpod/v1/group_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { SortOrder } from "../../gen/gitpod/v1/pagination_pb.js";
+import { type EnvironmentClass, EnvironmentClassSchema } from "../../gen/gitpod/v1/runner_configuration_pb.js";
+import { consequences } from "../domain/automation-environment.ts";
 import type { EncodedEnvironment } from "../domain/environment.ts";
 import { invalid, notFound } from "../domain/errors.ts";
 import {
@@ -170,20 +172,21 @@ export const optionalDate = (timestamp: Parameters<typeof timestampDate>[0] | un
 /**
  * Writes the next state of an environment that this transaction holds locked, with its event, its audit entry and, if
  * the runner has to act, the runner's revision. Nothing is written when nothing changed. `action` is the audit text for
- * people; without it an entry is written only when the overall phase changes. Its services and executions follow.
+ * people; without it an entry is written only when the overall phase changes. Its services and executions follow. `last`
+ * is given if nothing more is to come in the transaction (see `Db.begin`).
  */
 export async function advanceEnvironment(
   tx: Tx,
   before: StoredEnvironment,
   next: EnvironmentState & { reportEpoch?: number; reportSeq?: number },
-  by: Attribution & { action?: string },
+  by: Attribution & { action?: string; last?: (statement: Promise<unknown>) => void },
 ): Promise<boolean> {
   const { id, organizationId } = before;
   const { metadata, spec, status } = next;
-  const specBytes = toBinary(EnvironmentSpecSchema, spec);
-  const metadataBytes = toBinary(EnvironmentMetadataSchema, metadata);
+  const metadataBytes = metadata === before.metadata ? undefined : toBinary(EnvironmentMetadataSchema, metadata);
   const specChanged = spec.specVersion !== before.spec.specVersion;
-  const metadataChanged = !same(metadataBytes, toBinary(EnvironmentMetadataSchema, before.metadata));
+  const metadataChanged =
+    metadataBytes !== undefined && !same(metadataBytes, toBinary(EnvironmentMetadataSchema, before.metadata));
   const statusChanged = status.statusVersion !== before.status.statusVersion;
   const phaseChanged = status.phase !== before.status.phase;
   const facts = encodeFacts(next.facts);
@@ -209,31 +212,42 @@ export async function advanceEnvironment(
     at: by.at,
     audit: action ? { id: by.newId(), actor: by.actor, action } : undefined,
   };
-  const told = silent ? tx`quiet as (select)` : recorded(tx, change);
-  const runnerMustAct = specChanged || deleted;
-  const revision = runnerMustAct
-    ? tx`, ${revised(tx, metadata.runnerId, { kind: ObjectKind.ENVIRONMENT, objectId: id, removed: deleted }, by.at)}`
-    : tx``;
+  const told = silent ? pieces`quiet as (select)` : recorded(pieces, change);
+  const object = { kind: ObjectKind.ENVIRONMENT, objectId: id, removed: deleted };
+  const revision = specChanged || deleted ? pieces`, ${revised(pieces, metadata.runnerId, object, by.at)}` : pieces``;
   const tokens = deleted
-    ? tx`, tokens_gone as (delete from tokens where environment_id = ${id} or subject_id = ${id}),
-      ${assignmentsEnded(tx, id, by.at)}`
+    ? pieces`, tokens_gone as (delete from tokens where environment_id = ${id} or subject_id = ${id}),
+      ${assignmentsEnded(pieces, id, by.at)}`
     : phaseChanged && HALTED.has(status.phase)
-      ? tx`, tokens_gone as (delete from tokens where environment_id = ${id} and kind = ${TokenKind.ENVIRONMENT})`
-      : tx``;
+      ? pieces`, tokens_gone as (delete from tokens where environment_id = ${id} and kind = ${TokenKind.ENVIRONMENT})`
+      : pieces``;
   const { projectId } = metadata;
-  const run = projectId
-    ? ranProject(tx, { id, organizationId, projectId }, before.facts.runningSince, next.facts.runningSince, by.at)
-    : tx``;
-  await tx`
-    with ${told} ${revision} ${tokens} ${run}
-    update environments set phase = ${status.phase}, desired_phase = ${spec.desiredPhase}, admission = ${spec.admission},
-      archived_at = ${optionalDate(metadata.archivedAt)}, lockdown_at = ${optionalDate(metadata.lockdownAt)}, search = ${searchText(id, next)},
-      metadata = ${metadataBytes}, spec = ${specBytes}, status = ${toBinary(EnvironmentStatusSchema, status)}, facts = ${facts},
+  const ran = projectId
+    ? ranProject(pieces, { id, organizationId, projectId }, before.facts.runningSince, next.facts.runningSince, by.at)
+    : pieces``;
+  const newMetadata = metadataBytes
+    ? pieces`archived_at = ${optionalDate(metadata.archivedAt)}, lockdown_at = ${optionalDate(metadata.lockdownAt)},
+      metadata = ${metadataBytes},`
+    : pieces``;
+  const newSpec =
+    spec === before.spec
+      ? pieces``
+      : pieces`desired_phase = ${spec.desiredPhase}, admission = ${spec.admission}, spec = ${toBinary(EnvironmentSpecSchema, spec)},`;
+  const update = pieces`
+    with ${told} ${revision} ${tokens} ${ran}
+    update environments set phase = ${status.phase}, ${newMetadata} ${newSpec} search = ${searchText(id, next)},
+      status = ${toBinary(EnvironmentStatusSchema, status)}, facts = ${facts},
       report_epoch = ${next.reportEpoch ?? before.reportEpoch}, report_seq = ${next.reportSeq ?? before.reportSeq},
       due_at = ${nextDueAt(next)}, archivable_since = ${archivableSince(next)},
-      deleted_at = ${status.phase === EnvironmentPhase.DELETED ? tx`coalesce(deleted_at, ${by.at})` : tx`null`}
+      deleted_at = ${status.phase === EnvironmentPhase.DELETED ? pieces`coalesce(deleted_at, ${by.at})` : pieces`null`}
     where id = ${id}`;
   const stored = { ...before, ...next };
+  const written = run(tx, assemble(update));
+  if (by.last && !consequences(before, stored)) {
+    by.last(written);
+    return true;
+  }
+  await written;
   await noteFirings(tx, stored, await followEnvironment(tx, before, stored, by), by);
   return true;
 }
@@ -319,8 +333,9 @@ export async function findEnvironment(
 
 /** An environment, by its id or a query for it, read for the system's own work; undefined if there is none. */
 export async function lockEnvironment(tx: Tx, id: string | Fragment): Promise<StoredEnvironment | undefined> {
-  const [row] = await tx<EnvironmentRow[]>`
-    select ${columns(tx)}, false as owner, false as e_user from environments e where e.id = ${id} for update`;
+  const query = (sql: Tx) => sql`
+    select ${columns(sql)}, false as owner, false as e_user from environments e where e.id = ${id} for update`;
+  const [row] = (await (typeof id === "string" ? run(tx, assemble(query(pieces))) : query(tx))) as EnvironmentRow[];
   return row && toEnvironment(row, NOBODY);
 }
 
@@ -339,12 +354,17 @@ export async function runnerEnvironments(
   ids: readonly string[] | undefined,
   after: string,
   limit: number,
-): Promise<StoredEnvironment[]> {
-  const rows = await sql<EnvironmentRow[]>`
-    select ${columns(sql)}, false as owner, false as e_user from environments e
-    where e.runner_id = ${runnerId} and e.deleted_at is null and ${ids ? sql`e.id = any(${ids as string[]})` : sql`e.id > ${after || NIL}`}
+): Promise<{ environment: StoredEnvironment; environmentClass?: EnvironmentClass }[]> {
+  const query = pieces`
+    select ${columns(pieces)}, false as owner, false as e_user, c.message as class
+    from environments e left join environment_classes c on c.id = e.class_id
+    where e.runner_id = ${runnerId} and e.deleted_at is null and ${ids ? pieces`e.id = any(${ids as string[]})` : pieces`e.id > ${after || NIL}`}
     order by e.id limit ${limit}`;
-  return rows.map((row) => toEnvironment(row, NOBODY));
+  const rows = await run<EnvironmentRow & { class: Uint8Array | null }>(sql, assemble(query));
+  return rows.map((row) => ({
+    environment: toEnvironment(row, NOBODY),
+    ...(row.class && { environmentClass: fromBinary(EnvironmentClassSchema, row.class) }),
+  }));
 }
 
 const NIL = "00000000-0000-0000-0000-000000000000";

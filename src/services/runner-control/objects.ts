@@ -16,7 +16,6 @@ import { environmentMessage } from "../../domain/environment.ts";
 import { deliveredPolicies } from "../../domain/organization-policies.ts";
 import { runnerExecutions } from "../../store/automation/executions.ts";
 import { runnerServices } from "../../store/automation/services.ts";
-import { classesById } from "../../store/environment-classes.ts";
 import { deletedAmongHeld, runnerEnvironments } from "../../store/environments.ts";
 import { readPolicies } from "../../store/organizations.ts";
 import { getOwnRunner, readRevisions, runnerMessage, type StoredRunner } from "../../store/runners.ts";
@@ -50,15 +49,9 @@ const environments: Kind = {
   page: 100,
   async read(app, runnerId, ids, after) {
     const found = await runnerEnvironments(app.db.list, runnerId, ids, after, environments.page);
-    const classIds = found.map(({ spec }) => spec.machine?.class ?? "");
-    const classes = await classesById(app.db.list, classIds);
-    return found.map((each, index): Desired => {
-      const environmentClass = classes.get(classIds[index] ?? "");
-      const value = create(DesiredEnvironmentSchema, {
-        environment: environmentMessage(each.id, each),
-        environmentClass,
-      });
-      return { id: each.id, object: { case: "environment", value } };
+    return found.map(({ environment: { id, ...state }, environmentClass }): Desired => {
+      const value = create(DesiredEnvironmentSchema, { environment: environmentMessage(id, state), environmentClass });
+      return { id, object: { case: "environment", value } };
     });
   },
 };
