@@ -142,16 +142,15 @@ export function transact<T>(
   });
 }
 
-/** As `transact`, for one statement, whose answer is undefined if it has changed nothing, about one runner. */
+/** As `transact`, for one statement, whose answer is undefined if it has changed nothing, and at most one runner. */
 export function transactOnce<T>(
   app: App,
   statement: (sql: Sql) => Promise<T | undefined>,
-  runnerId: string,
-  crowd?: string,
+  { touched, crowd }: { touched?: string; crowd?: string } = {},
 ): Promise<T | undefined> {
   return retried(app, async () => {
     const result = await app.db.once(statement, crowd);
-    if (result !== undefined) app.hub.wake(Topic.EVENTS, runnerTopic(runnerId));
+    if (result !== undefined) app.hub.wake(Topic.EVENTS, ...(touched ? [runnerTopic(touched)] : []));
     return result;
   });
 }

@@ -1,6 +1,6 @@
 import type { DescMethod, Message } from "@bufbuild/protobuf";
 import type { ConnectRouter } from "@connectrpc/connect";
-import { RunnerControlService } from "../gen/berth/runner/v1/runner_control_pb.js";
+import { type ReportEnvironmentsRequest, RunnerControlService } from "../gen/berth/runner/v1/runner_control_pb.js";
 import { AccountService } from "../gen/gitpod/v1/account_pb.js";
 import { EditorService } from "../gen/gitpod/v1/editor_pb.js";
 import { EnvironmentAutomationService } from "../gen/gitpod/v1/environment_automation_pb.js";
@@ -36,7 +36,8 @@ import { organizationService } from "./services/organization.ts";
 import { projectService } from "./services/project.ts";
 import { runnerService } from "./services/runner.ts";
 import { runnerConfigurationService } from "./services/runner-configuration.ts";
-import { besideReport, runnerControlService } from "./services/runner-control.ts";
+import { besideReport } from "./services/runner-control/environments.ts";
+import { runnerControlService } from "./services/runner-control.ts";
 import { secretService } from "./services/secret.ts";
 import { serviceAccountService } from "./services/service-account.ts";
 import { usageService } from "./services/usage.ts";
@@ -71,8 +72,7 @@ export const besides = new Map<DescMethod, (request: Message) => Beside | undefi
     EnvironmentService.method.createEnvironment,
     (request) => besideCreateEnvironment(request as CreateEnvironmentRequest),
   ],
-  [RunnerControlService.method.reportEnvironments, () => besideReport],
-  [RunnerControlService.method.reportAutomations, () => besideReport],
+  [RunnerControlService.method.reportEnvironments, (request) => besideReport(request as ReportEnvironmentsRequest)],
 ]);
 
 /** Their implementations; one of which nothing is built yet is absent, and its RPCs answer UNIMPLEMENTED. */

@@ -195,9 +195,9 @@ class DirectCall implements Outlet {
     return this.#message();
   }
 
-  /** Asked for nobody but callers whose credential was good the last time. */
+  /** Asked for nobody but callers whose credential was good the last time. Many do not tell the length beforehand. */
   async #peek(): Promise<Message | undefined> {
-    const length = Number(this.#exchange.request.headers["content-length"]);
+    const length = Number(this.#exchange.request.headers["content-length"] ?? 0);
     return length <= PEEK_BYTES ? this.#message().catch(() => undefined) : undefined;
   }
 

@@ -1,4 +1,3 @@
-import { create } from "@bufbuild/protobuf";
 import { durationFromMs, timestampFromDate } from "@bufbuild/protobuf/wkt";
 import type { HandlerContext, ServiceImpl } from "@connectrpc/connect";
 import {
@@ -6,28 +5,22 @@ import {
   type CreateEnvironmentTokenRequest,
   type DeregisterRequest,
   Directive,
-  type EnvironmentReport,
   type HeartbeatRequest,
   IntrospectTokenResponse_Kind as Kind,
-  ReportResult_Outcome as Outcome,
   DeregisterRequest_Reason as Reason,
   type RegisterRequest,
-  type ReportResult,
-  ReportResultSchema,
   type RunnerControlService,
   type WatchRequest,
   type WatchResponse,
 } from "../../gen/berth/runner/v1/runner_control_pb.js";
-import { EnvironmentPhase, EnvironmentStatusSchema } from "../../gen/gitpod/v1/environment_pb.js";
+import { EnvironmentPhase } from "../../gen/gitpod/v1/environment_pb.js";
 import { ResourceOperation } from "../../gen/gitpod/v1/event_pb.js";
 import { Principal } from "../../gen/gitpod/v1/identity_pb.js";
 import { RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { RunnerPhase, type RunnerStatus } from "../../gen/gitpod/v1/runner_pb.js";
-import { type App, actorOf, attribution, newTokenText, pacer, runnerChange, transact } from "../app.ts";
-import { consequences } from "../domain/automation-environment.ts";
+import { type App, actorOf, newTokenText, pacer, runnerChange, transact } from "../app.ts";
 import { validateConfiguration } from "../domain/environment-class.ts";
 import { invalid, precondition, Refusal } from "../domain/errors.ts";
-import { applyReport } from "../domain/lifecycle.ts";
 import type { Caller } from "../domain/principal.ts";
 import {
   acceptStatus,
@@ -41,19 +34,16 @@ import { RUNNER_ACCESS_MS, TokenKind } from "../domain/tokens.ts";
 import { principal, readBeside } from "../rpc/authenticate.ts";
 import { streamOpened } from "../rpc/call.ts";
 import { completeCall, openCalls } from "../store/calls.ts";
-import { type Beside, refreshCaller } from "../store/credentials.ts";
+import { refreshCaller } from "../store/credentials.ts";
 import type { Tx } from "../store/db.ts";
 import { refitClasses } from "../store/environment-classes.ts";
-import { advanceEnvironment, lockEnvironment, noteReport } from "../store/environments.ts";
+import { lockEnvironment } from "../store/environments.ts";
 import { callTopic, runnerTopic } from "../store/hub.ts";
 import { readPolicies } from "../store/organizations.ts";
 import { record } from "../store/record.ts";
 import {
   getOwnRunner,
-  type Link,
-  linkQuery,
   markDeleted,
-  readLink,
   runnerMessage,
   type StoredRunner,
   setRunnerStatus,
@@ -61,7 +51,9 @@ import {
 } from "../store/runners.ts";
 import { findRunnerToken, insertToken, redeemPortToken, revokeEnvironmentToken } from "../store/tokens.ts";
 import { reportAutomations } from "./runner-control/automations.ts";
+import { reportEnvironments } from "./runner-control/environments.ts";
 import { hostToken, putHostToken } from "./runner-control/host-tokens.ts";
+import { checkExists, checkLink } from "./runner-control/link.ts";
 import { bookmark, changesSince, step } from "./runner-control/objects.ts";
 import { environmentSecrets } from "./runner-control/secrets.ts";
 
@@ -73,26 +65,6 @@ const CALLS_PAGE = 50;
 /** The runner of a call, if the link that it quotes is the one in force. */
 async function ownRunner(app: App, caller: Caller, linkId: string): Promise<StoredRunner> {
   return checkLink(await getOwnRunner(app.db.point, caller.id), linkId);
-}
-
-function checkLink<T extends Link>(runner: T, linkId: string): T {
-  checkExists(runner);
-  if (runner.linkId !== linkId) throw new Refusal("aborted", "another process has registered for this runner");
-  return runner;
-}
-
-/** What reports read along with the credential of their runner. */
-export const besideReport: Beside = { query: linkQuery, values: [] };
-
-/** The link that reports of the caller come by, if it is the one in force; it may have been read already. */
-async function ownLink(app: App, context: HandlerContext, linkId: string): Promise<Link> {
-  return checkLink(await readLink(app.db.point, principal(context), readBeside(context)), linkId);
-}
-
-/** Its tokens are gone with a runner, but a call may have been let in just before. */
-function checkExists<T extends Link>(runner: T): T {
-  if (runner.phase === RunnerPhase.DELETED) throw new Refusal("unauthenticated", "the runner is deleted");
-  return runner;
 }
 
 /** What the runner says about itself, with the phase that the rules make of it. */
@@ -256,62 +228,6 @@ function* unsent(calls: readonly Call[], sent: Set<string>): Generator<WatchResp
   for (const id of sent) if (!calls.some((call) => call.callId === id)) sent.delete(id);
 }
 
-// Reports.
-
-async function reportEnvironment(
-  app: App,
-  caller: Caller,
-  epoch: number,
-  report: EnvironmentReport,
-): Promise<ReportResult> {
-  const answer = (outcome: Outcome, state?: { status: { statusVersion: bigint }; spec: { specVersion: bigint } }) =>
-    create(ReportResultSchema, {
-      environmentId: report.environmentId,
-      outcome,
-      statusVersion: state?.status.statusVersion,
-      specVersion: state?.spec.specVersion,
-    });
-  return transact(app, async (tx, touched, last) => {
-    const stored = await lockEnvironment(tx, report.environmentId);
-    if (!stored || stored.metadata.runnerId !== caller.id || stored.status.phase === EnvironmentPhase.DELETED) {
-      return answer(Outcome.NOT_ASSIGNED);
-    }
-    const seq = Number(report.seq);
-    if (!Number.isSafeInteger(seq)) return answer(Outcome.REJECTED, stored);
-    const older = epoch < stored.reportEpoch || (epoch === stored.reportEpoch && seq <= stored.reportSeq);
-    if (older) return answer(Outcome.STALE, stored);
-    const { result, next } = applyReport(stored, report.status ?? create(EnvironmentStatusSchema), app.now());
-    if (result === "not_assigned") return answer(Outcome.NOT_ASSIGNED);
-    if (result === "rejected") return answer(Outcome.REJECTED, stored);
-    const by = { ...attribution(app, caller), last };
-    const advanced = await advanceEnvironment(tx, stored, { ...next, reportEpoch: epoch, reportSeq: seq }, by);
-    // The order counts even where the content is the same: an older report may still be on its way.
-    if (!advanced) await noteReport(tx, stored.id, epoch, seq);
-    const isNews = next.changed.spec || next.status.phase === EnvironmentPhase.DELETED;
-    if (isNews || consequences(stored, next)) touched(caller.id);
-    return answer(Outcome.OK, next);
-  });
-}
-
-async function reportEnvironments(
-  app: App,
-  caller: Caller,
-  epoch: number,
-  items: readonly EnvironmentReport[],
-): Promise<ReportResult[]> {
-  const results: ReportResult[] = [];
-  for (const item of items) {
-    // A report that cannot be stored will not get better by being sent again, and must not block the others.
-    const rejected = (error: unknown) => {
-      if (error instanceof Refusal && error.kind === "invalid_argument")
-        return create(ReportResultSchema, { environmentId: item.environmentId, outcome: Outcome.REJECTED });
-      throw error;
-    };
-    results.push(await reportEnvironment(app, caller, epoch, item).catch(rejected));
-  }
-  return results;
-}
-
 async function createEnvironmentToken(
   app: App,
   caller: Caller,
@@ -398,12 +314,12 @@ export function runnerControlService(app: App): ServiceImpl<typeof RunnerControl
     heartbeat: (request, context) => heartbeat(app, principal(context), request),
     watch: (request, context) => watch(app, principal(context), request, context),
     async reportEnvironments(request, context) {
-      const { epoch } = await ownLink(app, context, request.linkId);
-      return { results: await reportEnvironments(app, principal(context), epoch, request.items) };
+      return { results: await reportEnvironments(app, principal(context), request, readBeside(context)) };
     },
     async reportAutomations(request, context) {
-      const { epoch } = await ownLink(app, context, request.linkId);
-      return reportAutomations(app, principal(context), epoch, request);
+      const caller = principal(context);
+      const { epoch } = await ownRunner(app, caller, request.linkId);
+      return reportAutomations(app, caller, epoch, request);
     },
     async getEnvironmentSecrets(request, context) {
       return { secrets: await environmentSecrets(app, principal(context), request) };

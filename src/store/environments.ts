@@ -37,10 +37,11 @@ import { assignmentsEnded } from "./assignment-rows.ts";
 import { followEnvironment } from "./automation/environment.ts";
 import type { Firing } from "./automation/triggers.ts";
 import { conjunction, containing, oneOf } from "./conditions.ts";
+import type { BesideQuery } from "./credentials.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
 import { ranProject } from "./project-usage.ts";
-import { type Attribution, recorded } from "./record.ts";
-import { revised } from "./runners.ts";
+import { type Attribution, recorded, recordedIf } from "./record.ts";
+import { type Link, type LinkRow, linkColumns, revised, toLink } from "./runners.ts";
 import { assemble, pieces, run } from "./statement.ts";
 
 /** An environment with the facts that are not on the wire and what the caller is to it. */
@@ -169,6 +170,37 @@ export function searchText(id: string, { metadata, spec, status }: EnvironmentSt
 export const optionalDate = (timestamp: Parameters<typeof timestampDate>[0] | undefined) =>
   timestamp && timestampDate(timestamp);
 
+type Next = EnvironmentState & { reportEpoch?: number; reportSeq?: number };
+
+/** A step as watchers and, with an `action` or a new overall phase, the audit log are told of it. */
+function stepOf(
+  before: StoredEnvironment,
+  next: Next,
+  operation: ResourceOperation,
+  by: Attribution & { action?: string },
+) {
+  const { metadata, status } = next;
+  const phase =
+    status.phase === before.status.phase ? undefined : `Environment is ${EnvironmentPhase[status.phase].toLowerCase()}`;
+  const action = by.action ?? phase;
+  return {
+    ...{
+      organizationId: before.organizationId,
+      resourceType: ResourceType.ENVIRONMENT,
+      resourceId: before.id,
+      operation,
+    },
+    ...{ creatorId: metadata.creator?.id, environmentId: before.id, runnerId: metadata.runnerId, at: by.at },
+    audit: action ? { id: by.newId(), actor: by.actor, action } : undefined,
+  };
+}
+
+/** Assignments that write the status and all that depends on it. */
+const statusColumns = (sql: Sql | Tx, before: StoredEnvironment, next: Next): Fragment => sql`
+  phase = ${next.status.phase}, search = ${searchText(before.id, next)}, status = ${toBinary(EnvironmentStatusSchema, next.status)},
+  facts = ${encodeFacts(next.facts)}, report_epoch = ${next.reportEpoch ?? before.reportEpoch},
+  report_seq = ${next.reportSeq ?? before.reportSeq}, due_at = ${nextDueAt(next)}, archivable_since = ${archivableSince(next)}`;
+
 /**
  * Writes the next state of an environment that this transaction holds locked, with its event, its audit entry and, if
  * the runner has to act, the runner's revision. Nothing is written when nothing changed. `action` is the audit text for
@@ -178,7 +210,7 @@ export const optionalDate = (timestamp: Parameters<typeof timestampDate>[0] | un
 export async function advanceEnvironment(
   tx: Tx,
   before: StoredEnvironment,
-  next: EnvironmentState & { reportEpoch?: number; reportSeq?: number },
+  next: Next,
   by: Attribution & { action?: string; last?: (statement: Promise<unknown>) => void },
 ): Promise<boolean> {
   const { id, organizationId } = before;
@@ -189,9 +221,8 @@ export async function advanceEnvironment(
     metadataBytes !== undefined && !same(metadataBytes, toBinary(EnvironmentMetadataSchema, before.metadata));
   const statusChanged = status.statusVersion !== before.status.statusVersion;
   const phaseChanged = status.phase !== before.status.phase;
-  const facts = encodeFacts(next.facts);
   const silent = !specChanged && !metadataChanged && !statusChanged;
-  if (silent && facts === encodeFacts(before.facts)) return false;
+  if (silent && encodeFacts(next.facts) === encodeFacts(before.facts)) return false;
 
   const deleted = phaseChanged && status.phase === EnvironmentPhase.DELETED;
   const operation = deleted
@@ -199,20 +230,7 @@ export async function advanceEnvironment(
     : specChanged || metadataChanged
       ? ResourceOperation.UPDATE
       : ResourceOperation.UPDATE_STATUS;
-  const action =
-    by.action ?? (phaseChanged ? `Environment is ${EnvironmentPhase[status.phase].toLowerCase()}` : undefined);
-  const change = {
-    organizationId,
-    resourceType: ResourceType.ENVIRONMENT,
-    resourceId: id,
-    operation,
-    creatorId: metadata.creator?.id,
-    environmentId: id,
-    runnerId: metadata.runnerId,
-    at: by.at,
-    audit: action ? { id: by.newId(), actor: by.actor, action } : undefined,
-  };
-  const told = silent ? pieces`quiet as (select)` : recorded(pieces, change);
+  const told = silent ? pieces`quiet as (select)` : recorded(pieces, stepOf(before, next, operation, by));
   const object = { kind: ObjectKind.ENVIRONMENT, objectId: id, removed: deleted };
   const revision = specChanged || deleted ? pieces`, ${revised(pieces, metadata.runnerId, object, by.at)}` : pieces``;
   const tokens = deleted
@@ -235,10 +253,7 @@ export async function advanceEnvironment(
       : pieces`desired_phase = ${spec.desiredPhase}, admission = ${spec.admission}, spec = ${toBinary(EnvironmentSpecSchema, spec)},`;
   const update = pieces`
     with ${told} ${revision} ${tokens} ${ran}
-    update environments set phase = ${status.phase}, ${newMetadata} ${newSpec} search = ${searchText(id, next)},
-      status = ${toBinary(EnvironmentStatusSchema, status)}, facts = ${facts},
-      report_epoch = ${next.reportEpoch ?? before.reportEpoch}, report_seq = ${next.reportSeq ?? before.reportSeq},
-      due_at = ${nextDueAt(next)}, archivable_since = ${archivableSince(next)},
+    update environments set ${newMetadata} ${newSpec} ${statusColumns(pieces, before, next)},
       deleted_at = ${status.phase === EnvironmentPhase.DELETED ? pieces`coalesce(deleted_at, ${by.at})` : pieces`null`}
     where id = ${id}`;
   const stored = { ...before, ...next };
@@ -250,6 +265,37 @@ export async function advanceEnvironment(
   await written;
   await noteFirings(tx, stored, await followEnvironment(tx, before, stored, by), by);
   return true;
+}
+
+/** Whether a step changes the status alone, and nothing else has to be written with it or follows from it. */
+export function isStatusAlone(before: StoredEnvironment, next: EnvironmentState): boolean {
+  const { metadata, spec, status, facts } = next;
+  const isEnd = HALTED.has(status.phase) || status.phase === EnvironmentPhase.DELETED;
+  const isRun = Boolean(facts.runningSince) !== Boolean(before.facts.runningSince);
+  const isAlone = metadata === before.metadata && spec === before.spec;
+  const isNew = status.statusVersion !== before.status.statusVersion;
+  return isAlone && isNew && !isEnd && !(isRun && metadata.projectId) && !consequences(before, next);
+}
+
+/**
+ * As `advanceEnvironment`, for a step that changes the status alone, and for an environment that nobody holds: one
+ * statement, which needs no transaction around it. False if the environment is not any more in the version that was read.
+ */
+export async function advanceStatus(
+  sql: Sql,
+  before: StoredEnvironment,
+  version: string,
+  next: Next,
+  by: Attribution,
+): Promise<boolean> {
+  const step = stepOf(before, next, ResourceOperation.UPDATE_STATUS, by);
+  const update = pieces`
+    with changed as (
+      update environments set ${statusColumns(pieces, before, next)} where id = ${before.id} and xmin::text = ${version}
+      returning id
+    ), ${recordedIf(pieces, pieces`changed`, step)}
+    select id from changed`;
+  return (await run(sql, assemble(update))).length > 0;
 }
 
 /** Lets users see what triggers that have fired had to leave out, in the transaction that holds the environment. */
@@ -337,6 +383,34 @@ export async function lockEnvironment(tx: Tx, id: string | Fragment): Promise<St
     select ${columns(sql)}, false as owner, false as e_user from environments e where e.id = ${id} for update`;
   const [row] = (await (typeof id === "string" ? run(tx, assemble(query(pieces))) : query(tx))) as EnvironmentRow[];
   return row && toEnvironment(row, NOBODY);
+}
+
+/** Of a report, what its runner has to quote, and the environment as it is, with the version of its row. */
+export interface Reported {
+  link: Link;
+  environment?: StoredEnvironment;
+  version: string;
+}
+
+interface ReportedRow extends LinkRow, Omit<EnvironmentRow, "id"> {
+  id: string | null;
+  home: string;
+  version: string;
+}
+
+/** Query for a runner that reports, and the environment that it reports if that is its own. */
+export const reportedQuery: BesideQuery<[id: string | null]> = (sql, caller, [id]) => sql`
+  select ${linkColumns(sql)}, e.* from runners r left join (
+    select e.id, e.organization_id as home, e.metadata, e.spec, e.status, e.facts, e.report_epoch, e.report_seq,
+      e.runner_id as place, e.xmin::text as version from environments e
+  ) e on e.id = ${id} and e.place = r.id where r.id = ${caller.id}`;
+
+export async function readReported(sql: Sql, caller: Caller, id: string | null, found?: object): Promise<Reported> {
+  const query = () => run<ReportedRow>(sql, assemble(reportedQuery(pieces, caller, [id], new Date())));
+  const [row] = found ? [found as ReportedRow] : await query();
+  if (!row) throw notFound("runner", caller.id);
+  const stored = row.id ? toEnvironment({ ...row, id: row.id, organization_id: row.home }, NOBODY) : undefined;
+  return { link: toLink(row), environment: stored, version: row.version };
 }
 
 /** As `lockEnvironment` for many, in the order of their ids. */

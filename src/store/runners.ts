@@ -24,10 +24,8 @@ import type { Page } from "../domain/pages.ts";
 import type { Caller } from "../domain/principal.ts";
 import { administersRunner, readsRunner, usesRunner } from "./access.ts";
 import { assignmentsEnded } from "./assignment-rows.ts";
-import type { BesideQuery } from "./credentials.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
 import { type Change, recorded } from "./record.ts";
-import { assemble, pieces, run } from "./statement.ts";
 
 /** A runner with what the caller may do with it. */
 export interface StoredRunner {
@@ -192,23 +190,20 @@ export async function getOwnRunner(sql: Sql | Tx, id: string, lock = false): Pro
 /** What a call of a runner has to quote, and whether there is still a runner. */
 export type Link = Pick<StoredRunner, "linkId" | "epoch" | "phase">;
 
-interface LinkRow {
+export interface LinkRow {
   link_id: string | null;
   epoch: number;
   phase: RunnerPhase;
 }
 
-/** Query for the link of the runner that calls. */
-export const linkQuery: BesideQuery<[]> = (sql, caller) =>
-  sql`select r.link_id, r.epoch, r.phase from runners r where r.id = ${caller.id}`;
+/** Columns of a runner `r`. */
+export const linkColumns = (sql: Sql | Tx): Fragment => sql`r.link_id, r.epoch, r.phase`;
 
-/** The link of the runner that calls, deleted or not; `found` is the row of the query, if it has been made already. */
-export async function readLink(sql: Sql, caller: Caller, found?: object): Promise<Link> {
-  const query = () => run<LinkRow>(sql, assemble(linkQuery(pieces, caller, [], new Date())));
-  const [row] = found ? [found as LinkRow] : await query();
-  if (!row) throw notFound("runner", caller.id);
-  return { linkId: row.link_id ?? undefined, epoch: row.epoch, phase: row.phase };
-}
+export const toLink = (row: LinkRow): Link => ({
+  linkId: row.link_id ?? undefined,
+  epoch: row.epoch,
+  phase: row.phase,
+});
 
 /** Runners that the caller may read, newest first, one more than the page holds. */
 export async function listRunners(

@@ -202,7 +202,10 @@ export async function make(app: App, caller: Caller, look: Look, beside?: object
   await checkWanted(app, app.db.point, caller, wanted);
   const { runnerId } = wanted.environmentClass.message;
   // All on one runner wait for its lock.
-  const stored = await transactOnce(app, (sql) => store(app, sql, caller, wanted, at), runnerId, runnerId);
+  const stored = await transactOnce(app, (sql) => store(app, sql, caller, wanted, at), {
+    touched: runnerId,
+    crowd: runnerId,
+  });
   const environment = stored ?? (await storeHolding(app, caller, look, wanted));
   if (!environment) throw new Refusal("aborted", "what the environment is made from has changed meanwhile, try again");
   return shown(caller, environment);
