@@ -96,6 +96,14 @@ async function refused(lock: (tx: Tx) => Promise<unknown>, change: (tx: Tx) => P
   return `${Code[error.code]}: ${error.rawMessage}`;
 }
 
+test("a class that the caller may not see is not there, however often it is asked for", async () => {
+  const hidden = await connectRunner(plane, { shared: false });
+  const person = await plane.addUser();
+  const ask = () =>
+    refusal(person.client.environments.createEnvironment({ spec: { machine: { class: hidden.classId } } }));
+  for (let turn = 0; turn < 4; turn += 1) expect(Code[(await ask()).code]).toBe("NotFound");
+});
+
 describe("what changes while an environment is being made", () => {
   beforeAll(async () => {
     ({ runner, classId } = await connectRunner(plane, { maxEnvironments: 100 }));

@@ -217,7 +217,8 @@ class Guess {
     const places = PLACES.slice(0, beside.values.length);
     const query = beside.query(pieces, this.caller, places as never, NOW);
     const made = assemble(
-      pieces`select * from (${this.#lookUp}) credential left join lateral (${query}) beside on true`,
+      // The later of two columns of one name counts.
+      pieces`select beside.*, credential.* from (${this.#lookUp}) credential left join lateral (${query}) beside on true`,
     );
     this.#withBeside.set(beside.query, made);
     return filledIn(made, now, beside.values);

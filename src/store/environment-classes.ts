@@ -32,7 +32,7 @@ export interface StoredClass extends UsableClass {
 
 export interface UsableClassRow {
   message: Uint8Array;
-  organization_id: string;
+  home: string;
   fits: boolean;
   uses: boolean;
   runner_phase: RunnerPhase;
@@ -42,7 +42,7 @@ export interface UsableClassRow {
 
 /** Columns of a class `c` and its runner `r`, without `uses`. */
 const columns = (sql: Sql | Tx) =>
-  sql`c.message, c.organization_id, c.fits, r.phase as runner_phase, r.kind as runner_kind, r.max_environments`;
+  sql`c.message, c.organization_id as home, c.fits, r.phase as runner_phase, r.kind as runner_kind, r.max_environments`;
 
 /**
  * Query for a class, as a caller sees it who wants to make an environment of it, with more `columns`, about class `c`
@@ -57,7 +57,7 @@ export const usableClassQuery = (sql: Sql | Tx, caller: Caller, id: string | nul
 export function toUsableClass(row: UsableClassRow): UsableClass {
   return {
     message: fromBinary(EnvironmentClassSchema, row.message),
-    organizationId: row.organization_id,
+    organizationId: row.home,
     fits: row.fits,
     uses: row.uses,
     runnerPhase: row.runner_phase,
