@@ -1,4 +1,5 @@
 import { randomUUID } from "node:crypto";
+import { existsSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
 import { IntrospectTokenResponse_Kind as Kind } from "../gen/berth/runner/v1/runner_control_pb.js";
@@ -185,9 +186,10 @@ describe.skipIf(missing)(`dev containers in containers${missing ? ` (${missing})
     );
     expect(await runner.exec(id, "ls /bin/busybox; ls /usr 2>/dev/null || echo none")).toContain("none");
     expect(await runner.exec(id, "echo $KIND $MORE $HOST.")).toBe("contained contained-more .");
-    expect(await runner.exec(id, "echo $SECRET_WORD; cat $BERTH_SECRET_FILE_FILE")).toBe(
-      "a secret word\na secret text",
+    expect(await runner.exec(id, "echo $SECRET_WORD; cat $BERTH_SECRET_FILE_FILE /etc/secret-file")).toBe(
+      "a secret word\na secret texta secret text",
     );
+    expect(status.secrets.map(({ warningMessage }) => warningMessage)).toEqual(["", ""]);
     expect(await runner.exec(id, "berth --help | head -n 1")).toContain("berth: ");
     const ops = runner.ops(id);
     await ops.writeFile({ path: "/tmp/inside", content: new TextEncoder().encode("written inside") });
@@ -206,6 +208,70 @@ describe.skipIf(missing)(`dev containers in containers${missing ? ` (${missing})
     expect(await home("seen")).not.toContain("usr");
     await eventually(async () => (await home("attached")) === "contained contained-more .\n", "postAttachCommand");
     expect(await logOf(id)).toContain("Running onCreateCommand");
+  });
+
+  test.concurrent("secrets are files of the container where they are asked for, follow their value, and touch nothing else", async () => {
+    const at = (name: string, path: string, value: string) =>
+      plane.secret(name, { case: "filePath", value: path }, value);
+    const mark = `berth-secret-${randomUUID()}`;
+    const deep = `/opt/${"deep/".repeat(30)}key`;
+    const secrets = [
+      at("KEY", "/opt/app/key.pem", "first"),
+      at("DEEP", deep, "deep"),
+      at("OVER", "/etc/settings", "over"),
+      at("FOLDER", "/bin", "never"),
+      at("LED", `/etc/led/${mark}`, "led"),
+      at("RUNTIME", `/etc/runtime/${mark}`, "never"),
+      at("DATA", `${runner.dataDir}/container-runtime/${mark}`, "never"),
+    ];
+    const lines = [
+      "mkdir -p /etc",
+      "echo image >/etc/settings",
+      "ln -s /tmp /etc/led",
+      `ln -s ${runner.dataDir}/container-runtime /etc/runtime`,
+    ];
+    const { id, container, status } = await running(
+      { build: { dockerfile: "Dockerfile" }, postCreateCommand: "cat /opt/app/key.pem >~/created" },
+      { ".devcontainer/Dockerfile": `FROM ${engine.image}\nRUN ${lines.join(" && ")}\n` },
+      { secrets },
+    );
+    const refused = container.warningMessage.split("; ").map((warning) => warning.split(":")[0]);
+    expect(refused).toEqual([
+      "a secret could not be put at /bin, see $BERTH_SECRET_FILE_FOLDER",
+      `a secret could not be put at /etc/runtime/${mark}, see $BERTH_SECRET_FILE_RUNTIME`,
+    ]);
+    const warnings = Object.fromEntries(status.secrets.map((each) => [each.secretName, each.warningMessage]));
+    const none = { KEY: "", DEEP: "", OVER: "", FOLDER: "", LED: "", RUNTIME: "" };
+    expect(warnings).toEqual({ ...none, DATA: "its path is not in the environment: see $BERTH_SECRET_FILE_DATA" });
+    const all = `cat ~/created /opt/app/key.pem ${deep} /etc/settings /tmp/${mark}`;
+    expect(await runner.exec(id, all)).toBe("firstfirstdeepoverled");
+    const onHost = [`/tmp/${mark}`, `${runner.dataDir}/container-runtime/${mark}`, "/opt/app/key.pem"];
+    for (const path of onHost) expect(existsSync(path)).toBe(false);
+    expect(await runner.exec(id, "ls -l /opt/app/key.pem | cut -c1; cat /opt/app/key.pem")).toBe("l\nfirst");
+
+    plane.renewSecret(id, "KEY", "second");
+    await eventually(async () => (await runner.exec(id, "cat /opt/app/key.pem")) === "second", "the new value");
+    plane.edit(id, (spec) => {
+      spec.secrets = [...spec.secrets.filter(({ name }) => name !== "OVER"), at("LATE", "/opt/late", "late")];
+    });
+    const late = await plane.until(
+      id,
+      (each) => each.status?.phase === RUNNING && each.status.secrets.some(({ secretName }) => secretName === "LATE"),
+      "the late secret",
+    );
+    expect(late.status?.secrets.find(({ secretName }) => secretName === "LATE")?.warningMessage).toBe(
+      "its path is in the dev container from its next start on: see $BERTH_SECRET_FILE_LATE until then",
+    );
+    const isThere = (path: string) => runner.exec(id, `cat ${path} 2>/dev/null || echo nothing`);
+    expect([await isThere("/opt/late"), await isThere("/etc/settings")]).toEqual(["nothing", "nothing"]);
+    plane.stopEnvironment(id);
+    await plane.untilPhase(id, STOPPED);
+    plane.startEnvironment(id);
+    const again = await plane.untilPhase(id, RUNNING);
+    expect(again.status?.secrets.find(({ secretName }) => secretName === "LATE")?.warningMessage).toBe("");
+    expect([await isThere("/opt/late"), await isThere("/opt/app/key.pem")]).toEqual(["late", "second"]);
+    await rebuild(id, "second");
+    expect([await isThere("/opt/late"), await isThere("/etc/settings")]).toEqual(["late", "image"]);
   });
 
   const rebuild = async (id: string, session: string) => {

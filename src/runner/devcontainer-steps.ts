@@ -209,6 +209,11 @@ function containerStatus({ id, record }: EnvironmentSite, work: ContainerProgres
   return { containerId: work.containerId, containerName: containerName(id), remoteUser };
 }
 
+const warningsOf = ({ record: { container } }: EnvironmentSite) => [
+  ...(container?.warnings ?? []),
+  ...(container?.placed?.warnings ?? []),
+];
+
 function conclude(
   site: EnvironmentSite,
   spec: EnvironmentSpec,
@@ -216,7 +221,7 @@ function conclude(
   work?: ContainerProgress,
 ): AppliedDevContainer {
   const { ended } = site.record.lifecycle;
-  const warnings = [container.status.warningMessage, ...(site.record.container?.warnings ?? [])].filter(Boolean);
+  const warnings = [container.status.warningMessage, ...warningsOf(site)].filter(Boolean);
   const warningMessage = withFailures(warnings.join("; "), site.record.lifecycle);
   const { failureMessage } = container.status;
   if (!site.sections.isOpen("devcontainer")) site.sections.open("devcontainer");

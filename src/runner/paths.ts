@@ -106,6 +106,8 @@ async function aliasFolder(): Promise<string> {
   return path;
 }
 
+/** A second place in a dev container of the folder with the socket, since the path of a socket must be short. */
+export const CONTAINER_RUN_FOLDER = "/run/berth";
 /** Name of the socket of the supervisor in a dev container. */
 export const CONTAINER_SOCKET = "container.sock";
 

@@ -3,7 +3,7 @@ import { type EnvironmentStatus, EnvironmentStatusSchema } from "../../gen/gitpo
 import type { LifecycleCommand, StepOutcome } from "./devcontainer/lifecycle.ts";
 import { exists, readSmall, writeAtomically } from "./files.ts";
 import type { EnvironmentPaths } from "./paths.ts";
-import type { Delivery } from "./secrets/plan.ts";
+import type { Delivery, PlacedSecrets } from "./secrets/plan.ts";
 import type { ProcessRef } from "./supervisor/processes.ts";
 import type { UnixUser } from "./users.ts";
 
@@ -69,6 +69,8 @@ export interface ContainerFacts {
   userName: string;
   variables: Record<string, string>;
   warnings: string[];
+  /** What came of secrets at paths of its own, when it was last started. */
+  placed?: PlacedSecrets;
   /** Times at which it had to be brought back, milliseconds since the epoch. */
   restarts: number[];
 }

@@ -2,6 +2,7 @@ import { clone, create } from "@bufbuild/protobuf";
 import { LogSectionOutcome } from "../../gen/gitpod/v1/environment_logs_pb.js";
 import {
   EnvironmentStatus_ContentPhase as ContentPhase,
+  EnvironmentStatus_DevContainer_Phase as DevContainerPhase,
   type EnvironmentSpec,
   type EnvironmentSpec_Secret,
   type EnvironmentStatus_Secret,
@@ -67,8 +68,11 @@ export async function keepSecrets(
   signal: AbortSignal,
 ): Promise<void> {
   const { host, paths } = site;
-  const hasEngine = host.engines.present !== undefined;
-  const tasks = spec.secrets.map((entry) => ({ entry, delivery: deliveryOf(entry, paths, hasEngine) }));
+  const around = {
+    hasEngine: host.engines.present !== undefined,
+    inContainer: site.settings?.inContainer ?? false,
+  };
+  const tasks = spec.secrets.map((entry) => ({ entry, delivery: deliveryOf(entry, paths, around) }));
   const due = tasks.filter((task) => isDue(site, task, hasContent));
   const gone = site.record.secrets.filter(({ id }) => !tasks.some(({ entry }) => entry.id === id));
   const isStale = site.status.secrets.some(({ id }) => !tasks.some(({ entry }) => entry.id === id));
@@ -170,6 +174,16 @@ async function deliver(
   return outcomes;
 }
 
+/** What is to be said about a file that is not, or not yet, where it was asked for. */
+function elsewhere(site: EnvironmentSite, id: string, delivery: Delivery & { kind: "file" }): string {
+  const { variable, inContainer } = delivery;
+  if (!variable) return "";
+  const isOnHost = site.status.devcontainer?.phase === DevContainerPhase.FAILED;
+  if (!inContainer || isOnHost) return `its path is not in the environment: see $${variable}`;
+  const isLate = site.container.client && !site.record.container?.placed?.ids.includes(id);
+  return isLate ? `its path is in the dev container from its next start on: see $${variable} until then` : "";
+}
+
 async function deliverOne(site: EnvironmentSite, { entry, delivery }: Task): Promise<Outcome> {
   const place = placeOf(site);
   if (delivery.kind === "refused") return { phase: delivery.phase, failureMessage: delivery.reason };
@@ -179,8 +193,7 @@ async function deliverOne(site: EnvironmentSite, { entry, delivery }: Task): Pro
   if (delivery.kind === "file") {
     await writeSecretFile(place, entry.id, value ?? "");
     const moved = await placeLink(place, delivery.root, delivery.link, entry.id);
-    const elsewhere = delivery.variable ? `its path is not in the environment: see $${delivery.variable}` : "";
-    warningMessage = [elsewhere, moved].filter(Boolean).join("; ");
+    warningMessage = [elsewhere(site, entry.id, delivery), moved].filter(Boolean).join("; ");
   }
   if (delivery.kind === "git") {
     await writeSecretFile(place, entry.id, credentialFile(value ?? ""));

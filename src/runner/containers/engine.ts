@@ -1,5 +1,5 @@
 import { mkdir } from "node:fs/promises";
-import type { Readable } from "node:stream";
+import { Readable } from "node:stream";
 import { isImageReference } from "../../domain/image-reference.ts";
 import { type CommandOptions, type CommandResult, CommandTimeout, runCommand } from "../commands.ts";
 import { lineBatches } from "../supervisor/automation/line-log.ts";
@@ -266,13 +266,22 @@ export class ContainerEngine {
 
   /** Starts a container of an image that is there and lets it run; resolves with its id. */
   async run(spec: ContainerSpec, signal?: AbortSignal): Promise<string> {
+    return await this.#make(["run", "--detach"], spec, signal);
+  }
+
+  /** As `run`, without starting it. */
+  async create(spec: ContainerSpec, signal?: AbortSignal): Promise<string> {
+    return await this.#make(["create"], spec, signal);
+  }
+
+  async #make(how: readonly string[], spec: ContainerSpec, signal?: AbortSignal): Promise<string> {
     const mounts = spec.mounts.map(({ source, target, readOnly }) =>
       ["type=bind", mountField("source", source), mountField("target", target), readOnly ? "readonly" : ""]
         .filter(Boolean)
         .join(","),
     );
     const args = [
-      ...["run", "--detach", "--pull", "never", "--name", checked(NAME, spec.name)],
+      ...[...how, "--pull", "never", "--name", checked(NAME, spec.name)],
       ...(spec.removeAtEnd ? ["--rm"] : []),
       ...pairs("--label", spec.labels),
       ...pairs("--env", spec.variables),
@@ -288,6 +297,12 @@ export class ContainerEngine {
       ...[checkedImage(spec.image), ...spec.args],
     ];
     return await this.#ask(args, { timeoutMs: START_MS, ...(signal && { signal }) });
+  }
+
+  /** Puts what is in a tar archive into the file system of a container. */
+  async unpack(container: string, archive: Buffer, signal?: AbortSignal): Promise<void> {
+    const input = Readable.from([archive]);
+    await this.#ask(["cp", "-", `${checked(NAME, container)}:/`], { input, ...(signal && { signal }) });
   }
 
   /** Starts a command in a container and does not wait for it. */

@@ -6,7 +6,7 @@ import type { ContainerRuntime } from "../containers/runtime.ts";
 import { makeFolder, writeAtomically } from "../files.ts";
 import { baseVariables } from "../machine.ts";
 import type { Supervisor } from "../machine-supervisor.ts";
-import { CONTAINER_SOCKET, runtimeFolder, supervisorSocket } from "../paths.ts";
+import { CONTAINER_RUN_FOLDER, CONTAINER_SOCKET, runtimeFolder, supervisorSocket } from "../paths.ts";
 import type { ContainerFacts } from "../record.ts";
 import { type EnvironmentSite, userOf } from "../site.ts";
 import { connectSupervisor, type SupervisorClient } from "../supervisor/client.ts";
@@ -15,6 +15,7 @@ import { processLimit } from "../supervisor/process-limit.ts";
 import { bootId, readProcess } from "../supervisor/processes.ts";
 import { shellQuoted } from "../supervisor/shell.ts";
 import { containerName, IMAGE_LABEL, labelsOf } from "./belongings.ts";
+import { placeSecretFiles } from "./secret-files.ts";
 
 // The container of an environment: its image, the environment's user and nothing more. Folders of the environment are at
 // the same paths as on the host; the first process keeps a supervisor running, which owns all the others.
@@ -22,8 +23,6 @@ import { containerName, IMAGE_LABEL, labelsOf } from "./belongings.ts";
 const ANSWER_MS = 30_000;
 const POLL_MS = 100;
 const PART = "container";
-// A second place of the folder with the socket, since the path of a socket must be short.
-const RUN_FOLDER = "/run/berth";
 /** Supervisors that may die, one after the other, before the container ends with them. */
 const SUPERVISORS = 20;
 
@@ -66,7 +65,7 @@ async function writeEntry(site: EnvironmentSite, facts: ContainerFacts, runtime:
   await sharedFolder(site);
   makeFolder(bin, 0o755);
   const config = parseSupervisorConfig({
-    ...{ environmentId: id, root: paths.root, part: PART, socketPath: join(RUN_FOLDER, CONTAINER_SOCKET) },
+    ...{ environmentId: id, root: paths.root, part: PART, socketPath: join(CONTAINER_RUN_FOLDER, CONTAINER_SOCKET) },
     ...{ workspaceFolder: site.folder, userName: facts.userName, shell: "/bin/bash" },
     ...{ envFile: join(folder, "variables.json"), version: host.program.version },
   });
@@ -90,7 +89,7 @@ function mountsOf({ host, paths }: EnvironmentSite) {
   const shown = [paths.container, runtimeFolder(host.config.dataDir)];
   return [
     ...same.map((path) => ({ source: path, target: path })),
-    { source: paths.run, target: RUN_FOLDER },
+    { source: paths.run, target: CONTAINER_RUN_FOLDER },
     ...shown.map((path) => ({ source: path, target: path, readOnly: true })),
   ];
 }
@@ -106,11 +105,11 @@ async function start(
   const name = containerName(id);
   const found = await engine.inspect(name);
   if (found?.labels[IMAGE_LABEL] === facts.image) {
-    if (!found.isRunning) await engine.start(name, signal);
+    if (!found.isRunning) await begin(site, engine, name, signal);
     return;
   }
   if (found) await engine.remove(name);
-  await engine.run(
+  await engine.create(
     {
       ...{ image: facts.image, name, user: userOf(site), mounts: mountsOf(site), workingDirectory: "/" },
       labels: { ...labelsOf(host.config.dataDir, id), [IMAGE_LABEL]: facts.image },
@@ -119,6 +118,16 @@ async function start(
     },
     signal,
   );
+  await begin(site, engine, name, signal);
+}
+
+/** Starts a container that does not run. */
+async function begin(site: EnvironmentSite, engine: ContainerEngine, name: string, signal: AbortSignal): Promise<void> {
+  const placed = await placeSecretFiles(site, engine, name, signal);
+  await site.edit(({ container }) => {
+    if (container) container.placed = placed;
+  });
+  await engine.start(name, signal);
 }
 
 async function connect(site: EnvironmentSite): Promise<SupervisorClient> {
