@@ -7,11 +7,11 @@ import type { Tx } from "../src/store/db.ts";
 import { holdSecrets } from "../src/store/secrets.ts";
 import { auditActions } from "./harness/audit.ts";
 import type { FakeRunner } from "./harness/fake-runner.ts";
+import { meanwhile } from "./harness/meanwhile.ts";
 import { liftQuotas, startTestPlane, type TestPlane, type TestUser } from "./harness/plane.ts";
 import { createProject, offer } from "./harness/projects.ts";
 import { refusal } from "./harness/refusal.ts";
 import { changePolicies, connectRunner } from "./harness/tenants.ts";
-import { eventually } from "./harness/wait.ts";
 
 // What changes between the look of a creation at what it depends on and the moment at which the environment is stored.
 
@@ -40,33 +40,6 @@ async function create({ client } = member): Promise<Environment> {
   return environment;
 }
 
-/** Takes a lock that a creation waits for, and commits a change while it does. */
-async function meanwhile<T>(
-  lock: (tx: Tx) => Promise<unknown>,
-  change: (tx: Tx) => Promise<unknown>,
-  creation: () => Promise<T>,
-): Promise<T> {
-  const isHeld = Promise.withResolvers<void>();
-  const isAwaited = Promise.withResolvers<void>();
-  const holder = db().begin(async (tx) => {
-    await lock(tx);
-    isHeld.resolve();
-    await isAwaited.promise;
-    await change(tx);
-  });
-  await isHeld.promise;
-  const made = creation();
-  made.catch(() => undefined);
-  const waits = async () => {
-    const rows = await db().list`select from pg_stat_activity
-      where datname = current_database() and application_name = 'berth transaction' and wait_event_type = 'Lock'`;
-    return rows.length > 0;
-  };
-  await eventually(waits, "the creation waits").finally(isAwaited.resolve);
-  await holder;
-  return made;
-}
-
 const holdRunner = (tx: Tx) => tx`select from runners where id = ${runner.id} for no key update`;
 
 /** Every revision of the runner is in its log. */
@@ -90,7 +63,7 @@ async function refused(lock: (tx: Tx) => Promise<unknown>, change: (tx: Tx) => P
     return row;
   };
   const before = await created();
-  const error = await refusal(meanwhile(lock, change, () => creation()));
+  const error = await refusal(meanwhile(db(), lock, change, () => creation()));
   expect(await created()).toEqual(before);
   await expectNoGaps();
   return `${Code[error.code]}: ${error.rawMessage}`;
@@ -119,6 +92,7 @@ describe("what changes while an environment is being made", () => {
     const count = async () => (await db().point`select from environments where runner_id = ${runner.id}`).length;
     const before = await count();
     const environment = await meanwhile(
+      db(),
       (tx) => holdSecrets(tx, plane.organizationId),
       (tx) => tx`update secrets set session = ${session} where id = ${secret?.id}`,
       create,

@@ -22,8 +22,10 @@ import { type RunnerCapability, RunnerPhase } from "../gen/gitpod/v1/runner_pb.j
 import { UserStatus } from "../gen/gitpod/v1/user_pb.js";
 import { type BerthClient, createBerthClient } from "../src/client.ts";
 import { PROTOCOL_VERSION } from "../src/domain/runner.ts";
+import type { Tx } from "../src/store/db.ts";
 import { sweeps } from "../src/sweep/sweeps.ts";
 import { FakeRunner, runningStatus } from "./harness/fake-runner.ts";
+import { meanwhile } from "./harness/meanwhile.ts";
 import { liftQuotas, shareRunner, startTestPlane, type TestPlane } from "./harness/plane.ts";
 import { codeOf, refusal } from "./harness/refusal.ts";
 import { eventually } from "./harness/wait.ts";
@@ -453,6 +455,34 @@ describe("reports", () => {
     const moved = await runner.report(environment.id, stopped, 1n);
     expect(moved.outcome).toBe(Outcome.OK);
     expect(moved.statusVersion).toBeGreaterThan(first.statusVersion);
+  });
+
+  test("a report is judged by what is there when it is written, not by what was read for it", async () => {
+    const { runner, classId } = await newRunner();
+    const environment = await newEnvironment(classId);
+    const running = runningStatus(environment);
+    const { statusVersion } = await runner.report(environment.id, running, 1n);
+    const { db } = plane.plane.app;
+    const hold = (tx: Tx) => tx`select from environments where id = ${environment.id} for update`;
+    const moved = { ...running, environmentUrls: { ...running.environmentUrls, ops: "https://ops.example.org/2" } };
+    const late = await meanwhile(
+      db,
+      hold,
+      (tx) => tx`update environments set report_seq = 3 where id = ${environment.id}`,
+      () => runner.report(environment.id, moved, 2n),
+    );
+    expect(late).toMatchObject({ outcome: Outcome.STALE, statusVersion });
+
+    const told = await toldAbout(environment.id);
+    const good = await meanwhile(
+      db,
+      hold,
+      (tx) => tx`update environments set due_at = null where id = ${environment.id}`,
+      () => runner.report(environment.id, moved, 4n),
+    );
+    expect(good).toMatchObject({ outcome: Outcome.OK, statusVersion: statusVersion + 1n });
+    expect((await readEnvironment(environment.id)).status?.environmentUrls?.ops).toBe("https://ops.example.org/2");
+    expect((await toldAbout(environment.id)).events).toHaveLength(told.events.length + 1);
   });
 
   test("each report of a batch is judged for itself", async () => {

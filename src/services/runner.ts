@@ -33,8 +33,8 @@ import { normalizeHost } from "../scm/hosts.ts";
 import { dropCall, findCompletion, insertCall } from "../store/calls.ts";
 import type { Tx } from "../store/db.ts";
 import { seal } from "../store/envelope.ts";
+import { advanceEnvironment } from "../store/environment-steps.ts";
 import {
-  advanceEnvironment,
   environmentIdsOfRunner,
   getEnvironment,
   lockEnvironment,

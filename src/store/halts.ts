@@ -3,7 +3,8 @@ import { RunnerKind } from "../../gen/gitpod/v1/runner_configuration_pb.js";
 import { UserStatus } from "../../gen/gitpod/v1/user_pb.js";
 import { requestStop } from "../domain/lifecycle.ts";
 import type { Fragment, Sql, Tx } from "./db.ts";
-import { advanceEnvironment, lockEnvironments, type StoredEnvironment } from "./environments.ts";
+import { advanceEnvironment } from "./environment-steps.ts";
+import { lockEnvironments, type StoredEnvironment } from "./environments.ts";
 import { readPolicies } from "./organizations.ts";
 import type { Attribution } from "./record.ts";
 

@@ -11,8 +11,8 @@ import {
 } from "../domain/lifecycle.ts";
 import { SYSTEM } from "../domain/principal.ts";
 import type { Sql } from "../store/db.ts";
+import { advanceEnvironment } from "../store/environment-steps.ts";
 import {
-  advanceEnvironment,
   archivableEnvironmentIds,
   deletableEnvironmentIds,
   lockEnvironment,

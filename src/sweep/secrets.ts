@@ -3,7 +3,8 @@ import { type App, transact } from "../app.ts";
 import { transition } from "../domain/lifecycle.ts";
 import { SYSTEM } from "../domain/principal.ts";
 import { currentSecrets } from "../environment-secrets.ts";
-import { advanceEnvironment, lockEnvironment } from "../store/environments.ts";
+import { advanceEnvironment } from "../store/environment-steps.ts";
+import { lockEnvironment } from "../store/environments.ts";
 import { Topic } from "../store/hub.ts";
 import {
   claimSecretChange,

@@ -11,8 +11,8 @@ import { DELETE_DEADLINE_MS } from "../domain/runner.ts";
 import { rotateSigningKeys } from "../signing.ts";
 import { purgeExecutions } from "../store/automation/executions.ts";
 import type { Tx } from "../store/db.ts";
+import { advanceEnvironment } from "../store/environment-steps.ts";
 import {
-  advanceEnvironment,
   claimDueEnvironment,
   dueEnvironmentIds,
   environmentIdsOfRunner,

@@ -20,7 +20,8 @@ import {
 import { holdEnvironmentOf } from "../../store/automation/hold.ts";
 import { fireBeforeSnapshot } from "../../store/automation/triggers.ts";
 import type { Tx } from "../../store/db.ts";
-import { noteFirings, type StoredEnvironment } from "../../store/environments.ts";
+import { noteFirings } from "../../store/environment-steps.ts";
+import type { StoredEnvironment } from "../../store/environments.ts";
 import type { Attribution } from "../../store/record.ts";
 import { byCaller, checkStop, decided } from "./environment.ts";
 

@@ -4,7 +4,8 @@ import { denied, precondition } from "../../domain/errors.ts";
 import type { Transition } from "../../domain/lifecycle.ts";
 import type { Caller } from "../../domain/principal.ts";
 import type { Tx } from "../../store/db.ts";
-import { advanceEnvironment, type StoredEnvironment } from "../../store/environments.ts";
+import { advanceEnvironment } from "../../store/environment-steps.ts";
+import type { StoredEnvironment } from "../../store/environments.ts";
 
 /** PERMISSION_DENIED for a caller who sees the environment without the right to do this with it. */
 export function allow(allowed: boolean, action: string): void {

@@ -20,7 +20,8 @@ import type { Part } from "../../store/automation/parts.ts";
 import { noteServiceReport, readService, removeService, saveService } from "../../store/automation/services.ts";
 import { fireBeforeSnapshot } from "../../store/automation/triggers.ts";
 import type { Tx } from "../../store/db.ts";
-import { noteFirings, type StoredEnvironment } from "../../store/environments.ts";
+import { noteFirings } from "../../store/environment-steps.ts";
+import type { StoredEnvironment } from "../../store/environments.ts";
 
 /** What became of a report, and the status version that is stored from now on. */
 interface Judgement {

@@ -14,12 +14,9 @@ import { isUuid } from "../../domain/ids.ts";
 import { applyReport, type Settled } from "../../domain/lifecycle.ts";
 import type { Caller } from "../../domain/principal.ts";
 import type { Beside } from "../../store/credentials.ts";
+import { advanceEnvironment, advanceStatus, isStatusAlone, noteReport } from "../../store/environment-steps.ts";
 import {
-  advanceEnvironment,
-  advanceStatus,
-  isStatusAlone,
   lockEnvironment,
-  noteReport,
   type Reported,
   readReported,
   reportedQuery,
