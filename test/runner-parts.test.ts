@@ -1,7 +1,7 @@
-import { randomBytes } from "node:crypto";
-import { mkdir, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { randomBytes, randomUUID } from "node:crypto";
+import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { basename, dirname, join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from "vitest";
 import { IntrospectTokenResponse_Kind as Kind } from "../gen/berth/runner/v1/runner_control_pb.js";
 import { LogSectionOutcome } from "../gen/gitpod/v1/environment_logs_pb.js";
@@ -9,13 +9,15 @@ import { TokenKind, tokenText } from "../src/domain/tokens.ts";
 import { Access } from "../src/runner/access.ts";
 import { ControlGroups } from "../src/runner/cgroups.ts";
 import { CommandTimeout, runCommand } from "../src/runner/commands.ts";
+import { prepareRuntime } from "../src/runner/containers/runtime.ts";
 import type { ControlPlane } from "../src/runner/control-plane.ts";
 import { removeTree, writeAtomically } from "../src/runner/files.ts";
 import { parseJsonc } from "../src/runner/jsonc.ts";
 import { EnvironmentLog, LogSections, lineWriter } from "../src/runner/logs.ts";
-import { environmentPaths, forgetSocket, supervisorSocket } from "../src/runner/paths.ts";
+import { environmentPaths, forgetSocket, runtimeFolder, supervisorSocket } from "../src/runner/paths.ts";
 import { redact } from "../src/runner/redact.ts";
 import { allOf, SideWork } from "../src/runner/side-work.ts";
+import { ENTRANCE } from "../src/runner/supervisor/config.ts";
 import { userName } from "../src/runner/users.ts";
 
 let folder: string;
@@ -36,6 +38,22 @@ function readAll(log: EnvironmentLog, from = 0): { text: string; next: number } 
     position = next;
   }
 }
+
+test("what containers run of an earlier program stays as long as one of them leads to it", async () => {
+  const dataDir = join(folder, "runtimes");
+  const [used, unused, id] = ["a".repeat(32), "b".repeat(32), randomUUID()];
+  const all = runtimeFolder(dataDir);
+  const entrance = join(environmentPaths(dataDir, id).root, ENTRANCE);
+  await mkdir(dirname(entrance), { recursive: true });
+  for (const key of [used, unused]) await mkdir(join(all, key), { recursive: true });
+  await writeFile(entrance, `#!/bin/sh\nexec '${join(all, used)}/lib/ld.so' '${join(all, used)}/node' "$@"\n`);
+  const { enter } = await prepareRuntime(dataDir);
+  const present = basename(dirname(dirname(enter[0] ?? "")));
+  expect((await readdir(all)).sort()).toEqual([used, present].sort());
+  await rm(entrance);
+  await prepareRuntime(dataDir);
+  expect(await readdir(all)).toEqual([present]);
+});
 
 describe("side by side", () => {
   const { signal } = new AbortController();

@@ -3,8 +3,9 @@ import { chmod, cp, lstat, mkdir, readdir, readFile, realpath, rename, stat } fr
 import { basename, dirname, join, relative } from "node:path";
 import { fileURLToPath } from "node:url";
 import { runCommand } from "../commands.ts";
-import { exists, makeFolder, removeTree } from "../files.ts";
-import { runtimeFolder } from "../paths.ts";
+import { exists, makeFolder, readSmall, removeTree } from "../files.ts";
+import { environmentsFolder, runtimeFolder } from "../paths.ts";
+import { ENTRANCE } from "../supervisor/config.ts";
 
 // What a supervisor needs to run in a container whose image has nothing of it: this program, the packages it uses, Node
 // and the loader and libraries that Node was linked with. They are copied to one folder, which every container sees
@@ -24,6 +25,7 @@ const isSource = import.meta.url.endsWith(".ts");
 const SUFFIX = isSource ? "ts" : "js";
 const HERE = dirname(fileURLToPath(import.meta.url));
 const LDD_MS = 20_000;
+const MAX_PROGRAM_BYTES = 64 * 1024;
 const NATIVE = /\.node$/;
 
 interface Manifest {
@@ -151,9 +153,20 @@ async function copyParts({ base, sources, node, libraries }: Parts, folder: stri
 
 const isNested = (path: string) => basename(path) === "node_modules";
 
+/** Keys of the folders that programs of environments lead to: their containers may have been started before an update. */
+async function keysInUse(dataDir: string): Promise<Set<string>> {
+  const folder = environmentsFolder(dataDir);
+  const keys = new Set<string>();
+  for (const name of await readdir(folder)) {
+    const text = await readSmall(join(folder, name, ENTRANCE), MAX_PROGRAM_BYTES).catch(() => "");
+    for (const [, key = ""] of text?.matchAll(/\/([0-9a-f]{32})\//g) ?? []) keys.add(key);
+  }
+  return keys;
+}
+
 /**
- * Makes the folder for containers, if it is not there as this program needs it, and forgets those of earlier programs;
- * who still runs one of them keeps it until it ends.
+ * Makes the folder for containers, if it is not there as this program needs it, and forgets those of earlier programs
+ * that no container leads to any more.
  */
 export async function prepareRuntime(dataDir: string): Promise<ContainerRuntime> {
   const all = runtimeFolder(dataDir);
@@ -168,7 +181,8 @@ export async function prepareRuntime(dataDir: string): Promise<ContainerRuntime>
     await chmod(partial, 0o755);
     await rename(partial, folder);
   }
-  for (const name of await readdir(all)) if (name !== found.key) await removeTree(join(all, name));
+  const kept = (await keysInUse(dataDir)).add(found.key);
+  for (const name of await readdir(all)) if (!kept.has(name)) await removeTree(join(all, name));
   const source = join(folder, "program", relative(found.base, HERE), "..");
   const node = [
     join(folder, "lib", basename(found.loader)),
