@@ -16,7 +16,6 @@ import { ContentError } from "./git.ts";
 import type { ContentFacts } from "./record.ts";
 import { devContainerHash } from "./repository-files.ts";
 import { gitHelpers } from "./secrets/git-helper.ts";
-import { allOf } from "./side-work.ts";
 import { type EnvironmentSite, textOf, userOf } from "./site.ts";
 import { isReady } from "./status.ts";
 
@@ -115,7 +114,8 @@ async function contentReady(
   const folder = facts.folder || site.paths.workspace;
   if (warningMessage) site.log.write(`Warning: ${warningMessage}`);
   site.sections.end("content", LogSectionOutcome.SUCCESS);
-  const written = site.edit((record) => {
+  // Whatever begins to work with it is written down first, and this with it.
+  site.note((record) => {
     record.content = facts;
     record.gitIdentity = gitIdentity(content, facts);
     record.status.content = create(EnvironmentStatus_ContentSchema, {
@@ -128,7 +128,7 @@ async function contentReady(
     if (automations) automations.phase = ContentPhase.CREATING;
   });
   // One that does not answer is not the content's failure: the next pass replaces it, and its successor knows.
-  await allOf(written, site.supervision.setWorkspaceFolder(folder));
+  site.supervision.tellWorkspaceFolder(folder);
 }
 
 /** Name and address for commits can change at any time. */

@@ -137,6 +137,7 @@ async function begin(site: EnvironmentSite, spec: EnvironmentSpec): Promise<Appl
   const checkout = { folder: site.folder, user: userOf(site) };
   const mode = site.settings?.inContainer ? "container" : site.host.config.hostDevcontainer;
   const container = await findDevContainer(checkout, devcontainer, mode, site.host.engines.present !== undefined);
+  await site.supervision.hasTold();
   // There may be one of a class, or of a file, that was in use before.
   if (!container.plan && site.record.container) await discardContainer(site);
   await applyVariables(site, container.variables);

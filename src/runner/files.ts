@@ -1,10 +1,25 @@
 import { randomBytes } from "node:crypto";
-import { closeSync, constants, fchmodSync, fchownSync, lstatSync, mkdirSync, openSync } from "node:fs";
-import { chmod, lstat, open, rename, rm } from "node:fs/promises";
+import {
+  closeSync,
+  constants,
+  fchmodSync,
+  fchownSync,
+  fdatasync,
+  lstatSync,
+  mkdirSync,
+  openSync,
+  renameSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
+import { chmod, lstat, open } from "node:fs/promises";
 import { dirname } from "node:path";
+import { promisify } from "node:util";
 import { runCommand } from "./commands.ts";
 
 const REMOVE_DEADLINE_MS = 10 * 60_000;
+
+const toDisk = promisify(fdatasync);
 
 /** The `code` of a system error, for example `ENOENT`. */
 export const errnoOf = (error: unknown): string | undefined =>
@@ -18,22 +33,23 @@ export interface Owner {
 
 /**
  * Writes a file that readers and crashes see whole or not at all; mode 0600. The folder may belong to somebody hostile:
- * nothing is followed, and what had the name before is replaced.
+ * nothing is followed, and what had the name before is replaced. The disk alone is waited for: the other calls are over
+ * sooner than a process with much to do comes round to the next one.
  */
 export async function writeAtomically(path: string, content: string, owner?: Owner): Promise<void> {
   const partial = `${path}.${randomBytes(6).toString("hex")}`;
-  const file = await open(partial, "wx", 0o600);
+  const file = openSync(partial, "wx", 0o600);
   try {
-    await file.writeFile(content);
-    if (owner) await file.chown(owner.uid, owner.gid);
-    await file.datasync();
+    writeFileSync(file, content);
+    if (owner) fchownSync(file, owner.uid, owner.gid);
+    await toDisk(file);
   } catch (error) {
-    await rm(partial, { force: true });
+    rmSync(partial, { force: true });
     throw error;
   } finally {
-    await file.close();
+    closeSync(file);
   }
-  await rename(partial, path);
+  renameSync(partial, path);
 }
 
 /**

@@ -121,11 +121,10 @@ async function attempt<T>(site: EnvironmentSite, work: () => Promise<T>, signal:
   }
 }
 
-/** Makes the folders of a user, whose account may be on its way. */
+/** Makes the user, whose account may be on its way, and its folders. */
 async function prepareMachine(site: EnvironmentSite): Promise<MachineUser> {
   const machineUser = await keepUser(site);
   const { user } = machineUser;
-  makeFolders(site.paths, user);
   if (site.machinePhase === MachinePhase.CREATING) {
     site.log.write(user.own ? `User ${user.name} and folders are ready` : "Folders are ready");
     site.note(({ status }) => {
@@ -244,9 +243,10 @@ async function keepUser(site: EnvironmentSite): Promise<MachineUser> {
   const { user, settle } = await claimUser(site.id, site.paths.home, site.host.reservedUids(site.id), before);
   if (before?.own && before.uid !== user.uid) await changeOwner(site.paths, before, user);
   const isSame = before?.uid === user.uid && before.gid === user.gid && before.unlisted === user.unlisted;
-  // Its files must be known by its id before there are any.
+  // Its files must be known by its id before there are any; folders are made anew.
   const written = isSame ? undefined : keep(user);
-  // Starting processes takes as long as the disk does.
+  // All this takes as long as the disk does.
+  makeFolders(site.paths, user);
   if (!site.host.sandbox) site.shell?.prepare();
   const settled = settle().then(async (final) => {
     if (final.unlisted !== user.unlisted) await keep(final);

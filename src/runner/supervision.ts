@@ -1,4 +1,5 @@
 import type { Supervisor } from "./machine-supervisor.ts";
+import { unheard } from "./side-work.ts";
 import type { SupervisorClient } from "./supervisor/client.ts";
 import type { Namespaces } from "./supervisor/namespaces.ts";
 import type { SupervisorState } from "./supervisor/private-http.ts";
@@ -29,6 +30,7 @@ export class Supervision {
   #missed = 0;
   #lostSince: number | undefined;
   #inside: Namespaces | undefined;
+  #telling: Promise<void> | undefined;
 
   get client(): SupervisorClient | undefined {
     return this.#supervisor?.client;
@@ -62,6 +64,18 @@ export class Supervision {
   leave(): void {
     this.drop();
     this.enter(undefined);
+  }
+
+  /** As `setWorkspaceFolder`, without waiting; `hasTold` does, and passes the error on. */
+  tellWorkspaceFolder(folder: string): void {
+    this.#telling = unheard(this.setWorkspaceFolder(folder));
+  }
+
+  /** What it was to be told has come to it. */
+  async hasTold(): Promise<void> {
+    const telling = this.#telling;
+    this.#telling = undefined;
+    await telling;
   }
 
   /** Tells it the folder that commands start in. One that cannot be told counts as gone, and the error is passed on. */

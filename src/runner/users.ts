@@ -32,6 +32,7 @@ const UIDS = LAST_UID - FIRST_UID + 1;
 const SHARED_FOLDERS = ["/tmp", "/var/tmp", "/dev/shm"];
 const DEADLINE_MS = 20_000;
 const ATTEMPTS = 4;
+const HEAD_START_MS = 10;
 const RETRY_MS = 200;
 const UID_TAKEN = 4;
 const NAME_TAKEN = 9;
@@ -176,7 +177,8 @@ export async function claimUser(
   const user = { name: userName(environmentId, nameAttempt), uid, gid: uid, own: true };
   return {
     user: isFree && before.unlisted ? { ...user, unlisted: true } : user,
-    settle: () => inTurn(() => makeAccount(user, environmentId, home)),
+    // Starting a process holds up this one, and those who wait for the account have more to wait for.
+    settle: () => delay(HEAD_START_MS).then(() => inTurn(() => makeAccount(user, environmentId, home))),
   };
 }
 
