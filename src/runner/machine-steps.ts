@@ -92,7 +92,8 @@ export async function keepMachine(
       await meanwhile.cancel();
       await Promise.allSettled([token, claimed.settled]);
       const outcome = signal.aborted ? LogSectionOutcome.CANCELLED : LogSectionOutcome.FAILURE;
-      site.log.release(() => isPassing(error) || site.sections.end("machine", outcome));
+      // With the next attempt the machine goes on, and the rest is told after it.
+      if (signal.aborted || !isPassing(error)) site.log.release(() => site.sections.end("machine", outcome));
       // Nothing of it may run on as a user that is somebody else.
       if (error instanceof UserTakenError) await site.endProcesses(false, signal);
       throw error;

@@ -232,6 +232,7 @@ export class EnvironmentSite {
   async endProcesses(gracefully: boolean, signal: AbortSignal): Promise<void> {
     const { user, supervisor, ssh } = this.record;
     const work = this.application?.work;
+    this.log.release(() => undefined);
     this.letGo();
     // Nothing may be started while the rest ends.
     await work?.cancel();

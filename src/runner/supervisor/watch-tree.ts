@@ -51,6 +51,7 @@ export interface TreeOptions {
 
 type Report = (change: TreeChange) => void;
 
+const IGNORE_FILE = ".gitignore";
 const MAX_DIRECTORIES = 20_000;
 const MAX_NAMES = 250_000;
 const MAX_DIRTY = 10_000;
@@ -231,7 +232,10 @@ export class WatchTree {
       if (lost && this.#top) await this.#read(this.#top, silent);
       else {
         for (const { folder, names } of this.#takeDirty()) {
-          await inBatches(names, (name) => this.#lookAt(folder, name, report));
+          // What has changed with them is judged by the new rules.
+          if (names.includes(IGNORE_FILE)) await this.#lookAt(folder, IGNORE_FILE, report);
+          const others = names.filter((name) => name !== IGNORE_FILE);
+          await inBatches(others, (name) => this.#lookAt(folder, name, report));
         }
       }
     } catch {
@@ -252,7 +256,7 @@ export class WatchTree {
     const found = await statOf(this.#absolute(folder, name));
     if (this.#isClosed || !isAttached(folder)) return;
     const before = folder.entries.get(name);
-    if (this.#options.isCheckout && name === ".gitignore") {
+    if (this.#options.isCheckout && name === IGNORE_FILE) {
       folder.rules = this.#rulesOf(folder, found !== undefined);
       await this.#reconsider(folder);
     }
@@ -281,7 +285,7 @@ export class WatchTree {
     const present = await this.#present(folder);
     if (!present || this.#isClosed) return [];
     const names = new Map(present.map((entry) => [entry.name, entry]));
-    if (this.#options.isCheckout) folder.rules = this.#rulesOf(folder, names.has(".gitignore"));
+    if (this.#options.isCheckout) folder.rules = this.#rulesOf(folder, names.has(IGNORE_FILE));
     for (const name of [...folder.entries.keys()]) if (!names.has(name)) this.#remove(folder, name, report);
     for (const [name, entry] of names) {
       if (this.#options.isCheckout && name === ".git") continue;
@@ -399,7 +403,7 @@ export class WatchTree {
   #rulesOf(folder: Folder, hasFile: boolean): IgnoreRules | undefined {
     try {
       return hasFile
-        ? new IgnoreRules(readSmallFile(this.#absolute(folder, ".gitignore"), MAX_IGNORE_BYTES))
+        ? new IgnoreRules(readSmallFile(this.#absolute(folder, IGNORE_FILE), MAX_IGNORE_BYTES))
         : undefined;
     } catch {
       // Git does not follow a link here either.
