@@ -459,13 +459,13 @@ describe("crashes", () => {
     for (const { pid } of await processesOf(runner, id)) process.kill(pid, "SIGKILL");
     record.supervisor.bootId = "another";
     await writeFile(runner.folder(id, "state.json"), JSON.stringify(record));
-    const from = plane.reports.length;
     await runner.start();
-    await eventually(() => plane.reports.length > from + 1, "reports");
-    await plane.untilPhase(id, RUNNING);
-    const phases = plane.reports.slice(from).map(({ status }) => status.machine?.phase);
-    expect(phases).toContain(MachinePhase.STARTING);
-    expect(phases.at(-1)).toBe(MachinePhase.RUNNING);
+    const isAnew = async () => {
+      const { supervisor } = await runner.record(id);
+      return supervisor !== undefined && supervisor.pid !== record.supervisor.pid;
+    };
+    await eventually(isAnew, "another supervisor");
+    await plane.until(id, ({ status }) => Boolean(status?.environmentUrls?.ops), "its operations");
     expect(plane.environment(id).status?.environmentUrls?.ops).not.toBe("");
     expect(await runner.exec(id, "git status --porcelain")).toBe("");
     expect(git.fetches(it.name)).toBe(1);

@@ -10,7 +10,7 @@ import { type GitServer, startGitServer } from "../../test/harness/git-server.ts
 import { startInstallation } from "../../test/harness/installation.ts";
 import { eventually } from "../../test/harness/wait.ts";
 import type { Bench } from "../bench.ts";
-import { interleaved, medianOf, percentile, type Rounds, ratioOf } from "../measure.ts";
+import { interleaved, interleavedWarm, medianOf, percentile, type Rounds, ratioOf } from "../measure.ts";
 import type { Row } from "../report.ts";
 
 const run = promisify(execFile);
@@ -128,7 +128,7 @@ export async function environment(bench: Bench): Promise<Row[]> {
     const filter = { canCreateEnvironments: true };
     return (await client.environments.listEnvironmentClasses({ filter })).environmentClasses[0]?.id;
   }, "a usable class");
-  const singles = await interleaved<"floor" | "running", { first: number; second: number }>(bench.rounds, {
+  const singles = await interleavedWarm<"floor" | "running", { first: number; second: number }>(bench.rounds, {
     floor: async () => {
       const ms = await cloneAndStart(git, "project");
       return { first: ms, second: ms };

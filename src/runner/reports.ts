@@ -14,11 +14,16 @@ const BATCH = 100;
 // What comes on the way to a state that somebody waits for follows so soon that most of it need not be told by itself.
 const LINGER_MS = 250;
 
-/** Somebody may be waiting for this state: the environment serves, has stopped, or is in trouble. */
-const isAwaited = ({ machine, content, environmentUrls }: EnvironmentStatus) =>
-  Boolean(environmentUrls?.ops || machine?.failureMessage || content?.failureMessage) ||
-  machine?.phase === MachinePhase.STOPPED ||
-  machine?.phase === MachinePhase.DELETED;
+const ON_THE_WAY: ReadonlySet<MachinePhase | undefined> = new Set([
+  MachinePhase.CREATING,
+  MachinePhase.STARTING,
+  MachinePhase.RUNNING,
+]);
+
+/** The environment comes up, and nothing has gone wrong so far. */
+const isOnTheWay = ({ machine, content, environmentUrls, runnerAck }: EnvironmentStatus) =>
+  ON_THE_WAY.has(machine?.phase) &&
+  !(environmentUrls?.ops || machine?.failureMessage || content?.failureMessage || runnerAck?.message);
 
 /** What a report came to, for whoever acts on it. */
 export type Judged = (environmentId: string, outcome: Outcome, status: EnvironmentStatus) => void;
@@ -45,8 +50,8 @@ export class Reports {
     const known = this.#accepted.get(environmentId);
     if (known && !this.#pending.has(environmentId) && equals(EnvironmentStatusSchema, known, status)) return;
     this.#pending.set(environmentId, status);
-    if (isAwaited(status)) this.#due();
-    else this.#lingering ??= setTimeout(() => this.#due(), LINGER_MS).unref();
+    if (isOnTheWay(status)) this.#lingering ??= setTimeout(() => this.#due(), LINGER_MS).unref();
+    else this.#due();
   }
 
   #due(): void {

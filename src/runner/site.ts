@@ -26,6 +26,8 @@ import { CommandShell } from "./supervisor/shell.ts";
 import type { Inhabitant } from "./users.ts";
 
 const MESSAGE_CHARACTERS = 500;
+// Within this time most notes are taken along.
+const NOTE_MS = 50;
 
 /** Short text of an error for people, without credentials. */
 export const textOf = (error: unknown): string =>
@@ -183,9 +185,9 @@ export class EnvironmentSite {
     change(this.record);
     if (this.#isNoted) return;
     this.#isNoted = true;
-    setImmediate(() => {
+    setTimeout(() => {
       if (this.#isNoted) unheard(this.edit(() => undefined));
-    });
+    }, NOTE_MS).unref();
   }
 
   /** As `edit`, for what leads to an end: a full disk must not hold that up, and a later pass finds out again. */
