@@ -38,6 +38,8 @@ export class Reports {
   readonly #pending = new Map<string, EnvironmentStatus>();
   readonly #accepted = new Map<string, EnvironmentStatus>();
   readonly #seq = new Map<string, bigint>();
+  /** Sessions of the machines that the control plane has heard of. */
+  readonly #told = new Map<string, string | undefined>();
   readonly #waiting = new Waiting();
   #lingering: NodeJS.Timeout | undefined;
 
@@ -50,7 +52,11 @@ export class Reports {
     const known = this.#accepted.get(environmentId);
     if (known && !this.#pending.has(environmentId) && equals(EnvironmentStatusSchema, known, status)) return;
     this.#pending.set(environmentId, status);
-    if (isOnTheWay(status)) this.#lingering ??= setTimeout(() => this.#due(), LINGER_MS).unref();
+    // As long as the control plane knows of no machine it takes nothing to be there that could be stopped or erased.
+    const session = status.machine?.session;
+    const isFirst = this.#told.get(environmentId) !== session;
+    this.#told.set(environmentId, session);
+    if (isOnTheWay(status) && !isFirst) this.#lingering ??= setTimeout(() => this.#due(), LINGER_MS).unref();
     else this.#due();
   }
 
@@ -62,13 +68,14 @@ export class Reports {
 
   /** Forgets an environment that is gone. */
   forget(environmentId: string): void {
-    for (const map of [this.#pending, this.#accepted, this.#seq]) map.delete(environmentId);
+    for (const map of [this.#pending, this.#accepted, this.#seq, this.#told]) map.delete(environmentId);
   }
 
   /** Forgets what an earlier link has sent: the new one has to be told everything. */
   restart(): void {
     this.#accepted.clear();
     this.#seq.clear();
+    this.#told.clear();
   }
 
   /** Something waits to be sent; resolves at once if it does already, or when the signal fires. */
