@@ -234,6 +234,7 @@ export class EnvironmentSite {
   async endProcesses(gracefully: boolean, signal: AbortSignal): Promise<void> {
     const { user, supervisor, ssh } = this.record;
     const work = this.application?.work;
+    // There may be no other attempt, at whose end what was kept back would be told.
     this.log.release(() => undefined);
     this.letGo();
     // Nothing may be started while the rest ends.

@@ -70,7 +70,7 @@ interface Account {
 }
 
 /** A small local file of the system; empty if it cannot be read. */
-function textOf(path: string): string {
+function systemFile(path: string): string {
   try {
     return readFileSync(path, "utf8");
   } catch {
@@ -80,7 +80,7 @@ function textOf(path: string): string {
 
 /** The local user database; accounts of other sources are never the runner's. */
 function accounts(): Account[] {
-  return textOf("/etc/passwd")
+  return systemFile("/etc/passwd")
     .split("\n")
     .map((line) => line.split(":"))
     .filter((fields) => fields.length >= 7)
@@ -107,7 +107,7 @@ async function addUser(name: string, uid: number, environmentId: string, home: s
 
 /** The system asks nobody but the local database, and those that know no ids of the range, for users. */
 function hasLocalUsersOnly(): boolean {
-  const sources = /^\s*passwd:([^#\n]*)/m.exec(textOf("/etc/nsswitch.conf"))?.[1]?.trim().split(/\s+/);
+  const sources = /^\s*passwd:([^#\n]*)/m.exec(systemFile("/etc/nsswitch.conf"))?.[1]?.trim().split(/\s+/);
   return sources?.every((source) => LOCAL_SOURCES.has(source)) ?? false;
 }
 
